@@ -1,0 +1,1 @@
+"""The agent: sessions, journal, runner, volumes, containers and the plugin host of one node."""

@@ -1,0 +1,144 @@
+"""The journal: SQLite behind one writer thread, synced before anything is done about what it says.
+
+Writers hand in a function that gets the connection; the thread runs as many as are waiting in one
+transaction, commits (with full sync) and only then answers them all. Readers use connections of their own
+and never wait for the writer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar, cast
+
+T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], T]
+
+_MAX_GROUP = 500
+_STOP = object()
+
+
+class Journal:
+    """Durable state of one agent. ``migrations`` are SQL scripts, applied once each, in order, never edited."""
+
+    def __init__(self, path: Path, migrations: Sequence[str]) -> None:
+        self._path = path
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._local = threading.local()
+        self._readers: list[sqlite3.Connection] = []
+        self._readers_lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = self._open()
+        os.chmod(path, 0o600)
+        self._migrate(migrations)
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    async def write(self, work: Work[T]) -> T:
+        """Run ``work(connection)`` in a transaction; returns when it is on the disk. What it raises rolls it back."""
+        return await asyncio.wrap_future(self._submit(work))
+
+    async def execute(self, sql: str, parameters: Sequence[object] = ()) -> int:
+        """One changing statement; returns the number of rows changed."""
+        return await self.write(lambda db: db.execute(sql, parameters).rowcount)
+
+    async def query(self, sql: str, parameters: Sequence[object] = ()) -> list[sqlite3.Row]:
+        """Rows as of the last commit."""
+        return await asyncio.to_thread(self.query_now, sql, parameters)
+
+    def query_now(self, sql: str, parameters: Sequence[object] = ()) -> list[sqlite3.Row]:
+        """Like `query`, for callers that are not on the event loop or read a handful of rows."""
+        return self._reader().execute(sql, parameters).fetchall()
+
+    def close(self) -> None:
+        """Finish what was handed in, then close. Idempotent."""
+        if self._thread.is_alive():
+            self._queue.put(_STOP)
+            self._thread.join()
+        with self._readers_lock:
+            for connection in self._readers:
+                connection.close()
+            self._readers.clear()
+        self._local = threading.local()
+
+    def _submit(self, work: Work[T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._queue.put((work, future))
+        return future
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        return connection
+
+    def _reader(self) -> sqlite3.Connection:
+        connection = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._open()
+            connection.execute("PRAGMA query_only=ON")
+            self._local.connection = connection
+            with self._readers_lock:
+                self._readers.append(connection)
+        return cast(sqlite3.Connection, connection)
+
+    def _migrate(self, migrations: Sequence[str]) -> None:
+        done = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        for number, script in enumerate(migrations[done:], start=done + 1):
+            self._writer.executescript(f"BEGIN; {script}; PRAGMA user_version={number}; COMMIT;")
+
+    def _run(self) -> None:
+        stopping = False
+        while not stopping:
+            group: list[tuple[Work[object], Future[object]]] = []
+            item = self._queue.get()
+            while True:
+                if item is _STOP:
+                    stopping = True
+                else:
+                    group.append(cast("tuple[Work[object], Future[object]]", item))
+                if len(group) >= _MAX_GROUP or self._queue.empty():
+                    break
+                item = self._queue.get()
+            if group:
+                self._commit(group)
+        self._writer.close()
+
+    def _commit(self, group: list[tuple[Work[object], Future[object]]]) -> None:
+        db = self._writer
+        answers: list[tuple[Future[object], object, BaseException | None]] = []
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for work, future in group:
+                if not future.set_running_or_notify_cancel():
+                    continue
+                db.execute("SAVEPOINT work")
+                try:
+                    answers.append((future, work(db), None))
+                    db.execute("RELEASE work")
+                except BaseException as error:  # the caller's, handed back to it
+                    db.execute("ROLLBACK TO work")
+                    db.execute("RELEASE work")
+                    answers.append((future, None, error))
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            answered = {id(future) for future, _, _ in answers}
+            for _, future in group:
+                if id(future) in answered or not future.done():
+                    future.set_exception(error)
+            return
+        for future, value, problem in answers:
+            if problem is None:
+                future.set_result(value)
+            else:
+                future.set_exception(problem)

@@ -1,0 +1,184 @@
+"""What the agent asks of a container engine. Drivers translate their engine's errors into outrider.errors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, Protocol
+
+StreamName = Literal["stdout", "stderr"]
+
+# Labels on everything that Outrider creates; containers are found by them after a restart.
+LABEL_NODE = "outrider.node"          # node id: what lacks it, or has another, is not ours
+LABEL_KIND = "outrider.kind"          # "step", "managed", "pause"
+LABEL_RUN = "outrider.run"
+LABEL_STEP = "outrider.step"
+LABEL_ATTEMPT = "outrider.attempt"
+LABEL_LEASE = "outrider.lease"
+LABEL_PLAN = "outrider.plan"          # SHA-256 of the journalled plan
+LABEL_OBJECT = "outrider.object"      # "kind/name"
+LABEL_SPEC = "outrider.spec"          # SHA-256 of a managed container's specification
+LABEL_NAME = "outrider.name"          # a managed container's name as the pipeline gave it
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A bind mount. ``source`` is a host path made by the agent, never one from a pipeline."""
+
+    source: str
+    target: str
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PortBinding:
+    """A published port: a host port leased from the node's range."""
+
+    container: int
+    host: int
+    protocol: Literal["tcp", "udp"] = "tcp"
+    host_ip: str = "0.0.0.0"
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSpec:
+    """All that a container is made from. The defaults are the sandbox; options only add to it by name."""
+
+    name: str
+    image: str
+    args: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    mounts: tuple[Mount, ...] = ()
+    user: str | None = None                   # "uid:gid"
+    workdir: str | None = None
+    network: str = "none"                     # "none", "container:<id>", a network's name, "host"
+    read_only_root: bool = True
+    tmp_size_bytes: int = 64 * 1024**2        # /tmp as a tmpfs of this size; 0: none
+    cap_add: tuple[str, ...] = ()             # everything is dropped first
+    devices: tuple[str, ...] = ()
+    memory_bytes: int | None = None
+    cpus: float | None = None
+    pids: int | None = None
+    ports: tuple[PortBinding, ...] = ()
+    restart_policy: Literal["no", "on-failure", "unless-stopped", "always"] = "no"
+    restart_max: int = 0
+    log_max_bytes: int = 64 * 1024**2         # of the engine's log file, before it rotates
+    log_files: int = 1
+    stop_signal: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerInfo:
+    """A container as the engine describes it."""
+
+    id: str
+    name: str
+    image: str
+    state: Literal["created", "running", "paused", "restarting", "removing", "exited", "dead"]
+    labels: Mapping[str, str]
+    exit_code: int | None = None
+    oom_killed: bool = False
+    error: str = ""
+    created_at: datetime | None = None
+    started_at: datetime | None = None        # None: never started
+    finished_at: datetime | None = None
+    ports: tuple[PortBinding, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    restart_policy: str = ""
+    restart_count: int = 0
+    health: str = ""
+    ip_address: str = ""
+    raw: Mapping[str, object] = field(default_factory=dict)  # inspect only
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container ended. ``engine_stopped``: the engine restarted under it, the code says nothing."""
+
+    container_id: str
+    exit_code: int
+    oom_killed: bool = False
+    engine_stopped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvent:
+    """Something that happened to a container: the engine's action ("start", "die", "oom", "destroy"…)."""
+
+    action: str
+    container_id: str
+    name: str
+    labels: Mapping[str, str]
+    time: datetime
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    name: str                 # "docker"
+    version: str
+    id: str
+    boot: str                 # changes when the engine restarts
+    root: str
+    storage_driver: str
+
+
+PullProgress = Callable[[int, int], None]  # bytes done, bytes in all (0: not known)
+
+
+class Runtime(Protocol):
+    """A container engine. Every method may raise EngineUnavailable; NotFound where a name is unknown."""
+
+    async def info(self) -> EngineInfo:
+        """Ask the engine about itself; the way to learn whether it answers."""
+
+    async def ensure_image(self, image: str, *, pull: Literal["missing", "never"], on_progress: PullProgress | None = None) -> str:
+        """The image's id, pulled if it is missing. NotFound names the image and says what was tried."""
+
+    async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
+        """A bridge network without traffic between its containers. Idempotent."""
+
+    async def create(self, spec: ContainerSpec) -> str:
+        """Create, not start; returns the id. Conflict if the name is taken."""
+
+    async def start(self, container: str) -> None:
+        """Start. Starting a running container does nothing."""
+
+    async def stop(self, container: str, *, grace_s: float) -> None:
+        """Stop signal, then kill after the grace. Stopping a stopped one does nothing."""
+
+    async def restart(self, container: str, *, grace_s: float) -> None: ...
+
+    async def kill(self, container: str, *, signal: str = "SIGKILL") -> None: ...
+
+    async def remove(self, container: str, *, force: bool = False) -> None:
+        """Remove; one that is already gone is no error. Conflict if it runs and not ``force``."""
+
+    async def inspect(self, container: str) -> ContainerInfo: ...
+
+    async def list(self, *, labels: Mapping[str, str] | None = None, all: bool = True) -> list[ContainerInfo]:
+        """Containers that have all these labels (an empty value: the label with any value)."""
+
+    def attach(self, container: str) -> AbstractAsyncContextManager[AsyncIterator[tuple[StreamName, bytes]]]:
+        """Read a created container's output from its first byte. Entered before start; ends when it exits.
+
+        The reader must always drain: one that stops freezes the container.
+        """
+
+    def logs(
+        self, container: str, *, follow: bool = False, tail: int | None = None
+    ) -> AsyncIterator[tuple[StreamName, bytes]]:
+        """The engine's own log from its beginning (or its last ``tail`` lines), byte-exact."""
+
+    async def exited(self, container: str) -> Exit:
+        """Wait until the container is not running any more, known from the one event stream."""
+
+    def events(self) -> AsyncIterator[EngineEvent]:
+        """Container events from now on. Ends never; a gap (engine restart) yields action "resync"."""
+
+    async def aclose(self) -> None: ...

@@ -1,0 +1,81 @@
+"""The retry policy: how long to wait between tries of one operation, and when to give up.
+
+First wait 100 ms, factor 2, jitter ±20 %, no wait over 30 s with its jitter, at most 5 retries. Clock and
+random source are injected, so that tests measure the distribution instead of waiting for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from outrider.errors import ErrorClass, OutriderError
+
+T = TypeVar("T")
+Sleep = Callable[[float], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Exponential backoff with jitter.
+
+    ``first_wait_s``, ``max_wait_s`` in seconds; ``jitter`` is the share by which a wait varies to either
+    side; ``max_retries`` counts the tries after the first, ``None`` means for ever (reconnecting).
+    """
+
+    first_wait_s: float = 0.1
+    factor: float = 2.0
+    jitter: float = 0.2
+    max_wait_s: float = 30.0
+    max_retries: int | None = 5
+    rng: random.Random = field(default_factory=random.Random, compare=False, repr=False)
+
+    def wait_s(self, retry: int) -> float:
+        """The wait before retry number ``retry`` (from 1), in seconds, jitter included, never over the cap."""
+        # The exponent is bounded: 2.0 ** 1024 overflows, and a node may be cut off for weeks.
+        base = self.first_wait_s * self.factor ** min(retry - 1, 63)
+        return min(min(base, self.max_wait_s) * self.rng.uniform(1 - self.jitter, 1 + self.jitter), self.max_wait_s)
+
+    def waits(self) -> Iterator[float]:
+        """All waits of one operation, in order; ends when no retry is left."""
+        retry = 0
+        while self.max_retries is None or retry < self.max_retries:
+            retry += 1
+            yield self.wait_s(retry)
+
+    async def run(
+        self,
+        operation: Callable[[], Awaitable[T]],
+        *,
+        idempotent: bool = True,
+        on_retry: Callable[[int, float, OutriderError], None] | None = None,
+        sleep: Sleep = asyncio.sleep,
+    ) -> T:
+        """Await ``operation()`` until it succeeds, fails permanently, or no retry is left.
+
+        A timeout is tried again only if the operation is ``idempotent``. ``on_retry`` gets the number of
+        the retry, the wait in seconds and the error. Raises the last error.
+        """
+        waits = self.waits()
+        retry = 0
+        while True:
+            try:
+                return await operation()
+            except OutriderError as error:
+                again = error.error_class is ErrorClass.TEMPORARY or (
+                    error.error_class is ErrorClass.TIMEOUT and idempotent
+                )
+                wait = next(waits, None) if again else None
+                if wait is None:
+                    raise
+                retry += 1
+                if on_retry:
+                    on_retry(retry, wait, error)
+                await sleep(wait)
+
+
+FOREVER = RetryPolicy(max_retries=None)
+"""For reconnecting, which never gives up."""

@@ -1,0 +1,1 @@
+"""The server: node and control services, dispatch, store, bus and security."""
