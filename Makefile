@@ -1,0 +1,45 @@
+# Every task of the project; `make help` lists them.
+SHELL := /bin/bash
+PY := .venv/bin/python
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+.PHONY: help venv engine images demo test unit lint types protos protos-check bench clean
+
+help: ## list the tasks
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+venv: ## the virtual environment .venv, with all that development needs
+	@scripts/venv.sh
+
+engine: ## a running container engine, installed if there is none
+	@$(SUDO) scripts/engine.sh start
+
+images: venv engine ## the base image and the step images
+	@$(SUDO) $(PY) deploy/images/build.py
+
+demo: images ## the main job on real input: a game server deployed, played, backed up and stopped
+	@$(SUDO) $(PY) examples/arena/demo.py; code=$$?; $(SUDO) scripts/engine.sh stop --if-started-by-demo || true; exit $$code
+
+test: images ## all tests
+	@$(SUDO) $(PY) -m pytest -q
+
+unit: venv ## the tests that need no container engine
+	@$(PY) -m pytest -q tests/unit
+
+lint: venv ## style: ruff
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+types: venv ## types: mypy --strict
+	@$(PY) -m mypy
+
+protos: venv ## generate outrider/v1 from proto/
+	@scripts/protos.sh
+
+protos-check: venv ## is outrider/v1 what proto/ generates?
+	@scripts/protos.sh --check
+
+bench: images ## the speed table, as ratios against named alternatives
+	@$(SUDO) $(PY) -m benchmarks
+
+clean: ## remove what was built; images and the engine stay
+	@rm -rf .venv .venv-proto .build .mypy_cache .ruff_cache .pytest_cache .hypothesis
