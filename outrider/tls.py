@@ -6,7 +6,6 @@ its clients send cuts them off with ``too_many_pings``.
 
 from __future__ import annotations
 
-import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,6 @@ from pathlib import Path
 import grpc
 
 from outrider.errors import InvalidInput
-
-# gRPC's core writes its own lines about failed handshakes and taken ports to stderr, beside the sentence that
-# we say. It reads this when the first channel or server is made.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 DEFAULT_PORT = 8443
 
