@@ -18,7 +18,7 @@ images: venv engine ## the base image and the step images
 	@$(SUDO) $(PY) deploy/images/build.py
 
 demo: images ## the main job on real input: a game server deployed, played, backed up and stopped
-	@$(SUDO) $(PY) examples/arena/demo.py; code=$$?; $(SUDO) scripts/engine.sh stop --if-started-by-demo || true; exit $$code
+	@$(SUDO) $(PY) examples/arena/demo.py; code=$$?; $(SUDO) scripts/engine.sh stop || true; exit $$code
 
 test: images ## all tests
 	@$(SUDO) $(PY) -m pytest -q

@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# A container engine for this machine.
+#
+#   engine.sh start     make sure that one answers; installs Debian's docker.io where there is none at all
+#   engine.sh stop      end the engine that `start` started; any other is left alone
+#   engine.sh status    say what there is
+#
+# An engine that answers is never touched: not restarted, not reconfigured, not stopped. Where systemd runs, the
+# engine is its service. Elsewhere dockerd is started by itself, with a data directory of its own, so that whatever
+# an earlier engine left in /var/lib/docker stays as it was.
+#
+# OUTRIDER_ENGINE_DIR   where that data, the pid file and the log lie (/var/lib/outrider-engine)
+# DOCKER_HOST           the engine to look for, as for the docker command; one on another address is never started here
+set -euo pipefail
+
+dir=${OUTRIDER_ENGINE_DIR:-/var/lib/outrider-engine}
+pidfile=$dir/dockerd.pid
+log=$dir/dockerd.log
+mark=$dir/started-by-us   # "systemd" or "dockerd", and the boot: what a reboot brought up again was not started by us
+boot=$(cat /proc/sys/kernel/random/boot_id)
+wait_s=${OUTRIDER_ENGINE_WAIT:-60}
+
+say() { printf 'engine: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+answers() { command -v docker >/dev/null && timeout 10 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
+version() { docker version --format '{{.Server.Version}}' 2>/dev/null; }
+has_systemd() { [ -d /run/systemd/system ]; }
+need_root() { [ "$(id -u)" = 0 ] || die "$1 needs root: sudo scripts/engine.sh $2"; }
+
+a_dockerd_runs() {
+  local name
+  for name in /proc/[0-9]*/comm; do
+    [ "$(cat "$name" 2>/dev/null)" = dockerd ] && return 0
+  done
+  return 1
+}
+
+started_by_us() {
+  local how when
+  read -r how when 2>/dev/null <"$mark" || return 1
+  [ "$when" = "$boot" ] && echo "$how"
+}
+
+# The dockerd of our pid file, if it still is one: numbers are used again.
+our_dockerd() {
+  local pid
+  pid=$(cat "$pidfile" 2>/dev/null) || return 1
+  [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ] && grep -qzF -- "$dir" "/proc/$pid/cmdline" && echo "$pid"
+}
+
+wait_until_it_answers() {
+  local i
+  for ((i = 0; i < wait_s * 4; i++)); do
+    answers && return 0
+    if [ "$1" = dockerd ] && ! our_dockerd >/dev/null; then return 1; fi
+    sleep 0.25
+  done
+  return 1
+}
+
+install_engine() {
+  command -v apt-get >/dev/null || die "no container engine here, and no apt-get to install one: install Docker Engine 20.10 or later"
+  say "installing docker.io from this distribution's packages"
+  local packages=(docker.io iptables ca-certificates) out
+  out=$(mktemp)
+  export DEBIAN_FRONTEND=noninteractive
+  if ! { apt-get update -q && {
+    # Newer releases have the command in a package of its own, which docker.io merely recommends.
+    apt-cache show docker-cli >/dev/null 2>&1 && packages+=(docker-cli)
+    apt-get install -yq --no-install-recommends "${packages[@]}"
+  }; } >"$out" 2>&1; then
+    tail -n 15 "$out" >&2
+    rm -f "$out"
+    die "docker.io could not be installed; the reason stands above"
+  fi
+  rm -f "$out"
+}
+
+start_dockerd() {
+  if ! mountpoint -q /sys/fs/cgroup; then
+    mount -t cgroup2 cgroup2 /sys/fs/cgroup || die "control groups are not mounted on /sys/fs/cgroup, and they could not be"
+  fi
+  rm -f "$pidfile"
+  # A session of its own: the engine and the containers outlive this terminal.
+  setsid dockerd --data-root "$dir/data" --exec-root "$dir/exec" --pidfile "$pidfile" >"$log" 2>&1 </dev/null &
+  local started=$! i
+  for ((i = 0; i < 40; i++)); do
+    [ -s "$pidfile" ] && break
+    kill -0 "$started" 2>/dev/null || break
+    sleep 0.25
+  done
+}
+
+start() {
+  if answers; then
+    say "Docker Engine $(version) answers; nothing to do"
+    return 0
+  fi
+  case ${DOCKER_HOST:-unix:///var/run/docker.sock} in
+    unix:///var/run/docker.sock | unix:///run/docker.sock) ;;
+    *) die "DOCKER_HOST is $DOCKER_HOST, and no engine answers there: start that engine, or unset DOCKER_HOST" ;;
+  esac
+  need_root "starting an engine" start
+  if a_dockerd_runs && ! our_dockerd >/dev/null; then
+    # Perhaps it is still starting. It is not ours: wait, and change nothing.
+    say "a dockerd that is not ours is running; waiting for it to answer"
+    wait_until_it_answers other || die "the dockerd that runs here does not answer on /var/run/docker.sock: look at its log"
+    return 0
+  fi
+  mkdir -p "$dir"
+  command -v dockerd >/dev/null && command -v docker >/dev/null || install_engine
+  if has_systemd; then
+    echo "systemd $boot" >"$mark"
+    systemctl start docker.service || die "systemctl start docker failed: journalctl -u docker says why"
+    wait_until_it_answers systemd || die "the docker service runs and does not answer: journalctl -u docker says why"
+  else
+    # The package's own start script may have started it already; then there is nothing of ours to stop later.
+    if ! answers; then
+      echo "dockerd $boot" >"$mark"
+      our_dockerd >/dev/null || start_dockerd
+      if ! wait_until_it_answers dockerd; then
+        tail -n 15 "$log" >&2
+        die "dockerd did not come up; the end of $log stands above"
+      fi
+    fi
+  fi
+  say "Docker Engine $(version) answers"
+}
+
+stop() {
+  case $(started_by_us || true) in
+    systemd)
+      need_root "stopping the engine" stop
+      systemctl stop docker.socket docker.service
+      say "stopped the docker service"
+      ;;
+    dockerd)
+      need_root "stopping the engine" stop
+      local pid i
+      if pid=$(our_dockerd); then
+        kill -TERM "$pid"
+        for ((i = 0; i < 120; i++)); do
+          our_dockerd >/dev/null || break
+          sleep 0.25
+        done
+        if our_dockerd >/dev/null; then die "dockerd (process $pid) did not end within 30 s"; fi
+        say "stopped dockerd; its images stay in $dir/data"
+      fi
+      ;;
+    *)
+      say "no engine was started from here; nothing to do"
+      return 0
+      ;;
+  esac
+  rm -f "$mark"
+}
+
+status() {
+  local whose="started by something else"
+  if started_by_us >/dev/null; then whose="started by engine.sh ($(started_by_us))"; fi
+  if answers; then
+    echo "Docker Engine $(version) answers; $whose"
+  else
+    echo "no engine answers"
+    return 1
+  fi
+}
+
+case ${1:-} in
+  start) start ;;
+  stop) stop ;;
+  status) status ;;
+  *)
+    sed -n '3,5s/^# *//p' "$0" >&2
+    exit 2
+    ;;
+esac
