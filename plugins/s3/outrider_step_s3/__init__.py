@@ -1,0 +1,72 @@
+"""The step types ``s3.download`` and ``s3.upload``: an object, or everything under a prefix.
+
+This module only describes them; the work is done by ``program/`` inside the plugin's image.
+"""
+
+from __future__ import annotations
+
+from outrider.steps import Resources, StepContext, StepPlan, StepType, hookimpl
+from outrider_step_s3._models import (
+    DownloadOutputs,
+    DownloadParams,
+    TransferParams,
+    UploadOutputs,
+    UploadParams,
+)
+
+__version__ = "0.1.0"
+
+IMAGE = f"outrider/step-s3:{__version__}"
+"""The image that carries both programs."""
+
+ENVS = ("S3_ENDPOINT", "S3_REGION", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_SESSION_TOKEN")
+"""What the programs read from their environment. Without a key pair requests are anonymous."""
+
+# The programs stay below 150 MB; the rest is room for the page cache, which counts against the limit
+# and makes writing slow when there is none.
+_RESOURCES = Resources(memory_bytes=256 * 1024**2)
+
+
+def _plan(action: str, params: TransferParams) -> StepPlan:
+    return StepPlan(
+        image=IMAGE,
+        args=(action,),
+        network="egress",
+        resources=_RESOURCES,
+        inputs=params.model_dump(mode="json", by_alias=True, exclude_none=True),
+    )
+
+
+def resolve_download(params: DownloadParams, context: StepContext) -> StepPlan:
+    """The plan of ``s3.download``."""
+    return _plan("download", params)
+
+
+def resolve_upload(params: UploadParams, context: StepContext) -> StepPlan:
+    """The plan of ``s3.upload``."""
+    return _plan("upload", params)
+
+
+@hookimpl
+def outrider_step_types() -> list[StepType]:
+    """Both are idempotent: done twice, the same bytes are at the same place."""
+    return [
+        StepType(
+            name="s3.download",
+            description="Fetch an object, or everything under a prefix, from an S3-compatible store",
+            params=DownloadParams,
+            outputs=DownloadOutputs,
+            resolve=resolve_download,
+            envs=ENVS,
+            idempotent=True,
+        ),
+        StepType(
+            name="s3.upload",
+            description="Send a file, or a directory as a prefix, to an S3-compatible store",
+            params=UploadParams,
+            outputs=UploadOutputs,
+            resolve=resolve_upload,
+            envs=ENVS,
+            idempotent=True,
+        ),
+    ]
