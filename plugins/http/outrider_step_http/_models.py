@@ -17,7 +17,7 @@ from outrider.steps import ReadPath, WritePath
 # No user:password@: an address is stored and shown, credentials come from the step's envs.
 _URL_PATTERN = r"^[Hh][Tt][Tt][Pp][Ss]?://[^/@?#\s]+([/?][^#\s]*)?$"
 
-_TOKEN_PATTERN = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"  # RFC 9110, section 5.6.2
+_NAME_PATTERN = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"  # RFC 9110, section 5.6.2
 _VALUE_PATTERN = r"^[\t\u0020-\u007e\u0080-\u00ff]*$"
 _CREDENTIALS = ("authorization", "cookie", "proxy-authorization")
 _OURS = (
@@ -38,7 +38,7 @@ def _check_headers(headers: dict[str, str]) -> dict[str, str]:
     seen: set[str] = set()
     for name, value in headers.items():
         folded = name.lower()
-        if not re.fullmatch(_TOKEN_PATTERN, name):
+        if not re.fullmatch(_NAME_PATTERN, name):
             raise ValueError(f"{name!r} is not the name of a header")
         if folded in _CREDENTIALS:
             raise ValueError(f"{name!r} is a credential: give it as the env HTTP_TOKEN, or HTTP_USER and HTTP_PASSWORD")
@@ -76,7 +76,7 @@ Headers = Annotated[
     WithJsonSchema(
         {
             "type": "object",
-            "propertyNames": {"pattern": _TOKEN_PATTERN, "not": {"pattern": _REFUSED_PATTERN}},
+            "propertyNames": {"pattern": _NAME_PATTERN, "not": {"pattern": _REFUSED_PATTERN}},
             "additionalProperties": {"type": "string", "pattern": _VALUE_PATTERN},
         }
     ),

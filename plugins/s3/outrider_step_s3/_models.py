@@ -99,9 +99,7 @@ class TransferParams(BaseModel):
 class DownloadParams(TransferParams):
     """``with:`` of ``s3.download``."""
 
-    to: WritePath = Field(
-        description="The file to write; a directory for a prefix, or when it ends with a slash (the key's last part is the name)"
-    )
+    to: WritePath = Field(description="The file to write, or the directory: for a prefix, or when it ends with a slash")
 
 
 class UploadParams(TransferParams):
