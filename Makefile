@@ -17,11 +17,14 @@ engine: ## a running container engine, installed if there is none
 images: venv engine ## the base image and the step images
 	@$(SUDO) $(PY) deploy/images/build.py
 
+# An engine that was started for these is stopped again; one that was there before is left as it is.
+WITH_ENGINE = code=0; $(SUDO) $(1) || code=$$?; $(SUDO) scripts/engine.sh stop 2>/dev/null; exit $$code
+
 demo: images ## the main job on real input: a game server deployed, played, backed up and stopped
-	@$(SUDO) $(PY) examples/arena/demo.py; code=$$?; $(SUDO) scripts/engine.sh stop || true; exit $$code
+	@$(call WITH_ENGINE,$(PY) examples/arena/demo.py)
 
 test: images ## all tests
-	@$(SUDO) $(PY) -m pytest -q
+	@$(call WITH_ENGINE,$(PY) -m pytest -q)
 
 unit: venv ## the tests that need no container engine
 	@$(PY) -m pytest -q tests/unit
@@ -39,7 +42,7 @@ protos-check: venv ## is outrider/v1 what proto/ generates?
 	@scripts/protos.sh --check
 
 bench: images ## the speed table, as ratios against named alternatives
-	@$(SUDO) $(PY) -m benchmarks
+	@$(call WITH_ENGINE,$(PY) -m benchmarks)
 
 clean: ## remove what was built; images and the engine stay
 	@rm -rf .venv .venv-proto .build .mypy_cache .ruff_cache .pytest_cache .hypothesis

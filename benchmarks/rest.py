@@ -61,7 +61,9 @@ def _start_both(folder: Path, started: list[subprocess.Popen[bytes]]) -> subproc
     started.append(subprocess.Popen([OUTRIDER, "server", "run", "--data-dir", data], **quiet))  # type: ignore[call-overload]
     deadline = time.monotonic() + 30
     while True:
-        added = subprocess.run([OUTRIDER, "node", "add", "rest", "-o", "json"], env=env, stdout=subprocess.PIPE, check=False)
+        added = subprocess.run(
+            [OUTRIDER, "node", "add", "rest", "-o", "json"], env=env, stdout=subprocess.PIPE, check=False
+        )
         if added.returncode == 0:
             break
         if time.monotonic() > deadline:

@@ -11,16 +11,16 @@ from typing import Literal, Protocol
 StreamName = Literal["stdout", "stderr"]
 
 # Labels on everything that Outrider creates; containers are found by them after a restart.
-LABEL_NODE = "outrider.node"          # node id: what lacks it, or has another, is not ours
-LABEL_KIND = "outrider.kind"          # "step", "managed", "pause"
+LABEL_NODE = "outrider.node"  # node id: what lacks it, or has another, is not ours
+LABEL_KIND = "outrider.kind"  # "step", "managed", "pause"
 LABEL_RUN = "outrider.run"
 LABEL_STEP = "outrider.step"
 LABEL_ATTEMPT = "outrider.attempt"
 LABEL_LEASE = "outrider.lease"
-LABEL_PLAN = "outrider.plan"          # SHA-256 of the journalled plan
-LABEL_OBJECT = "outrider.object"      # "kind/name"
-LABEL_SPEC = "outrider.spec"          # SHA-256 of a managed container's specification
-LABEL_NAME = "outrider.name"          # a managed container's name as the pipeline gave it
+LABEL_PLAN = "outrider.plan"  # SHA-256 of the journalled plan
+LABEL_OBJECT = "outrider.object"  # "kind/name"
+LABEL_SPEC = "outrider.spec"  # SHA-256 of a managed container's specification
+LABEL_NAME = "outrider.name"  # a managed container's name as the pipeline gave it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ class ContainerSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = ()
-    user: str | None = None                   # "uid:gid"
+    user: str | None = None  # "uid:gid"
     workdir: str | None = None
-    network: str = "none"                     # "none", "container:<id>", a network's name, "host"
+    network: str = "none"  # "none", "container:<id>", a network's name, "host"
     read_only_root: bool = True
-    tmp_size_bytes: int = 64 * 1024**2        # /tmp as a tmpfs of this size; 0: none
-    cap_add: tuple[str, ...] = ()             # everything is dropped first
+    tmp_size_bytes: int = 64 * 1024**2  # /tmp as a tmpfs of this size; 0: none
+    cap_add: tuple[str, ...] = ()  # everything is dropped first
     devices: tuple[str, ...] = ()
     memory_bytes: int | None = None
     cpus: float | None = None
@@ -67,7 +67,7 @@ class ContainerSpec:
     ports: tuple[PortBinding, ...] = ()
     restart_policy: Literal["no", "on-failure", "unless-stopped", "always"] = "no"
     restart_max: int = 0
-    log_max_bytes: int = 64 * 1024**2         # of the engine's log file, before it rotates
+    log_max_bytes: int = 64 * 1024**2  # of the engine's log file, before it rotates
     log_files: int = 1
     stop_signal: str | None = None
 
@@ -85,7 +85,7 @@ class ContainerInfo:
     oom_killed: bool = False
     error: str = ""
     created_at: datetime | None = None
-    started_at: datetime | None = None        # None: never started
+    started_at: datetime | None = None  # None: never started
     finished_at: datetime | None = None
     ports: tuple[PortBinding, ...] = ()
     mounts: tuple[Mount, ...] = ()
@@ -120,10 +120,10 @@ class EngineEvent:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    name: str                 # "docker"
+    name: str  # "docker"
     version: str
     id: str
-    boot: str                 # changes when the engine restarts
+    boot: str  # changes when the engine restarts
     root: str
     storage_driver: str
 
@@ -137,7 +137,9 @@ class Runtime(Protocol):
     async def info(self) -> EngineInfo:
         """Ask the engine about itself; the way to learn whether it answers."""
 
-    async def ensure_image(self, image: str, *, pull: Literal["missing", "never"], on_progress: PullProgress | None = None) -> str:
+    async def ensure_image(
+        self, image: str, *, pull: Literal["missing", "never"], on_progress: PullProgress | None = None
+    ) -> str:
         """The image's id, pulled if it is missing. NotFound names the image and says what was tried."""
 
     async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:

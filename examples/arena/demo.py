@@ -51,15 +51,21 @@ class Demo:
 
     def outrider(self, *args: str, stdin: str | None = None) -> None:
         """Run one command in sight; a failure ends the demonstration."""
-        print(f"\n\033[1m$ outrider {' '.join(args)}\033[0m" if sys.stdout.isatty() else f"\n$ outrider {' '.join(args)}")
+        print(
+            f"\n\033[1m$ outrider {' '.join(args)}\033[0m" if sys.stdout.isatty() else f"\n$ outrider {' '.join(args)}"
+        )
         sys.stdout.flush()
-        done = subprocess.run([OUTRIDER, *args], env=self.env, cwd=ROOT, input=stdin, text=stdin is not None, check=False)
+        done = subprocess.run(
+            [OUTRIDER, *args], env=self.env, cwd=ROOT, input=stdin, text=stdin is not None, check=False
+        )
         if done.returncode:
             raise SystemExit(f"error: 'outrider {args[0]}' ended with exit code {done.returncode}")
 
     def read(self, *args: str) -> Any:
         """The JSON that a command answers with."""
-        out = subprocess.run([OUTRIDER, *args, "-o", "json"], env=self.env, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        out = subprocess.run(
+            [OUTRIDER, *args, "-o", "json"], env=self.env, cwd=ROOT, stdout=subprocess.PIPE, check=True
+        )
         return json.loads(out.stdout)
 
 
@@ -228,7 +234,11 @@ def wait_until_ready(process: subprocess.Popen[bytes], demo: Demo) -> None:
         if process.poll() is not None:
             break
         probe = subprocess.run(
-            [OUTRIDER, "node", "list", "-o", "json"], env=demo.env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+            [OUTRIDER, "node", "list", "-o", "json"],
+            env=demo.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
         )
         if probe.returncode == 0 and any(node.get("online") for node in json.loads(probe.stdout)):
             return
