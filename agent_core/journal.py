@@ -88,7 +88,7 @@ class Journal:
             self._local.connection = connection
             with self._readers_lock:
                 self._readers.append(connection)
-        return cast(sqlite3.Connection, connection)
+        return cast("sqlite3.Connection", connection)
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         done = self._writer.execute("PRAGMA user_version").fetchone()[0]

@@ -35,7 +35,7 @@ def load(
     file: Path | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Loaded[M]:
-    """Read ``model`` from ``file`` (YAML mapping), ``environ`` (``env_prefix`` + FIELD) and ``flags`` (None: not given).
+    """Read ``model`` from ``file`` (YAML mapping), ``environ`` (``env_prefix`` + FIELD) and ``flags`` (None: not set).
 
     Values of list and mapping fields are JSON in the environment. Raises InvalidInput with every problem.
     """

@@ -122,11 +122,8 @@ def test_an_unknown_node_and_one_that_is_offline(dev: Dev) -> None:
 def test_wrong_token_wrong_authority_wrong_port(dev: Dev, tmp_path: Path) -> None:
     refused(dev.outrider("node", "list", OUTRIDER_TOKEN="not-the-token"), FAILED, "token")
     other = tmp_path / "other.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=other",
-         "-keyout", tmp_path / "key.pem", "-out", other, "-days", "2"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=other", "-days", "2"]
+    subprocess.run([*command, "-keyout", tmp_path / "key.pem", "-out", other], check=True, capture_output=True)
     refused(dev.outrider("node", "list", OUTRIDER_CA=str(other)), FAILED, "certificate")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
