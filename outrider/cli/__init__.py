@@ -1,0 +1,33 @@
+"""The `outrider` command."""
+
+from __future__ import annotations
+
+import sys
+
+from outrider.cli._tree import help_text
+
+
+def main() -> int:
+    """Run the command line of this process; gives the exit code.
+
+    The two answers that need nothing are given before anything is imported.
+    """
+    arguments = sys.argv[1:]
+    if arguments in (["version"], ["--version"]):
+        from outrider import __version__
+
+        sys.stdout.write(f"outrider {__version__}\n")
+        return 0
+    if arguments in ([], ["--help"], ["-h"], ["help"]) and not _completing():
+        sys.stdout.write(help_text())
+        return 0
+    from outrider.cli._main import run
+
+    return run(arguments)
+
+
+def _completing() -> bool:
+    # A shell that asks for completions calls the program with this variable set and without arguments.
+    import os
+
+    return "_OUTRIDER_COMPLETE" in os.environ

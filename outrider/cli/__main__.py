@@ -1,0 +1,7 @@
+"""`python -m outrider.cli`."""
+
+import sys
+
+from outrider.cli import main
+
+sys.exit(main())

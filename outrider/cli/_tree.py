@@ -1,0 +1,57 @@
+"""The tree of commands: what `outrider --help` says, without importing any of them.
+
+`outrider version` and `outrider --help` must start in a few times the start of a bare interpreter. That
+leaves no room even for click, so this module and the two answers that it gives import nothing.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+COMMANDS: dict[str, str] = {
+    "dev": "Start server and agent in one process, for a first try and for tests.",
+    "server": "The server: init, run, config.",
+    "agent": "The agent of a node: run, status, config.",
+    "node": "Nodes: add, list, show, rm.",
+    "pipeline": "Pipelines: validate, schema.",
+    "run": "Run a pipeline on a node and follow it.",
+    "runs": "Runs: list, show, cancel.",
+    "logs": "Logs of runs and containers.",
+    "container": "Containers of nodes: list, inspect, start, stop, restart, rm.",
+    "object": "Objects, their attributes and status: set, get, list, rm.",
+    "env": "Env sets, kept encrypted on the server: set, list, rm.",
+    "events": "Show what happens on the nodes.",
+    "plugin": "Step plugins that are installed here: list.",
+    "completion": "Print the script that completes commands in a shell.",
+    "version": "Print the version.",
+}
+"""Name to help line, in the order of `--help`. Each command is `command` in the module of its name."""
+
+OPTIONS: tuple[tuple[str, str], ...] = (
+    ("--context NAME", "Which server to speak to, of those in the context file  [env: OUTRIDER_CONTEXT]"),
+    ("--context-file FILE", "Where contexts are kept  [env: OUTRIDER_CONTEXT_FILE; ~/.config/outrider/context.yaml]"),
+    ("--debug", "Show the traceback of an unexpected error  [env: OUTRIDER_DEBUG]"),
+    ("--version", "Print the version."),
+    ("-h, --help", "Show this message, or that of a command."),
+)
+
+EPILOG = """\
+OUTRIDER_SERVER, OUTRIDER_CA and OUTRIDER_TOKEN name a server without a context file.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 failed on some nodes, 4 invalid input, 5 timed out."""
+
+
+def help_text() -> str:
+    """What `outrider --help` prints."""
+    return (
+        "Usage: outrider [OPTIONS] COMMAND [ARGS]...\n\n"
+        "  Outrider runs container pipelines on a fleet of nodes.\n\n"
+        f"Options:\n{_columns(OPTIONS)}\n\nCommands:\n{_columns(COMMANDS.items())}\n\n{EPILOG}\n"
+    )
+
+
+def _columns(rows: Iterable[tuple[str, str]]) -> str:
+    pairs = list(rows)
+    width = max(len(left) for left, _ in pairs)
+    return "\n".join(f"  {left:<{width}}  {right}" for left, right in pairs)

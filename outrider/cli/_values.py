@@ -1,0 +1,84 @@
+"""Values that people type: durations, KEY=VALUE, KIND/NAME."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_REF = re.compile(r"[^/\s]+/[^/\s]+")
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """``90``, ``90s``, ``10m``, ``1h30m``; gives seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        found = _DURATION.fullmatch(value)
+        if not value or not found:
+            self.fail(f"{value!r} is not a duration; it reads like 90s, 10m or 1h30m", param, ctx)
+        days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+class Ref(click.ParamType):  # type: ignore[type-arg]
+    """``KIND/NAME``; gives the pair."""
+
+    name = "kind/name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        if not _REF.fullmatch(value):
+            self.fail(f"{value!r} is not the name of an object; it reads like KIND/NAME", param, ctx)
+        kind, _, name = value.partition("/")
+        return kind, name
+
+
+def pair(text: str, what: str) -> tuple[str, str]:
+    """Split ``KEY=VALUE``. The text itself is not repeated in the error: it may hold a secret."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise click.UsageError(f"{what} reads like KEY=VALUE; there is one without a key or without '='")
+    return key, value
+
+
+def pairs(texts: Iterable[str], what: str) -> dict[str, str]:
+    """``KEY=VALUE`` texts as a mapping. Raises UsageError if a key stands there twice."""
+    values: dict[str, str] = {}
+    for text in texts:
+        key, value = pair(text, what)
+        if key in values:
+            raise click.UsageError(f"{what}: {key!r} is given twice")
+        values[key] = value
+    return values
+
+
+def json_or_string(text: str) -> Any:
+    """The JSON value that the text is, or else the text itself. NaN and Infinity are not JSON."""
+
+    def refuse(_constant: str) -> Any:
+        raise ValueError
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return text
+
+
+def typed_argument(text: str, declared: str | None) -> Any:
+    """The value of an argument, by the type that the pipeline declares for it.
+
+    A string stays as it was typed (``1.10`` is a version and not a number), unless it is a JSON string in quotes.
+    """
+    value = json_or_string(text)
+    if declared == "string" and not isinstance(value, str):
+        return text
+    return value
