@@ -1,0 +1,191 @@
+"""The embedded store: SQLite in WAL mode, one writer thread that commits in groups, a few readers.
+
+One writer, because SQLite has one: with several connections that write, "database is locked" is what loses
+work under load. Errors of SQLAlchemy and sqlite3 are translated here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from sqlalchemy import Connection, Engine, create_engine, event, exc
+from sqlalchemy.pool import NullPool, QueuePool
+
+from outrider.errors import Conflict, InvalidInput, OutriderError, PermanentError, TemporaryError
+from server_core.store import migrate
+
+T = TypeVar("T")
+Work = Callable[[Connection], T]
+
+_MAX_GROUP = 500
+_READERS = 4
+# The check reads the whole file: about half a second for this much.
+_CHECKED_UP_TO_BYTES = 256 * 1024**2
+
+
+class SqliteDatabase:
+    """The `server_core.store.base.Database` of one file.
+
+    Opening it brings its schema up to date. Raises InvalidInput if the file is no store, is damaged, or was
+    written by a newer version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        self._writer_engine = _engine(path, writing=True)
+        self._reader_engine = _engine(path, writing=False)
+        self._queue: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
+        self._closed = False
+        try:
+            if path.stat().st_size < _CHECKED_UP_TO_BYTES:
+                _refuse_damaged(self._writer_engine)
+            migrate.upgrade(self._writer_engine)
+        except (exc.DatabaseError, sqlite3.DatabaseError) as error:
+            self._dispose()
+            raise _unusable(path, error) from error
+        except OutriderError:
+            self._dispose()
+            raise
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._thread.start()
+
+    async def write(self, work: Work[T]) -> T:
+        future: Future[T] = Future()
+        if self._closed:
+            raise TemporaryError("the store is closed", code="unavailable")
+        self._queue.put((work, future))
+        # Shielded: a caller that gives up must not make the writer skip half of a decision.
+        return await asyncio.shield(asyncio.wrap_future(future))
+
+    async def read(self, work: Work[T]) -> T:
+        if self._closed:
+            raise TemporaryError("the store is closed", code="unavailable")
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join()
+        self._dispose()
+
+    def _dispose(self) -> None:
+        self._readers.shutdown(wait=True)
+        self._reader_engine.dispose()
+        self._writer_engine.dispose()
+
+    def _read(self, work: Work[T]) -> T:
+        try:
+            with self._reader_engine.connect() as connection:
+                return work(connection)
+        except exc.DBAPIError as error:
+            raise translate(error) from error
+
+    def _run(self) -> None:
+        with self._writer_engine.connect() as connection:
+            while True:
+                group = self._next_group()
+                ending = group[-1] is None
+                work = cast("list[tuple[Work[Any], Future[Any]]]", group[:-1] if ending else group)
+                if work:
+                    _commit(connection, work)
+                if ending:
+                    return
+
+    def _next_group(self) -> list[tuple[Work[Any], Future[Any]] | None]:
+        group = [self._queue.get()]
+        while group[-1] is not None and len(group) < _MAX_GROUP:
+            try:
+                group.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return group
+
+
+def _commit(connection: Connection, group: list[tuple[Work[Any], Future[Any]]]) -> None:
+    """One transaction for all of ``group``, each in a savepoint; they are answered once it is on the disk."""
+    answers: list[tuple[Future[Any], Any, BaseException | None]] = []
+    try:
+        with connection.begin():
+            for work, future in group:
+                try:
+                    with connection.begin_nested():
+                        answers.append((future, work(connection), None))
+                except exc.DBAPIError as error:
+                    answers.append((future, None, translate(error)))
+                except BaseException as error:  # the caller's own, handed back to it
+                    answers.append((future, None, error))
+    except BaseException as error:
+        refusal = translate(error) if isinstance(error, exc.DBAPIError) else error
+        answers = [(future, None, refusal) for _, future in group]
+    for future, value, problem in answers:
+        if problem is None:
+            future.set_result(value)
+        else:
+            future.set_exception(problem)
+
+
+def translate(error: exc.DBAPIError) -> OutriderError:
+    """The OutriderError that a database error stands for."""
+    text = str(error.orig)
+    if isinstance(error, exc.IntegrityError):
+        return Conflict(f"the store refused it: {text}")
+    if "disk is full" in text or "disk I/O" in text:
+        return TemporaryError(f"the store can't be written: {text}", code="store_unwritable", hint="look at the disk")
+    if isinstance(error, exc.OperationalError):
+        return TemporaryError(f"the store failed: {text}", code="store_failed")
+    return PermanentError(f"the store failed: {text}", code="store_failed")
+
+
+def _unusable(path: Path, error: BaseException) -> InvalidInput:
+    text = str(getattr(error, "orig", None) or error)
+    if "not a database" in text or "malformed" in text:
+        return InvalidInput(
+            f"the store {path} is damaged or is not a store: {text}",
+            code="store_damaged",
+            hint="restore it from a backup, or move it away and run `outrider server init`",
+        )
+    return InvalidInput(f"the store {path} can't be opened: {text}", code="store_unusable")
+
+
+def _refuse_damaged(engine: Engine) -> None:
+    with engine.connect() as connection:
+        result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    if result != "ok":
+        raise sqlite3.DatabaseError(f"malformed: {result}")
+
+
+def _engine(path: Path, *, writing: bool) -> Engine:
+    engine = create_engine(
+        f"sqlite:///{path}",
+        poolclass=NullPool if writing else QueuePool,
+        connect_args={"timeout": 10, "check_same_thread": False},
+        **({} if writing else {"pool_size": _READERS, "max_overflow": 0}),
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: sqlite3.Connection, _record: object) -> None:
+        connection.isolation_level = None  # transactions begin where we say so, not where the driver guesses
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+            connection.execute(f"PRAGMA {pragma}")
+        if not writing:
+            connection.execute("PRAGMA query_only=ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+    return engine
