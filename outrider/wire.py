@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import grpc
@@ -309,7 +309,7 @@ def duration(seconds: float | None) -> Duration | None:
     if seconds is None:
         return None
     message = Duration()
-    message.FromTimedelta(timedelta(seconds=seconds))
+    message.FromMicroseconds(round(seconds * 1e6))
     return message
 
 
