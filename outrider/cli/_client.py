@@ -8,7 +8,6 @@ import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
@@ -24,7 +23,7 @@ from outrider.errors import (
 from outrider.retry import RetryPolicy
 from outrider.tls import CLIENT_OPTIONS, read_ca
 from outrider.v1.control_service_pb2_grpc import ControlServiceStub
-from outrider.wire import from_rpc_error
+from outrider.wire import STATUS_DETAILS_KEY, from_rpc_error
 
 R = TypeVar("R")
 
@@ -63,9 +62,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_raised: object) -> None:
         self._channel.close()
 
     def call(self, method: Callable[..., R], request: Any, *, timeout_s: float = CALL_TIMEOUT_S) -> R:
@@ -103,9 +100,8 @@ class Client:
                 f"the server at {server} does not know this call", hint="it is not an Outrider server, or an older one"
             )
         if _connection_lost(error):
-            return diagnose(self.target, PATIENCE_S) or Unavailable(
-                f"the connection to the server at {server} was lost"
-            )
+            lost = Unavailable(f"the connection to the server at {server} was lost")
+            return diagnose(self.target, PATIENCE_S) or lost
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and not _has_detail(error):
             return OperationTimeout(f"the server at {server} gave no answer within {timeout_s:g} s")
         return from_rpc_error(error, target=f"the server at {server}")
@@ -136,8 +132,8 @@ class Client:
 
 
 def _has_detail(error: grpc.RpcError) -> bool:
-    trailing = error.trailing_metadata() if isinstance(error, grpc.Call) else None
-    return any(key == "grpc-status-details-bin" for key, _ in trailing or ())
+    trailing: Any = error.trailing_metadata() if isinstance(error, grpc.Call) else None
+    return any(key == STATUS_DETAILS_KEY for key, _ in trailing or ())
 
 
 def _connection_lost(error: grpc.RpcError) -> bool:

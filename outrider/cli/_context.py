@@ -7,7 +7,7 @@
       dev: {server: "127.0.0.1:8443", ca: /…/ca.pem, token: …, node: dev}
 
 It holds tokens, so it is its owner's alone (0600). ``OUTRIDER_SERVER``, ``OUTRIDER_CA`` and ``OUTRIDER_TOKEN``
-stand in for a context; a token of the file is never sent to a server that the environment names.
+win over what a context says.
 """
 
 from __future__ import annotations
@@ -98,37 +98,46 @@ class ContextFile:
             raise
 
 
-def find_target(environ: Mapping[str, str], name: str | None, path: Path | None) -> Target:
-    """The server that is meant: a context named by option, else the environment, else the current context."""
-    server = environ.get("OUTRIDER_SERVER")
-    if server and name is None:
-        token = environ.get("OUTRIDER_TOKEN", "")
-        if not token:
-            raise InvalidInput("OUTRIDER_SERVER is set but OUTRIDER_TOKEN is not", hint="set the operator's token")
-        return _target(
-            {"server": server, "ca": environ.get("OUTRIDER_CA"), "token": token, "node": environ.get("OUTRIDER_NODE")},
-            "OUTRIDER_SERVER",
-            "OUTRIDER_TOKEN",
-        )
-    file = ContextFile(path or default_file(environ))
+def locate(environ: Mapping[str, str], context: str | None) -> tuple[Path, str | None]:
+    """The context file, and the name in it that is asked for, if any, of what ``--context`` says.
+
+    It is a file if it reads like a path, else a name in the user's own file.
+    """
+    if context and ("/" in context or context.endswith((".yaml", ".yml"))):
+        return Path(context).expanduser(), None
+    return default_file(environ), context or None
+
+
+def find_target(environ: Mapping[str, str], context: str | None) -> Target:
+    """The server that is meant: what the environment says, and for the rest the context.
+
+    Raises InvalidInput if nothing says where it is, or what does is malformed.
+    """
+    path, name = locate(environ, context)
+    server, token = environ.get("OUTRIDER_SERVER"), environ.get("OUTRIDER_TOKEN")
+    file = ContextFile(path)
     chosen = name or file.current
-    if chosen is None:
+    if chosen is not None and chosen not in file.contexts:
+        known = ", ".join(sorted(file.contexts)) or "none"
+        raise InvalidInput(f"there is no context {chosen!r} in {path}", code="no_context", hint=f"there: {known}")
+    if chosen is None and not server:
         raise InvalidInput(
-            f"no server is known: there is no context in {file.path} and OUTRIDER_SERVER is not set",
+            f"no server is known: there is no context in {path} and OUTRIDER_SERVER is not set",
             code="no_context",
             hint="`outrider dev` starts one and writes a context",
         )
-    if chosen not in file.contexts:
-        known = ", ".join(sorted(file.contexts)) or "none"
-        raise InvalidInput(f"there is no context {chosen!r} in {file.path}", hint=f"there: {known}")
-    entry = dict(file.contexts[chosen])
-    source = token_source = f"context {chosen!r} in {file.path}"
-    if environ.get("OUTRIDER_TOKEN"):
-        entry["token"], token_source = environ["OUTRIDER_TOKEN"], "OUTRIDER_TOKEN"
-    if environ.get("OUTRIDER_CA"):
-        entry["ca"] = environ["OUTRIDER_CA"]
-    if environ.get("OUTRIDER_NODE"):
-        entry["node"] = environ["OUTRIDER_NODE"]
+    entry = dict(file.contexts[chosen]) if chosen else {}
+    source = token_source = f"context {chosen!r} in {path}"
+    if server:
+        # With the context's own CA, no one but its server gets the token. Without, anyone's server would.
+        if not token and not entry.get("ca"):
+            raise InvalidInput("OUTRIDER_SERVER is set but OUTRIDER_TOKEN is not", hint="set the operator's token")
+        entry["server"], source = server, "OUTRIDER_SERVER"
+    if token:
+        entry["token"], token_source = token, "OUTRIDER_TOKEN"
+    for variable, field in (("OUTRIDER_CA", "ca"), ("OUTRIDER_NODE", "node")):
+        if environ.get(variable):
+            entry[field] = environ[variable]
     return _target(entry, source, token_source)
 
 

@@ -25,7 +25,7 @@ def read_bytes(path: Path, *, at_most: int | None = None) -> bytes:
     except OSError as error:
         raise InvalidInput(f"{path} can't be read: {error.strerror}", code="file_unreadable") from error
     if at_most is not None and len(data) > at_most:
-        raise InvalidInput(f"{path} is larger than {at_most // 1024} KiB", code="too_large")
+        raise InvalidInput(f"{path} is larger than {at_most / 1024**2:g} MiB", code="too_large")
     return data
 
 

@@ -9,7 +9,6 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,15 +30,14 @@ INTERRUPTED = 130
 class App:
     """The options that every command shares; click hands it on as ``obj``."""
 
-    context: str | None = None
-    context_file: Path | None = None
+    context: str | None = None  # a name, or a file
     debug: bool = False
 
     def target(self) -> Target:
         """Where the server is, by the environment and the context file. Raises InvalidInput if nothing says so."""
         from outrider.cli._context import find_target
 
-        return find_target(os.environ, self.context, self.context_file)
+        return find_target(os.environ, self.context)
 
     def client(self) -> Client:
         """A connection to the server; a context manager. Raises Unavailable with the cause in one sentence."""
@@ -65,15 +63,12 @@ class Root(click.Group):
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
-@click.option("--context", metavar="NAME", envvar="OUTRIDER_CONTEXT")
-@click.option(
-    "--context-file", metavar="FILE", envvar="OUTRIDER_CONTEXT_FILE", type=click.Path(path_type=Path, dir_okay=False)
-)
+@click.option("--context", metavar="NAME|FILE", envvar="OUTRIDER_CONTEXT")
 @click.option("--debug", is_flag=True, envvar="OUTRIDER_DEBUG")
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=lambda *a: _print_version(*a))
 @click.pass_context
-def root(ctx: click.Context, context: str | None, context_file: Path | None, debug: bool) -> None:
-    ctx.obj = App(context, context_file, debug)
+def root(ctx: click.Context, context: str | None, debug: bool) -> None:
+    ctx.obj = App(context, debug)
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -93,13 +88,13 @@ def run(arguments: Sequence[str]) -> int:
         return result if isinstance(result, int) else DONE
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "outrider"
-        _say(f"{error.format_message().rstrip('.')} (see `{where} --help`)")
+        say_error(f"{error.format_message().rstrip('.')} (see `{where} --help`)")
         return USAGE
     except click.ClickException as error:
-        _say(error.format_message())
+        say_error(error.format_message())
         return INVALID if isinstance(error, click.FileError) else FAILED
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
+        say_error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has read enough. Python would complain again when it flushes at exit.
@@ -124,14 +119,15 @@ def exit_code(error: OutriderError) -> int:
 def print_error(error: OutriderError) -> None:
     """Say an error on stderr: a sentence, then, if it carries several problems, one line for each."""
     problems = error.problems if isinstance(error, InvalidInput) else ()
-    _say(str(error))
+    say_error(str(error))
     # A message that is made of its problems (the configuration's, say) is not followed by them again.
     for problem in problems:
         if str(problem) not in str(error):
             click.echo(f"  {problem}", err=True)
 
 
-def _say(sentence: str) -> None:
+def say_error(sentence: str) -> None:
+    """Say one sentence on stderr, marked as an error."""
     label = click.style("error:", fg="red", bold=True)
     click.echo(f"{label} {' '.join(sentence.splitlines())}", err=True)
 
@@ -141,14 +137,14 @@ def _unexpected(error: Exception, debug: bool) -> int:
     sentence = f"this is a defect of outrider: {type(error).__name__}: {error}"
     if debug:
         traceback.print_exc()
-        _say(sentence)
+        say_error(sentence)
         return FAILED
     try:
         handle, name = tempfile.mkstemp(prefix="outrider-error-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             traceback.print_exc(file=file)
     except OSError:
-        _say(f"{sentence} (run it again with --debug to see where)")
+        say_error(f"{sentence} (run it again with --debug to see where)")
     else:
-        _say(f"{sentence} (what happened is in {name})")
+        say_error(f"{sentence} (what happened is in {name})")
     return FAILED

@@ -129,7 +129,7 @@ def seconds_between(start: Any, end: Any) -> float | None:
     """Seconds from one protobuf time to another; None if one is not set."""
     if not start.seconds or not end.seconds:
         return None
-    return max(0.0, float(end.seconds - start.seconds) + (end.nanos - start.nanos) / 1e9)
+    return max(0.0, float(end.seconds - start.seconds + (end.nanos - start.nanos) / 1e9))
 
 
 def duration(seconds: float | None) -> str:

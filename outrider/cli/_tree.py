@@ -30,15 +30,15 @@ COMMANDS: dict[str, str] = {
 """Name to help line, in the order of `--help`. Each command is `command` in the module of its name."""
 
 OPTIONS: tuple[tuple[str, str], ...] = (
-    ("--context NAME", "Which server to speak to, of those in the context file  [env: OUTRIDER_CONTEXT]"),
-    ("--context-file FILE", "Where contexts are kept  [env: OUTRIDER_CONTEXT_FILE; ~/.config/outrider/context.yaml]"),
+    ("--context NAME|FILE", "A context's name, or a context file instead of ~/.config/outrider/context.yaml"),
+    ("", "[env: OUTRIDER_CONTEXT]"),
     ("--debug", "Show the traceback of an unexpected error  [env: OUTRIDER_DEBUG]"),
     ("--version", "Print the version."),
     ("-h, --help", "Show this message, or that of a command."),
 )
 
 EPILOG = """\
-OUTRIDER_SERVER, OUTRIDER_CA and OUTRIDER_TOKEN name a server without a context file.
+OUTRIDER_SERVER, OUTRIDER_CA, OUTRIDER_TOKEN and OUTRIDER_NODE win over what the context says.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 failed on some nodes, 4 invalid input, 5 timed out."""
 
 

@@ -65,7 +65,9 @@ def test_a_plugin_imports_nothing_of_ours_but_the_step_sdk() -> None:
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
     strays = []
-    for file in [ROOT / "outrider/__init__.py", *(ROOT / "outrider/cli").glob("*.py")]:
+    # _client.py is the connection: commands import it when they connect (tests/unit/test_cli_start.py looks).
+    commands = [file for file in (ROOT / "outrider/cli").glob("*.py") if file.name != "_client.py"]
+    for file in [ROOT / "outrider/__init__.py", *commands]:
         for line, module in imports(file, top_level=True):
             if module.split(".")[0] in HEAVY:
                 strays.append(f"{file.relative_to(ROOT)}:{line} imports {module}")
