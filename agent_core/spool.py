@@ -1,0 +1,260 @@
+"""The log spool: masked output of steps on disk, by run, step, attempt and stream, until the server has it.
+
+Writing never waits for a disk on the event loop: a thread appends. What is handed in while too much is
+queued, or while the spool is full, is not kept: the writer of the log hears of it and fetches it from the
+engine's own log later, or cuts the log and records the gap in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from agent_core.journal import Journal
+from agent_core.runtimes.base import StreamName
+from outrider.v1 import types_pb2 as types
+
+MIGRATION = """
+CREATE TABLE logs (
+    run_id TEXT NOT NULL,
+    step TEXT NOT NULL,
+    attempt INTEGER NOT NULL,
+    stream TEXT NOT NULL,            -- stdout, stderr
+    acked INTEGER NOT NULL DEFAULT 0,
+    length INTEGER,                  -- of the whole, gap included; NULL: still written
+    gap INTEGER NOT NULL DEFAULT 0,  -- bytes missing at the end; -1: some, the number can't be known
+    PRIMARY KEY (run_id, step, attempt, stream)
+) STRICT;
+"""
+
+STREAMS: tuple[StreamName, ...] = ("stdout", "stderr")
+WIRE_STREAM = {"stdout": types.LOG_STREAM_STDOUT, "stderr": types.LOG_STREAM_STDERR}
+_QUEUE_BYTES = 8 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class LogKey:
+    """A log is one stream of one attempt."""
+
+    run_id: str
+    step: str
+    attempt: int
+    stream: StreamName
+
+
+class LogFile:
+    """One log. ``accepted`` bytes were taken, ``written`` of them can be read back, ``acked`` the server has."""
+
+    def __init__(self, key: LogKey, path: Path, acked: int = 0) -> None:
+        self.key = key
+        self.path = path
+        size = path.stat().st_size if path.exists() else 0
+        self.accepted = size
+        self.written = size
+        self.acked = acked
+        self.length: int | None = None
+        self.gap = 0
+        self.sent = acked  # of the present stream to the server; begins anew with each
+        self.descriptor: int | None = None
+
+    @property
+    def done(self) -> bool:
+        """Nothing will be added."""
+        return self.length is not None
+
+    @property
+    def settled(self) -> bool:
+        """Done, and the server has all of it."""
+        return self.length is not None and self.acked >= self.length
+
+
+class Spool:
+    """All logs under ``root``. ``max_bytes`` bounds what waits here for the server."""
+
+    def __init__(self, root: Path, journal: Journal, *, max_bytes: int = 1024**3) -> None:
+        self._root = root
+        self._journal = journal
+        self._max_bytes = max_bytes
+        self._logs: dict[LogKey, LogFile] = {}
+        self._bytes = 0
+        self._queued = 0
+        self._queue: queue.SimpleQueue[tuple[LogFile, bytes] | Future[None] | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._signalled = False
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._load()
+        self._thread = threading.Thread(target=self._write, name="spool", daemon=True)
+        self._thread.start()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes kept for the server."""
+        return self._bytes
+
+    async def open(self, run_id: str, step: str, attempt: int) -> dict[StreamName, LogFile]:
+        """Both logs of an attempt, new or as they were when the agent stopped."""
+        keys = [LogKey(run_id, step, attempt, stream) for stream in STREAMS]
+        missing = [key for key in keys if key not in self._logs]
+        for key in missing:
+            self._logs[key] = LogFile(key, self._path(key))
+        if missing:
+            rows = [(key.run_id, key.step, key.attempt, key.stream) for key in missing]
+            sql = "INSERT OR IGNORE INTO logs (run_id, step, attempt, stream) VALUES (?, ?, ?, ?)"
+            # Not awaited: the log's row needs to be there before its end is recorded, and the writer keeps the order.
+            self._journal.submit(lambda db: db.executemany(sql, rows) and None)
+        return {key.stream: self._logs[key] for key in keys}
+
+    def append(self, log: LogFile, data: bytes) -> bool:
+        """Take ``data``, or refuse it (False): too much is queued, or the spool is full. Never waits."""
+        if self._queued + len(data) > _QUEUE_BYTES or self._bytes + len(data) > self._max_bytes:
+            return False
+        log.accepted += len(data)
+        self._queued += len(data)
+        self._bytes += len(data)
+        self._queue.put((log, data))
+        return True
+
+    async def flush(self) -> None:
+        """Until everything taken so far can be read back."""
+        future: Future[None] = Future()
+        self._queue.put(future)
+        await asyncio.wrap_future(future)
+
+    def finished(self, log: LogFile, *, gap: int = 0) -> Callable[[sqlite3.Connection], object]:
+        """The log has ended (a change for `State.commit`); ``gap`` bytes are missing at its end, -1: unknown."""
+        log.gap = gap
+        log.length = log.accepted + max(0, gap)
+        row = (log.length, gap, log.key.run_id, log.key.step, log.key.attempt, log.key.stream)
+        self._signal()
+        return lambda db: db.execute(
+            "UPDATE logs SET length = ?, gap = ? WHERE run_id = ? AND step = ? AND attempt = ? AND stream = ?", row
+        )
+
+    async def sync(self, logs: Iterable[LogFile]) -> None:
+        """Put them on the disk: from then on the engine's copy is not needed any more."""
+        paths = [log.path for log in logs if log.path.exists()]
+        await asyncio.to_thread(_sync, paths)
+
+    def pending(self) -> list[LogFile]:
+        """Logs that have something to send, or whose end is to be told, the oldest first."""
+        return [log for log in self._logs.values() if log.sent < (log.length if log.done else log.written)]
+
+    def read(self, log: LogFile, offset: int, limit: int) -> bytes:
+        """Bytes from ``offset``, at most ``limit``; none beyond what is written."""
+        count = min(limit, log.written - offset)
+        if count <= 0:
+            return b""
+        with log.path.open("rb") as file:
+            return os.pread(file.fileno(), count, offset)
+
+    async def acknowledge(self, key: LogKey, offset: int) -> None:
+        """The server has everything before ``offset``. A log that is done and all there is forgotten."""
+        log = self._logs.get(key)
+        if log is None or offset <= log.acked and not log.settled:
+            return
+        log.acked = max(offset, log.acked)
+        log.sent = max(log.sent, log.acked)
+        if not log.settled:
+            return
+        del self._logs[key]
+        self._bytes -= log.accepted
+        row = (key.run_id, key.step, key.attempt, key.stream)
+        sql = "DELETE FROM logs WHERE run_id = ? AND step = ? AND attempt = ? AND stream = ?"
+        await self._journal.write(lambda db: db.execute(sql, row) and None)
+        self._close(log)
+        log.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            log.path.parent.rmdir()
+            log.path.parent.parent.rmdir()
+
+    def rewind(self, positions: dict[LogKey, int] | None = None) -> None:
+        """Send again from what is acknowledged, or from where the server says that it is."""
+        for log in self._logs.values():
+            log.sent = (positions or {}).get(log.key, log.acked)
+        self._signal()
+
+    async def wait(self) -> None:
+        """Until something was written or ended since the last wait."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    def remove_run(self, run_id: str) -> None:
+        """Drop the directory of a run whose logs are all acknowledged."""
+        if not any(key.run_id == run_id for key in self._logs):
+            shutil.rmtree(self._root / run_id, ignore_errors=True)
+
+    def close(self) -> None:
+        """Write what was taken, then stop."""
+        self._queue.put(None)
+        self._thread.join()
+        for log in self._logs.values():
+            self._close(log)
+
+    def _path(self, key: LogKey) -> Path:
+        return self._root / key.run_id / key.step / f"{key.attempt}.{key.stream}"
+
+    def _load(self) -> None:
+        for row in self._journal.query_now("SELECT * FROM logs ORDER BY rowid"):
+            key = LogKey(row["run_id"], row["step"], row["attempt"], cast(StreamName, row["stream"]))
+            log = LogFile(key, self._path(key), row["acked"])
+            if row["length"] is not None:
+                log.length, log.gap = row["length"], row["gap"]
+                present = log.length - max(0, log.gap)
+                if log.accepted < present:  # the machine lost power before the file was on the disk
+                    log.gap = log.length - log.accepted
+            self._logs[key] = log
+            self._bytes += log.accepted
+
+    def _write(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, Future):
+                item.set_result(None)
+                continue
+            log, data = item
+            try:
+                if log.descriptor is None:
+                    log.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                    log.descriptor = os.open(log.path, flags, 0o600)
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(log.descriptor, view) :]
+            except OSError:
+                # A full disk: the file is shorter than what was taken; the difference is reported as a gap.
+                continue
+            finally:
+                self._loop.call_soon_threadsafe(self._wrote, log, len(data))
+
+    def _wrote(self, log: LogFile, size: int) -> None:
+        self._queued -= size
+        with contextlib.suppress(OSError):
+            log.written = log.path.stat().st_size
+        self._signal()
+
+    def _signal(self) -> None:
+        self._changed.set()
+
+    def _close(self, log: LogFile) -> None:
+        if log.descriptor is not None:
+            os.close(log.descriptor)
+            log.descriptor = None
+
+
+def _sync(paths: list[Path]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,339 @@
+"""What the agent's journal holds of runs: acceptance, plans, intents, results, cancellations.
+
+Each method hands one transaction to the journal and returns when it is on the disk. A change and the
+outbox row that reports it belong to the same transaction: what happened is reported, or did not happen.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from agent_core import outbox, spool
+from agent_core.journal import Journal
+from outrider.v1 import node_service_pb2 as pb
+from outrider.v1 import types_pb2 as types
+
+MIGRATION = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+
+CREATE TABLE commands (
+    command_id TEXT PRIMARY KEY,
+    digest BLOB NOT NULL,
+    received_at REAL NOT NULL,
+    result BLOB                      -- CommandResult; NULL: not answered yet
+) STRICT;
+
+CREATE TABLE runs (
+    run_id TEXT PRIMARY KEY,
+    lease_id TEXT NOT NULL,
+    command BLOB NOT NULL,           -- RunPipeline as it came
+    state INTEGER NOT NULL,          -- outrider.v1.RunState
+    failure BLOB,                    -- outrider.v1.Failure
+    cancel TEXT,                     -- JSON {"reason", "grace_s"}; NULL: not asked for
+    accepted_at REAL NOT NULL,
+    started_at REAL,
+    finished_at REAL,
+    boot_id TEXT NOT NULL,           -- of the machine, when it was accepted
+    boot_clock REAL NOT NULL         -- CLOCK_BOOTTIME then, in seconds
+) STRICT;
+CREATE INDEX runs_state ON runs (state);
+
+CREATE TABLE steps (
+    run_id TEXT NOT NULL REFERENCES runs ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    status BLOB NOT NULL,            -- outrider.v1.StepStatus
+    plan TEXT,                       -- the step plan, resolved once; JSON
+    params TEXT,                     -- the validated parameters; JSON
+    PRIMARY KEY (run_id, name)
+) STRICT;
+
+CREATE TABLE attempts (
+    run_id TEXT NOT NULL REFERENCES runs ON DELETE CASCADE,
+    step TEXT NOT NULL,
+    attempt INTEGER NOT NULL,
+    container TEXT NOT NULL,         -- the derived name
+    phase TEXT NOT NULL,             -- intended, started, done
+    boot_id TEXT NOT NULL,
+    boot_clock REAL NOT NULL,        -- CLOCK_BOOTTIME of the intent: the step's timeout counts from here
+    PRIMARY KEY (run_id, step, attempt)
+) STRICT;
+"""
+
+
+def migrations() -> list[str]:
+    """All scripts of the agent's journal, in the order in which they came; never edited, only added to."""
+    from agent_core import containers, identities, ports, volumes
+
+    return [
+        MIGRATION,
+        outbox.MIGRATION,
+        spool.MIGRATION,
+        volumes.MIGRATION,
+        identities.MIGRATION,
+        ports.MIGRATION,
+        containers.MIGRATION,
+    ]
+
+
+TERMINAL_RUNS = frozenset(
+    {
+        types.RUN_STATE_SUCCEEDED,
+        types.RUN_STATE_FAILED,
+        types.RUN_STATE_CANCELLED,
+        types.RUN_STATE_UNKNOWN,
+    }
+)
+TERMINAL_STEPS = frozenset(
+    {
+        types.STEP_STATE_SUCCEEDED,
+        types.STEP_STATE_FAILED,
+        types.STEP_STATE_SKIPPED,
+        types.STEP_STATE_CANCELLED,
+        types.STEP_STATE_UNKNOWN,
+    }
+)
+
+Phase = Literal["intended", "started", "done"]
+Change = Callable[[sqlite3.Connection], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Monotonic time that says which boot of the machine it belongs to."""
+
+    boot_id: str
+
+    @classmethod
+    def of_this_boot(cls) -> Clock:
+        try:
+            return cls(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        except OSError:
+            return cls("unknown")
+
+    def now(self) -> float:
+        """Seconds since the boot, time asleep included."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def since(self, boot_id: str, boot_clock: float) -> float:
+        """Seconds since that moment; 0 if it lies before this boot, because then nobody can tell."""
+        return max(0.0, self.now() - boot_clock) if boot_id == self.boot_id else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellation:
+    reason: str
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    status: types.StepStatus
+    plan: dict[str, Any] | None
+    params: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    attempt: int
+    container: str
+    phase: Phase
+    boot_id: str
+    boot_clock: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    command: pb.RunPipeline
+    state: int
+    cancel: Cancellation | None
+    started_at: float | None
+    boot_id: str
+    boot_clock: float
+    steps: dict[str, StepRecord]
+    attempts: dict[str, AttemptRecord]  # the last one of each step
+
+
+class State:
+    """The repository of runs. Reads are for start-up and reports; the engine keeps what it works on in memory."""
+
+    def __init__(self, journal: Journal, clock: Clock | None = None) -> None:
+        self.journal = journal
+        self.clock = clock or Clock.of_this_boot()
+
+    async def commit(self, *changes: Change) -> None:
+        """Apply all changes in one transaction; returns when it is on the disk."""
+
+        def work(db: sqlite3.Connection) -> None:
+            for change in changes:
+                change(db)
+
+        await self.journal.write(work)
+
+    async def get_meta(self, key: str) -> str | None:
+        rows = await self.journal.query("SELECT value FROM meta WHERE key = ?", (key,))
+        return str(rows[0]["value"]) if rows else None
+
+    async def set_meta(self, key: str, value: str) -> None:
+        await self.journal.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
+
+    def held(self) -> list[types.HeldRun]:
+        """Every run whose row is kept: those that are not terminal, and those whose end is not acknowledged."""
+        rows = self.journal.query_now("SELECT run_id, lease_id, state FROM runs ORDER BY accepted_at")
+        return [types.HeldRun(run_id=row["run_id"], lease_id=row["lease_id"], state=row["state"]) for row in rows]
+
+    def unfinished(self) -> list[RunRecord]:
+        """The runs to go on with after a restart, in the order in which they were accepted."""
+        marks = ",".join("?" * len(TERMINAL_RUNS))
+        sql = f"SELECT * FROM runs WHERE state NOT IN ({marks}) ORDER BY accepted_at"  # noqa: S608 - question marks
+        return [self._record(row) for row in self.journal.query_now(sql, tuple(TERMINAL_RUNS))]
+
+    def find(self, run_id: str) -> RunRecord | None:
+        rows = self.journal.query_now("SELECT * FROM runs WHERE run_id = ?", (run_id,))
+        return self._record(rows[0]) if rows else None
+
+    def _record(self, row: sqlite3.Row) -> RunRecord:
+        run_id = row["run_id"]
+        steps = {
+            each["name"]: StepRecord(
+                types.StepStatus.FromString(each["status"]),
+                json.loads(each["plan"]) if each["plan"] else None,
+                json.loads(each["params"]) if each["params"] else None,
+            )
+            for each in self.journal.query_now("SELECT * FROM steps WHERE run_id = ? ORDER BY position", (run_id,))
+        }
+        attempts = {
+            each["step"]: AttemptRecord(
+                each["attempt"], each["container"], each["phase"], each["boot_id"], each["boot_clock"]
+            )
+            for each in self.journal.query_now("SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt", (run_id,))
+        }
+        cancel = json.loads(row["cancel"]) if row["cancel"] else None
+        return RunRecord(
+            command=pb.RunPipeline.FromString(row["command"]),
+            state=row["state"],
+            cancel=Cancellation(cancel["reason"], cancel["grace_s"]) if cancel else None,
+            started_at=row["started_at"],
+            boot_id=row["boot_id"],
+            boot_clock=row["boot_clock"],
+            steps=steps,
+            attempts=attempts,
+        )
+
+    # Changes, to be handed to `commit`.
+
+    def accept_run(self, command: pb.RunPipeline, steps: Sequence[types.StepStatus]) -> Change:
+        """A run is taken on: from here it is never lost."""
+        blob, now, boot_clock = command.SerializeToString(), time.time(), self.clock.now()
+        rows = [(command.run_id, each.name, i, each.SerializeToString()) for i, each in enumerate(steps)]
+
+        def change(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT OR IGNORE INTO runs (run_id, lease_id, command, state, accepted_at, boot_id, boot_clock)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    command.run_id,
+                    command.lease_id,
+                    blob,
+                    types.RUN_STATE_DISPATCHED,
+                    now,
+                    self.clock.boot_id,
+                    boot_clock,
+                ),
+            )
+            db.executemany("INSERT OR IGNORE INTO steps (run_id, name, position, status) VALUES (?, ?, ?, ?)", rows)
+
+        return change
+
+    def run_state(
+        self,
+        run_id: str,
+        state: int,
+        *,
+        failure: types.Failure | None = None,
+        started_at: float | None = None,
+        finished_at: float | None = None,
+    ) -> Change:
+        blob = failure.SerializeToString() if failure is not None else None
+        return lambda db: db.execute(
+            "UPDATE runs SET state = ?, failure = coalesce(?, failure), started_at = coalesce(?, started_at),"
+            " finished_at = coalesce(?, finished_at) WHERE run_id = ?",
+            (state, blob, started_at, finished_at, run_id),
+        )
+
+    def step_status(self, run_id: str, status: types.StepStatus) -> Change:
+        blob, name = status.SerializeToString(), status.name
+        return lambda db: db.execute(
+            "UPDATE steps SET status = ? WHERE run_id = ? AND name = ?", (blob, run_id, name)
+        )
+
+    def step_plan(self, run_id: str, step: str, plan_json: str, params_json: str) -> Change:
+        """The plan that this step has from now on, also for retries and after a restart."""
+        return lambda db: db.execute(
+            "UPDATE steps SET plan = ?, params = ? WHERE run_id = ? AND name = ? AND plan IS NULL",
+            (plan_json, params_json, run_id, step),
+        )
+
+    def attempt_intent(self, run_id: str, step: str, attempt: int, container: str) -> Change:
+        """The container with this name is about to be made."""
+        row = (run_id, step, attempt, container, "intended", self.clock.boot_id, self.clock.now())
+        return lambda db: db.execute("INSERT OR IGNORE INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def attempt_phase(self, run_id: str, step: str, attempt: int, phase: Phase) -> Change:
+        return lambda db: db.execute(
+            "UPDATE attempts SET phase = ? WHERE run_id = ? AND step = ? AND attempt = ?",
+            (phase, run_id, step, attempt),
+        )
+
+    def cancel_run(self, run_id: str, cancel: Cancellation) -> Change:
+        text = json.dumps({"reason": cancel.reason, "grace_s": cancel.grace_s})
+        return lambda db: db.execute(
+            "UPDATE runs SET cancel = ? WHERE run_id = ? AND cancel IS NULL", (text, run_id)
+        )
+
+    def command_received(self, command_id: str, digest: bytes) -> Change:
+        now = time.time()
+        return lambda db: db.execute(
+            "INSERT OR IGNORE INTO commands (command_id, digest, received_at) VALUES (?, ?, ?)",
+            (command_id, digest, now),
+        )
+
+    def command_answered(self, result: pb.CommandResult) -> Change:
+        blob = result.SerializeToString()
+        return lambda db: db.execute(
+            "UPDATE commands SET result = ? WHERE command_id = ?", (blob, result.command_id)
+        )
+
+    async def command(self, command_id: str) -> tuple[bytes, pb.CommandResult | None] | None:
+        """Digest and result of a command received before."""
+        rows = await self.journal.query("SELECT digest, result FROM commands WHERE command_id = ?", (command_id,))
+        if not rows:
+            return None
+        blob = rows[0]["result"]
+        return bytes(rows[0]["digest"]), pb.CommandResult.FromString(blob) if blob is not None else None
+
+    async def forget(self, *, commands_before: float) -> list[str]:
+        """Drop what nobody needs any more; returns the runs dropped.
+
+        A run goes when it is terminal and the server has acknowledged all that was reported of it and its
+        logs; a command when it is so old that it can't come again.
+        """
+        marks = ",".join(str(each) for each in sorted(TERMINAL_RUNS))
+
+        def work(db: sqlite3.Connection) -> list[str]:
+            db.execute("DELETE FROM commands WHERE received_at < ?", (commands_before,))
+            rows = db.execute(
+                f"SELECT run_id FROM runs WHERE state IN ({marks})"  # noqa: S608 - our own numbers
+                " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.run_id = runs.run_id)"
+                " AND NOT EXISTS (SELECT 1 FROM logs WHERE logs.run_id = runs.run_id)"
+            ).fetchall()
+            db.executemany("DELETE FROM runs WHERE run_id = ?", [(row["run_id"],) for row in rows])
+            return [row["run_id"] for row in rows]
+
+        return await self.journal.write(work)
