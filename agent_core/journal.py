@@ -42,7 +42,7 @@ class Journal:
 
     async def write(self, work: Work[T]) -> T:
         """Run ``work(connection)`` in a transaction; returns when it is on the disk. What it raises rolls it back."""
-        return await asyncio.wrap_future(self._submit(work))
+        return await asyncio.wrap_future(self.submit(work))
 
     async def execute(self, sql: str, parameters: Sequence[object] = ()) -> int:
         """One changing statement; returns the number of rows changed."""
@@ -67,7 +67,8 @@ class Journal:
             self._readers.clear()
         self._local = threading.local()
 
-    def _submit(self, work: Work[T]) -> Future[T]:
+    def submit(self, work: Work[T]) -> Future[T]:
+        """Like `write`, not waiting: what is written later is on the disk no earlier than this."""
         future: Future[T] = Future()
         self._queue.put((work, future))
         return future

@@ -14,7 +14,7 @@ import queue
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,8 @@ class LogFile:
         self.length: int | None = None
         self.gap = 0
         self.sent = acked  # of the present stream to the server; begins anew with each
+        self.gap_sent = False
+        self.broken = False  # the disk refused a write: what comes after it would stand in the wrong place
         self.descriptor: int | None = None
 
     @property
@@ -75,7 +77,12 @@ class LogFile:
     @property
     def settled(self) -> bool:
         """Done, and the server has all of it."""
-        return self.length is not None and self.acked >= self.length
+        return self.length is not None and self.acked >= self.length and (self.gap_sent or not self.gap)
+
+    @property
+    def unsent(self) -> bool:
+        """There is something to send: bytes, or the gap at the end."""
+        return self.sent < self.written or (self.length is not None and bool(self.gap) and not self.gap_sent)
 
 
 class Spool:
@@ -91,7 +98,6 @@ class Spool:
         self._queue: queue.SimpleQueue[tuple[LogFile, bytes] | Future[None] | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        self._signalled = False
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._load()
         self._thread = threading.Thread(target=self._write, name="spool", daemon=True)
@@ -117,13 +123,17 @@ class Spool:
 
     def append(self, log: LogFile, data: bytes) -> bool:
         """Take ``data``, or refuse it (False): too much is queued, or the spool is full. Never waits."""
-        if self._queued + len(data) > _QUEUE_BYTES or self._bytes + len(data) > self._max_bytes:
+        if log.broken or self.full(len(data)) or self._queued + len(data) > _QUEUE_BYTES:
             return False
         log.accepted += len(data)
         self._queued += len(data)
         self._bytes += len(data)
         self._queue.put((log, data))
         return True
+
+    def full(self, size: int = 1) -> bool:
+        """Whether ``size`` more bytes are too many until the server has taken some."""
+        return self._bytes + size > self._max_bytes
 
     async def flush(self) -> None:
         """Until everything taken so far can be read back."""
@@ -132,11 +142,19 @@ class Spool:
         await asyncio.wrap_future(future)
 
     def finished(self, log: LogFile, *, gap: int = 0) -> Callable[[sqlite3.Connection], object]:
-        """The log has ended (a change for `State.commit`); ``gap`` bytes are missing at its end, -1: unknown."""
+        """The log has ended and is flushed (a change for `State.commit`); ``gap`` bytes are missing, -1: unknown."""
+        if log.written < log.accepted and gap >= 0:
+            gap += log.accepted - log.written
+        log.accepted = log.written
         log.gap = gap
         log.length = log.accepted + max(0, gap)
-        row = (log.length, gap, log.key.run_id, log.key.step, log.key.attempt, log.key.stream)
-        self._signal()
+        key = (log.key.run_id, log.key.step, log.key.attempt, log.key.stream)
+        if log.settled:  # it is empty, or the server has kept up
+            self._drop(log)
+            sql = "DELETE FROM logs WHERE run_id = ? AND step = ? AND attempt = ? AND stream = ?"
+            return lambda db: db.execute(sql, key)
+        row = (log.length, gap, *key)
+        self._changed.set()
         return lambda db: db.execute(
             "UPDATE logs SET length = ?, gap = ? WHERE run_id = ? AND step = ? AND attempt = ? AND stream = ?", row
         )
@@ -147,8 +165,8 @@ class Spool:
         await asyncio.to_thread(_sync, paths)
 
     def pending(self) -> list[LogFile]:
-        """Logs that have something to send, or whose end is to be told, the oldest first."""
-        return [log for log in self._logs.values() if log.sent < (log.length if log.done else log.written)]
+        """Logs that have something to send, the oldest first."""
+        return [log for log in self._logs.values() if log.unsent]
 
     def read(self, log: LogFile, offset: int, limit: int) -> bytes:
         """Bytes from ``offset``, at most ``limit``; none beyond what is written."""
@@ -161,38 +179,35 @@ class Spool:
     async def acknowledge(self, key: LogKey, offset: int) -> None:
         """The server has everything before ``offset``. A log that is done and all there is forgotten."""
         log = self._logs.get(key)
-        if log is None or offset <= log.acked and not log.settled:
+        if log is None:
             return
         log.acked = max(offset, log.acked)
         log.sent = max(log.sent, log.acked)
         if not log.settled:
             return
-        del self._logs[key]
-        self._bytes -= log.accepted
+        self._drop(log)
         row = (key.run_id, key.step, key.attempt, key.stream)
         sql = "DELETE FROM logs WHERE run_id = ? AND step = ? AND attempt = ? AND stream = ?"
         await self._journal.write(lambda db: db.execute(sql, row) and None)
-        self._close(log)
-        log.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            log.path.parent.rmdir()
-            log.path.parent.parent.rmdir()
 
     def rewind(self, positions: dict[LogKey, int] | None = None) -> None:
         """Send again from what is acknowledged, or from where the server says that it is."""
         for log in self._logs.values():
             log.sent = (positions or {}).get(log.key, log.acked)
-        self._signal()
+            log.gap_sent = False
+        self._changed.set()
 
     async def wait(self) -> None:
         """Until something was written or ended since the last wait."""
         await self._changed.wait()
         self._changed.clear()
 
-    def remove_run(self, run_id: str) -> None:
-        """Drop the directory of a run whose logs are all acknowledged."""
-        if not any(key.run_id == run_id for key in self._logs):
-            shutil.rmtree(self._root / run_id, ignore_errors=True)
+    def remove_strays(self, keep: Collection[str]) -> None:
+        """Drop the directories of runs that are neither in ``keep`` nor have a log that is still wanted."""
+        wanted = {*keep, *(key.run_id for key in self._logs)}
+        for entry in self._root.iterdir():
+            if entry.name not in wanted:
+                shutil.rmtree(entry, ignore_errors=True)
 
     def close(self) -> None:
         """Write what was taken, then stop."""
@@ -219,31 +234,38 @@ class Spool:
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
             if isinstance(item, Future):
-                item.set_result(None)
+                # By way of the loop, behind the counters of what was written before it.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(item.set_result, None)
                 continue
             log, data = item
+            written = 0
             try:
                 if log.descriptor is None:
                     log.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                     log.descriptor = os.open(log.path, flags, 0o600)
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(log.descriptor, view) :]
+                while not log.broken and written < len(data):
+                    written += os.write(log.descriptor, memoryview(data)[written:])
             except OSError:
-                # A full disk: the file is shorter than what was taken; the difference is reported as a gap.
-                continue
-            finally:
-                self._loop.call_soon_threadsafe(self._wrote, log, len(data))
+                log.broken = True  # the disk is full; what is missing is told as a gap at the end
+            # The loop may be closed by now: the agent is ending, and the next one looks at the file.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._wrote, log, len(data), written)
 
-    def _wrote(self, log: LogFile, size: int) -> None:
-        self._queued -= size
-        with contextlib.suppress(OSError):
-            log.written = log.path.stat().st_size
-        self._signal()
-
-    def _signal(self) -> None:
+    def _wrote(self, log: LogFile, taken: int, written: int) -> None:
+        self._queued -= taken
+        log.written += written
         self._changed.set()
+
+    def _drop(self, log: LogFile) -> None:
+        self._logs.pop(log.key, None)
+        self._bytes -= log.accepted
+        self._close(log)
+        log.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            log.path.parent.rmdir()
+            log.path.parent.parent.rmdir()
 
     def _close(self, log: LogFile) -> None:
         if log.descriptor is not None:
