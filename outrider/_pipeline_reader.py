@@ -31,9 +31,8 @@ def read_pipeline(text: str | bytes) -> model.Pipeline:
     result = reader.pipeline(root)
     if reader.problems or result is None:
         found = sorted(reader.problems, key=lambda problem: (problem.line, problem.column))
-        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-        said = str(found[0]) if len(found) == 1 else "; ".join(map(str, found[:20]))
-        raise InvalidInput(f"the pipeline has {count}: {said}", found, code="invalid_pipeline")
+        said = f"is not valid: {found[0]}" if len(found) == 1 else f"has {len(found)} problems, the first: {found[0]}"
+        raise InvalidInput(f"the pipeline {said}", found, code="invalid_pipeline")
     return result
 
 
