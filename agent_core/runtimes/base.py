@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -55,6 +55,7 @@ class ContainerSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = ()
     user: str | None = None  # "uid:gid"
+    groups: tuple[int, ...] = ()  # further group ids
     workdir: str | None = None
     network: str = "none"  # "none", "container:<id>", a network's name, "host"
     read_only_root: bool = True
@@ -174,13 +175,17 @@ class Runtime(Protocol):
 
     def logs(
         self, container: str, *, follow: bool = False, tail: int | None = None
-    ) -> AsyncIterator[tuple[StreamName, bytes]]:
+    ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
         """The engine's own log from its beginning (or its last ``tail`` lines), byte-exact."""
 
-    async def exited(self, container: str) -> Exit:
-        """Wait until the container is not running any more, known from the one event stream."""
+    async def exited(self, container: str, *, boot: str = "") -> Exit:
+        """Wait until the container has run and does not run any more, known from the one event stream.
 
-    def events(self) -> AsyncIterator[EngineEvent]:
+        ``boot`` is what `EngineInfo.boot` was when the container was started (empty: it is this one): an end
+        found out only after the engine came back as another one is told as ``engine_stopped``.
+        """
+
+    def events(self) -> AsyncGenerator[EngineEvent, None]:
         """Container events from now on. Ends never; a gap (engine restart) yields action "resync"."""
 
     async def aclose(self) -> None: ...

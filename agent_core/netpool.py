@@ -1,0 +1,218 @@
+"""Network namespaces for steps, made ahead: pause containers that step containers join.
+
+Two thirds of the time that an engine takes to start a container goes into its network namespace. So a few
+pause containers per network class wait, each is given to one run only, and thrown away with it: nothing
+leaks from run to run. Steps of a run that follow one another share one; side-by-side steps get their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import sqlite3
+from collections import defaultdict
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+
+from agent_core.journal import Journal
+from agent_core.policy import NodePolicy
+from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec, Runtime
+from outrider.errors import OutriderError
+
+MIGRATION = """
+CREATE TABLE network_leases (
+    container_id TEXT PRIMARY KEY,
+    run_id TEXT NOT NULL,
+    network_class TEXT NOT NULL
+)
+"""
+
+PAUSE_IMAGE = "outrider/pause:1"
+# Refilling takes the engine's time; a short run is over before it starts.
+_REFILL_DELAY_S = 3.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What one run holds: all its namespaces, and which of them no step uses at the moment."""
+
+    all: dict[str, str] = field(default_factory=dict)  # container id -> class
+    idle: list[str] = field(default_factory=list)
+
+
+class NetPool:
+    """The warm pool of one node. `start` before the first lease, `aclose` at the end."""
+
+    def __init__(
+        self, runtime: Runtime, policy: NodePolicy, node_id: str, journal: Journal, *, image: str = PAUSE_IMAGE
+    ) -> None:
+        self._runtime = runtime
+        self._policy = policy
+        self._node_id = node_id
+        self._journal = journal
+        self._image = image
+        self._warm: dict[str, list[str]] = defaultdict(list)
+        self._runs: dict[str, _Held] = defaultdict(_Held)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._refilling: dict[str, asyncio.Task[None]] = {}
+        self._networks: set[str] = set()
+        self._closed = False
+
+    async def start(self) -> None:
+        """Find what a former agent left, give up what nobody uses, and begin to fill the pool.
+
+        Raises EngineUnavailable; call it again when the engine is back (or has been restarted).
+        """
+        known = {str(row["container_id"]): row for row in await self._journal.query("SELECT * FROM network_leases")}
+        found = await self._runtime.list(labels={LABEL_NODE: self._node_id, LABEL_KIND: "pause"})
+        mine = {container for warm in self._warm.values() for container in warm}
+        alive: set[str] = set()
+        for info in found:
+            if info.id in known and info.state == "running":
+                row = known[info.id]
+                alive.add(info.id)
+                # Whether a step that outlived the former agent still uses it is not known: never idle.
+                self._runs[str(row["run_id"])].all[info.id] = str(row["network_class"])
+            elif info.id not in mine or info.state != "running":
+                self._background(self._discard(info.id))
+        running = {info.id for info in found if info.state == "running"}
+        for warm in self._warm.values():
+            warm[:] = [container for container in warm if container in running]
+        for held in self._runs.values():
+            held.idle[:] = [container for container in held.idle if container in running]
+            for gone in set(held.all) - running:
+                del held.all[gone]
+        gone_rows = [(container,) for container in known if container not in alive]
+        if gone_rows:
+            await self._journal.write(
+                lambda db: db.executemany("DELETE FROM network_leases WHERE container_id = ?", gone_rows)
+            )
+        for network_class in ("none", *self._policy.networks):
+            self._refill(network_class, delay_s=0)
+
+    async def lease(self, run_id: str, network_class: str) -> str:
+        """The id of a running pause container of this class, for one step of this run; join ``container:<id>``.
+
+        Hand it to `give_back` when the step is over. PolicyViolation if the node has no such class.
+        """
+        network = self._policy.network_of(network_class)
+        held = self._runs[run_id]
+        for container in held.idle:
+            if held.all[container] == network_class:
+                held.idle.remove(container)
+                return container
+        warm = self._warm[network_class]
+        container = warm.pop() if warm else await self._make(network_class, network)
+        held.all[container] = network_class
+        row = (container, run_id, network_class)
+        await self._journal.execute("INSERT INTO network_leases VALUES (?, ?, ?)", row)
+        self._refill(network_class, delay_s=_REFILL_DELAY_S)
+        return container
+
+    def give_back(self, run_id: str, container: str) -> None:
+        """The step that leased it has ended: the run's next step may have it."""
+        held = self._runs.get(run_id)
+        if held and container in held.all and container not in held.idle:
+            held.idle.append(container)
+
+    def discard(self, run_id: str, container: str) -> None:
+        """It does not work (the engine was restarted, somebody removed it): never lease it again."""
+        held = self._runs.get(run_id)
+        if held and held.all.pop(container, None) is not None and container in held.idle:
+            held.idle.remove(container)
+        self._background(self._forget([container]))
+
+    def release(self, run_id: str) -> None:
+        """The run is over: throw away what it held (in the background) and fill the pool up. Idempotent."""
+        held = self._runs.pop(run_id, None)
+        if held is None:
+            return
+        self._background(self._forget(list(held.all)))
+        for network_class in set(held.all.values()):
+            self._refill(network_class, delay_s=0)
+
+    async def settle(self) -> None:
+        """Wait until nothing goes on in the background; for tests and an orderly end."""
+        while tasks := [*self._tasks, *self._refilling.values()]:
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def aclose(self, *, remove: bool = True) -> None:
+        """Stop filling; with ``remove``, remove the warm ones. Those of runs stay for the next agent."""
+        self._closed = True
+        for task in self._refilling.values():
+            task.cancel()
+        await self.settle()
+        if remove:
+            warm = [container for containers in self._warm.values() for container in containers]
+            self._warm.clear()
+            await asyncio.gather(*(self._discard(container) for container in warm))
+
+    async def _make(self, network_class: str, network: str) -> str:
+        if network != "none" and network not in self._networks:
+            await self._runtime.ensure_network(network, labels={LABEL_NODE: self._node_id})
+            self._networks.add(network)
+        spec = ContainerSpec(
+            name=f"outrider-pause-{network_class}-{secrets.token_hex(6)}",
+            image=self._image,
+            labels={LABEL_NODE: self._node_id, LABEL_KIND: "pause"},
+            network=network,
+            tmp_size_bytes=0,
+            memory_bytes=32 * 1024**2,
+            pids=16,
+            log_max_bytes=1024**2,
+        )
+        container = await self._runtime.create(spec)
+        try:
+            await self._runtime.start(container)
+        except BaseException:
+            self._background(self._discard(container))
+            self._networks.discard(network)
+            raise
+        return container
+
+    def _wanted(self, network_class: str) -> int:
+        found = self._policy.networks.get(network_class)
+        return self._policy.warm_none if found is None else found.warm
+
+    def _refill(self, network_class: str, *, delay_s: float) -> None:
+        if self._closed:
+            return
+        running = self._refilling.get(network_class)
+        if running is not None:
+            return
+        task = asyncio.create_task(self._fill(network_class, delay_s), name=f"netpool-{network_class}")
+        self._refilling[network_class] = task
+        task.add_done_callback(lambda _: self._refilling.pop(network_class, None))
+
+    async def _fill(self, network_class: str, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        try:
+            while not self._closed and len(self._warm[network_class]) < self._wanted(network_class):
+                container = await self._make(network_class, self._policy.network_of(network_class))
+                self._warm[network_class].append(container)
+        except OutriderError as error:
+            # A pool that is not full only costs time: leases make their own, and say what is wrong.
+            log.warning("the pool of network namespaces (%s) can't be filled: %s", network_class, error)
+
+    async def _forget(self, containers: list[str]) -> None:
+        for container in containers:
+            await self._discard(container)
+
+        def drop(db: sqlite3.Connection) -> None:
+            db.executemany("DELETE FROM network_leases WHERE container_id = ?", [(c,) for c in containers])
+
+        await self._journal.write(drop)
+
+    async def _discard(self, container: str) -> None:
+        try:
+            await self._runtime.remove(container, force=True)
+        except OutriderError as error:
+            log.warning("the pause container %s can't be removed now: %s", container[:12], error)
+
+    def _background(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

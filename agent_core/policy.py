@@ -1,0 +1,253 @@
+"""The node's local policy: what may run here. A YAML file that the server can't override.
+
+Everything has a sane default, so that a node without a file is safe: any image, steps without network or
+with outgoing traffic only, managed containers without added capabilities, foreign containers untouched.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from outrider.errors import InvalidInput, PolicyViolation, Problem
+from outrider.steps import Resources, StepPlan
+
+DEFAULT_NETWORK = "outrider"
+_MIB = 1024**2
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImagePolicy(_Section):
+    """``allow``: patterns for the whole reference (``game/*``, ``*`` for all). ``registries``: hosts that images
+    may come from; empty: any. ``pull``: whether an image that is missing may be pulled."""
+
+    allow: tuple[str, ...] = ("*",)
+    registries: tuple[str, ...] = ()
+    pull: bool = True
+
+
+class PortPolicy(_Section):
+    """``range``: host ports for managed containers, ``"27000-27999"``. ``interface``: where they listen.
+    ``advertise``: the address told to others; empty: the one that the node's default route uses."""
+
+    range: tuple[int, int] = (27000, 27999)
+    interface: str = "0.0.0.0"
+    advertise: str = ""
+
+    @field_validator("range", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        first, dash, last = value.partition("-")
+        if not dash or not first.strip().isdigit() or not last.strip().isdigit():
+            raise ValueError("a range reads like 27000-27999")
+        return int(first), int(last)
+
+    @field_validator("range")
+    @classmethod
+    def _order(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= value[0] <= value[1] <= 65535:
+            raise ValueError("two ports from 1 to 65535, the lower one first")
+        return value
+
+
+class NetworkClass(_Section):
+    """A network class: the engine's network that it means, and how many of its namespaces are kept warm."""
+
+    network: str
+    warm: Annotated[int, Field(ge=0, le=64)] = 1
+
+
+class ManagedPolicy(_Section):
+    """What managed containers may be given beyond the sandbox, by name."""
+
+    capabilities: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    host_network: bool = False
+    writable_root: bool = True
+    users: tuple[str, ...] = ()  # patterns of "user" or "uid:gid" other than the one allotted
+    restart: bool = True
+
+    @field_validator("capabilities")
+    @classmethod
+    def _plain(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(capability_name(name) for name in value)
+
+
+class LimitPolicy(_Section):
+    """Limits of one container: what it gets if it asks for nothing, and what it may ask for at most."""
+
+    memory_bytes: Annotated[int, Field(ge=6 * _MIB)] = 1024 * _MIB
+    cpus: Annotated[float, Field(gt=0)] = 2.0
+    pids: Annotated[int, Field(ge=1)] = 512
+    max_memory_bytes: Annotated[int, Field(ge=6 * _MIB)] | None = None
+    max_cpus: Annotated[float, Field(gt=0)] | None = None
+    max_pids: Annotated[int, Field(ge=1)] | None = None
+    step_log_bytes: Annotated[int, Field(ge=_MIB)] = 64 * _MIB
+    managed_log_bytes: Annotated[int, Field(ge=_MIB)] = 16 * _MIB
+    managed_log_files: Annotated[int, Field(ge=1)] = 4
+
+
+class NodePolicy(_Section):
+    """The whole file. See `load`."""
+
+    images: ImagePolicy = ImagePolicy()
+    ports: PortPolicy = PortPolicy()
+    networks: dict[str, NetworkClass] = Field(
+        default_factory=lambda: {"egress": NetworkClass(network=DEFAULT_NETWORK, warm=1)}
+    )
+    warm_none: Annotated[int, Field(ge=0, le=64)] = 3  # namespaces kept warm for steps without network
+    managed: ManagedPolicy = ManagedPolicy()
+    control_foreign: bool = False  # whether containers that Outrider did not start may be stopped and the like
+    limits: LimitPolicy = LimitPolicy()
+    disk_reserve_bytes: Annotated[int, Field(ge=0)] = 1024**3
+
+    @field_validator("networks")
+    @classmethod
+    def _networks(cls, value: dict[str, NetworkClass]) -> dict[str, NetworkClass]:
+        if "none" in value:
+            raise ValueError("the class 'none' is always there and means no network")
+        for name, network in value.items():
+            if network.network == "host" or network.network.startswith("container:"):
+                raise ValueError(f"class {name!r}: {network.network!r} is no network of its own")
+        return value
+
+    @classmethod
+    def load(cls, path: Path | None) -> NodePolicy:
+        """The policy in the YAML file ``path``; the defaults for ``None``. InvalidInput lists every problem."""
+        if path is None:
+            return cls()
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InvalidInput(f"the policy file {path} does not exist", code="file_missing") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidInput(f"the policy file {path} can't be read: {error}") from error
+        if document is None:
+            return cls()
+        if not isinstance(document, dict):
+            raise InvalidInput(f"the policy file {path} must be a mapping", hint=f"keys: {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            problems = [
+                Problem(item["msg"].removeprefix("Value error, "), path=".".join(map(str, item["loc"])))
+                for item in error.errors(include_url=False, include_input=False)
+            ]
+            raise InvalidInput(
+                f"the policy file {path} is not valid: {'; '.join(map(str, problems))}", problems
+            ) from error
+
+    def check_plan(self, plan: StepPlan) -> None:
+        """Raises PolicyViolation if this node must not run ``plan``."""
+        self.check_image(plan.image)
+        self.network_of(plan.network)
+        self.limits_for(plan.resources)
+        if plan.user is not None and _is_root(plan.user):
+            raise PolicyViolation(
+                "the step asks to run as root, and steps never do", hint="leave `user` out, or name another one"
+            )
+
+    def check_image(self, image: str) -> None:
+        """Raises PolicyViolation if ``image`` is not allowed here."""
+        if not any(fnmatchcase(image, pattern) for pattern in self.images.allow):
+            raise PolicyViolation(
+                f"this node's policy does not allow the image {image}",
+                code="image_not_allowed",
+                hint=f"images.allow: {', '.join(self.images.allow) or 'none'}",
+            )
+        registry = registry_of(image)
+        if self.images.registries and registry not in self.images.registries:
+            raise PolicyViolation(
+                f"this node's policy does not allow images from {registry} ({image})",
+                code="registry_not_allowed",
+                hint=f"images.registries: {', '.join(self.images.registries)}",
+            )
+
+    def network_of(self, network_class: str) -> str:
+        """The engine's network of a class; "none" for "none". PolicyViolation if the node has no such class."""
+        if network_class == "none":
+            return "none"
+        found = self.networks.get(network_class)
+        if found is None:
+            raise PolicyViolation(
+                f"this node has no network class {network_class!r}",
+                code="network_not_allowed",
+                hint=f"it has: {', '.join(['none', *sorted(self.networks)])}",
+            )
+        return found.network
+
+    def limits_for(self, wanted: Resources) -> Resources:
+        """``wanted`` with the node's defaults filled in. PolicyViolation if it is over what the node grants."""
+        limits = self.limits
+        for what, value, most in (
+            ("memory_bytes", wanted.memory_bytes, limits.max_memory_bytes),
+            ("cpus", wanted.cpus, limits.max_cpus),
+            ("pids", wanted.pids, limits.max_pids),
+        ):
+            if value is not None and most is not None and value > most:
+                raise PolicyViolation(f"{what} of {value} is over this node's limit of {most}", code="over_limit")
+        return Resources(
+            memory_bytes=wanted.memory_bytes or _at_most(limits.memory_bytes, limits.max_memory_bytes),
+            cpus=wanted.cpus or _at_most(limits.cpus, limits.max_cpus),
+            pids=wanted.pids or _at_most(limits.pids, limits.max_pids),
+        )
+
+    def check_additions(
+        self,
+        *,
+        capabilities: tuple[str, ...],
+        devices: tuple[str, ...],
+        host_network: bool,
+        writable_root: bool,
+        user: str | None,
+    ) -> None:
+        """Raises PolicyViolation unless a managed container may have all of these beyond the sandbox."""
+        managed = self.managed
+        for name in capabilities:
+            if capability_name(name) not in managed.capabilities:
+                raise _not_allowed(f"the capability {name}", "managed.capabilities", managed.capabilities)
+        for device in devices:
+            if device not in managed.devices:
+                raise _not_allowed(f"the device {device}", "managed.devices", managed.devices)
+        if host_network and not managed.host_network:
+            raise _not_allowed("the host's network", "managed.host_network", ("false",))
+        if writable_root and not managed.writable_root:
+            raise _not_allowed("a writable root", "managed.writable_root", ("false",))
+        if user is not None and not any(fnmatchcase(user, pattern) for pattern in managed.users):
+            raise _not_allowed(f"the user {user}", "managed.users", managed.users)
+
+
+def capability_name(name: str) -> str:
+    """The engine's form: upper case, without ``CAP_``."""
+    return name.upper().removeprefix("CAP_")
+
+
+def registry_of(image: str) -> str:
+    """The registry's host in a reference, by the rule of the reference grammar: the part before the first
+    slash is a host if it has a dot or a colon or is ``localhost``; else it is Docker Hub's ``docker.io``."""
+    first, slash, _ = image.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
+
+
+def _at_most(value: Any, most: Any) -> Any:
+    return value if most is None else min(value, most)
+
+
+def _is_root(user: str) -> bool:
+    name, _, _ = user.partition(":")
+    return name in ("", "root") or (name.isdigit() and int(name) == 0)
+
+
+def _not_allowed(what: str, where: str, allowed: tuple[str, ...]) -> PolicyViolation:
+    return PolicyViolation(
+        f"this node's policy does not allow {what}", code="not_allowed", hint=f"{where}: {', '.join(allowed) or 'none'}"
+    )

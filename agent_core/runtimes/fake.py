@@ -1,0 +1,298 @@
+"""A container engine in memory: the official seam for tests that must be fast or provoke what a real one won't.
+
+A container's program is a coroutine, chosen by image; without one it ends at once with exit code 0::
+
+    async def program(process: FakeProcess) -> int:
+        process.write(b"hello\\n")
+        await process.signalled.wait()
+        return 143
+
+    runtime = FakeRuntime(programs={"game:1": program})
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Literal
+
+from agent_core.runtimes.base import (
+    ContainerInfo,
+    ContainerSpec,
+    EngineEvent,
+    EngineInfo,
+    Exit,
+    PullProgress,
+    StreamName,
+)
+from outrider.errors import Conflict, EngineUnavailable, NotFound
+
+
+@dataclass
+class FakeProcess:
+    """What a program sees of its container. ``signalled`` is set by the stop signal; killing cancels it."""
+
+    spec: ContainerSpec
+    signalled: asyncio.Event = field(default_factory=asyncio.Event)
+    log: list[tuple[StreamName, bytes]] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def write(self, data: bytes, stream: StreamName = "stdout") -> None:
+        """Output, as a program would print it."""
+        self.log.append((stream, data))
+
+
+Program = Callable[[FakeProcess], Awaitable[int]]
+
+
+@dataclass
+class _Container:
+    info: ContainerInfo
+    process: FakeProcess
+    task: asyncio.Task[None] | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    engine_stopped: bool = False
+
+
+class FakeRuntime:
+    """Keeps the `Runtime` protocol. ``images``: what exists beside the keys of ``programs``; ``None``: every image.
+
+    ``calls`` has every method call in order; `stop_engine` and `start_engine` do what they say.
+    """
+
+    def __init__(self, programs: Mapping[str, Program] | None = None, *, images: set[str] | None = None) -> None:
+        self.programs: dict[str, Program] = dict(programs or {})
+        self.images = images
+        self.networks: set[str] = set()
+        self.calls: list[tuple[str, str]] = []
+        self._containers: dict[str, _Container] = {}
+        self._ids = itertools.count(1)
+        self._boot = 1
+        self._available = True
+        self._subscribers: set[asyncio.Queue[EngineEvent]] = set()
+
+    # -- what tests do to it
+
+    def stop_engine(self) -> None:
+        """The engine dies, and every container with it."""
+        self._available = False
+        for container in self._containers.values():
+            if container.info.state == "running":
+                container.engine_stopped = True
+                if container.task is not None:
+                    container.task.cancel()
+
+    def start_engine(self) -> None:
+        """The engine is back: another boot, containers as they were left."""
+        self._available = True
+        self._boot += 1
+        self._publish("resync", None)
+
+    def spec_of(self, container: str) -> ContainerSpec:
+        """What a container was created from."""
+        return self._find(container).process.spec
+
+    # -- the protocol
+
+    async def info(self) -> EngineInfo:
+        self._call("info", "")
+        return EngineInfo("fake", "1", "fake-engine", f"boot-{self._boot}", "/fake", "memory")
+
+    async def ensure_image(
+        self, image: str, *, pull: Literal["missing", "never"], on_progress: PullProgress | None = None
+    ) -> str:
+        self._call("ensure_image", image)
+        if self.images is not None and image not in self.images and image not in self.programs:
+            raise NotFound(f"the image {image} is not on this node and no registry has it", code="image_not_found")
+        return f"sha256:{image}"
+
+    async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
+        self._call("ensure_network", name)
+        self.networks.add(name)
+
+    async def create(self, spec: ContainerSpec) -> str:
+        self._call("create", spec.name)
+        await self.ensure_image(spec.image, pull="never")
+        if any(container.info.name == spec.name for container in self._containers.values()):
+            raise Conflict(f"there is a container named {spec.name} already", code="name_taken")
+        container_id = f"{next(self._ids):064x}"
+        info = ContainerInfo(
+            id=container_id,
+            name=spec.name,
+            image=spec.image,
+            state="created",
+            labels=dict(spec.labels),
+            created_at=datetime.now(UTC),
+            ports=spec.ports,
+            mounts=spec.mounts,
+            restart_policy=spec.restart_policy,
+        )
+        self._containers[container_id] = _Container(info, FakeProcess(spec))
+        return container_id
+
+    async def start(self, container: str) -> None:
+        self._call("start", container)
+        found = self._find(container)
+        if found.info.state == "running":
+            return
+        log = found.process.log
+        found.process = FakeProcess(found.process.spec, log=log)
+        found.ended.clear()
+        found.engine_stopped = False
+        found.info = replace(
+            found.info, state="running", started_at=datetime.now(UTC), exit_code=None, finished_at=None
+        )
+        self._publish("start", found)
+        found.task = asyncio.create_task(self._run(found))
+
+    async def stop(self, container: str, *, grace_s: float) -> None:
+        self._call("stop", container)
+        found = self._find(container)
+        if found.info.state != "running":
+            return
+        found.process.signalled.set()
+        try:
+            await asyncio.wait_for(found.ended.wait(), grace_s)
+        except TimeoutError:
+            await self.kill(container)
+
+    async def restart(self, container: str, *, grace_s: float) -> None:
+        await self.stop(container, grace_s=grace_s)
+        await self.start(container)
+
+    async def kill(self, container: str, *, signal: str = "SIGKILL") -> None:
+        self._call("kill", container)
+        found = self._find(container)
+        if found.info.state != "running":
+            raise Conflict(f"the container {found.info.name} is not running", code="container_not_running")
+        if signal != "SIGKILL":
+            found.process.signalled.set()
+            return
+        if found.task is not None:
+            found.task.cancel()
+        await found.ended.wait()
+
+    async def remove(self, container: str, *, force: bool = False) -> None:
+        self._call("remove", container)
+        try:
+            found = self._find(container)
+        except NotFound:
+            return
+        if found.info.state == "running":
+            if not force:
+                raise Conflict(f"the container {found.info.name} is running", code="container_running")
+            await self.kill(container)
+        self._containers.pop(found.info.id, None)
+        self._publish("destroy", found)
+
+    async def inspect(self, container: str) -> ContainerInfo:
+        self._call("inspect", container)
+        return self._find(container).info
+
+    async def list(self, *, labels: Mapping[str, str] | None = None, all: bool = True) -> list[ContainerInfo]:
+        self._call("list", "")
+        wanted = labels or {}
+        return [
+            container.info
+            for container in self._containers.values()
+            if (all or container.info.state == "running") and all_labels(container.info.labels, wanted)
+        ]
+
+    @asynccontextmanager
+    async def attach(self, container: str) -> AsyncIterator[AsyncIterator[tuple[StreamName, bytes]]]:
+        self._call("attach", container)
+        found = self._find(container)
+        yield self._output(found, position=len(found.process.log), follow=True)
+
+    async def logs(
+        self, container: str, *, follow: bool = False, tail: int | None = None
+    ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
+        self._call("logs", container)
+        found = self._find(container)
+        position = 0 if tail is None else max(0, len(found.process.log) - tail)
+        async for item in self._output(found, position=position, follow=follow):
+            yield item
+
+    async def exited(self, container: str, *, boot: str = "") -> Exit:
+        found = self._find(container)
+        if found.info.state in ("created", "running"):
+            await found.ended.wait()
+        return Exit(found.info.id, found.info.exit_code or 0, found.info.oom_killed, found.engine_stopped)
+
+    async def events(self) -> AsyncGenerator[EngineEvent, None]:
+        queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        self._subscribers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._subscribers.discard(queue)
+
+    async def aclose(self) -> None:
+        tasks = [container.task for container in self._containers.values() if container.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- inside
+
+    async def _run(self, container: _Container) -> None:
+        spec = container.process.spec
+        program = self.programs.get(spec.image)
+        try:
+            code = 0 if program is None else await program(container.process)
+        except asyncio.CancelledError:
+            code = 137
+        except Exception as error:  # a program that breaks is a program that fails
+            container.process.write(f"{type(error).__name__}: {error}\n".encode(), "stderr")
+            code = 1
+        container.info = replace(container.info, state="exited", exit_code=code, finished_at=datetime.now(UTC))
+        container.ended.set()
+        self._publish("die", container)
+
+    async def _output(
+        self, container: _Container, *, position: int, follow: bool
+    ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
+        log = container.process.log
+        while True:
+            while position < len(log):
+                yield log[position]
+                position += 1
+            if not follow or container.info.state not in ("created", "running"):
+                return
+            await asyncio.sleep(0.005)
+
+    def _find(self, container: str) -> _Container:
+        for found in self._containers.values():
+            if container == found.info.name or found.info.id == container:
+                return found
+        raise NotFound(f"there is no container {container} on this node", code="container_not_found")
+
+    def _call(self, name: str, subject: str) -> None:
+        self.calls.append((name, subject))
+        if not self._available:
+            raise EngineUnavailable(
+                "the container engine is not running", hint="start it; the agent recovers by itself"
+            )
+
+    def _publish(self, action: str, container: _Container | None) -> None:
+        info = container.info if container else None
+        event = EngineEvent(
+            action=action,
+            container_id=info.id if info else "",
+            name=info.name if info else "",
+            labels=info.labels if info else {},
+            time=datetime.now(UTC),
+            exit_code=info.exit_code if info else None,
+        )
+        for queue in self._subscribers:
+            queue.put_nowait(event)
+
+
+def all_labels(have: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether ``have`` has all of ``wanted``; an empty value asks for the label alone."""
+    return all(name in have and value in ("", have[name]) for name, value in wanted.items())
