@@ -122,7 +122,20 @@ def test_an_unknown_node_and_one_that_is_offline(dev: Dev) -> None:
 def test_wrong_token_wrong_authority_wrong_port(dev: Dev, tmp_path: Path) -> None:
     refused(dev.outrider("node", "list", OUTRIDER_TOKEN="not-the-token"), FAILED, "token")
     other = tmp_path / "other.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=other", "-days", "2"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-subj",
+        "/CN=other",
+        "-days",
+        "2",
+    ]
     subprocess.run([*command, "-keyout", tmp_path / "key.pem", "-out", other], check=True, capture_output=True)
     refused(dev.outrider("node", "list", OUTRIDER_CA=str(other)), FAILED, "certificate")
     with socket.socket() as free:

@@ -1,0 +1,1 @@
+"""What the agent says of its node: facts at registration, a brief state with every heartbeat."""

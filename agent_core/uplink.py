@@ -1,0 +1,211 @@
+"""The uplink: everything that the server must learn, sent until it says that it has it.
+
+Run reports and write-backs go in the order of the outbox, so that whoever sees a run's end also sees what the
+run wrote back. Events and logs have calls of their own and delay neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import grpc
+import structlog
+import zstandard
+
+from agent_core.outbox import Item, Outbox
+from agent_core.spool import WIRE_STREAM, LogFile, LogKey, Spool
+from outrider.errors import OutriderError
+from outrider.retry import FOREVER
+from outrider.v1 import node_service_pb2 as pb
+from outrider.v1 import node_service_pb2_grpc as pb_grpc
+from outrider.v1 import types_pb2 as types
+from outrider.wire import from_rpc_error
+
+log = structlog.get_logger(__name__)
+
+CALL_TIMEOUT_S = 30.0
+EVENT_BATCH = 200
+EVENT_FLUSH_S = 0.2
+LOG_CHUNK_BYTES = 128 * 1024
+LOG_FLUSH_S = 0.05
+LOG_IDLE_S = 10.0
+COMPRESS_FROM_BYTES = 1024
+_NAME_OF_STREAM = {number: name for name, number in WIRE_STREAM.items()}
+
+Send = Callable[[pb.AgentMessage], None]
+
+
+class Uplink:
+    """Sends what outbox and spool hold over one connection after another."""
+
+    def __init__(self, outbox: Outbox, spool: Spool) -> None:
+        self._outbox = outbox
+        self._spool = spool
+        self._reports = asyncio.Event()
+        self._events = asyncio.Event()
+        self._logs = asyncio.Event()
+
+    def wake(self) -> None:
+        """Look again for something to send."""
+        for each in (self._reports, self._events, self._logs):
+            each.set()
+
+    async def run(self, stub: pb_grpc.NodeServiceAsyncStub, send: Send) -> None:
+        """Serve one connection until it ends; what it did not acknowledge is sent again on the next."""
+        self._spool.rewind()
+        self.wake()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_outbox())
+            tasks.create_task(self._watch_spool())
+            tasks.create_task(self._send_reports(stub, send))
+            tasks.create_task(self._send_events(stub))
+            tasks.create_task(self._send_logs(stub))
+
+    async def acknowledged(self, sequences: Iterable[int]) -> None:
+        """The server has these run reports."""
+        await self._outbox.acknowledge(sequences)
+
+    async def logs_acknowledged(self, ack: pb.RunLogAck) -> None:
+        """The server has these logs up to these offsets."""
+        for position in ack.positions:
+            stream = _NAME_OF_STREAM.get(position.stream)
+            if stream is not None:
+                key = LogKey(position.run_id, position.step, position.attempt, stream)
+                await self._spool.acknowledge(key, position.offset)
+
+    async def _watch_outbox(self) -> None:
+        while True:
+            await self._outbox.wait()
+            self._reports.set()
+            self._events.set()
+
+    async def _watch_spool(self) -> None:
+        while True:
+            await self._spool.wait()
+            self._logs.set()
+
+    # Reports and write-backs.
+
+    async def _send_reports(self, stub: pb_grpc.NodeServiceAsyncStub, send: Send) -> None:
+        sent = 0
+        while True:
+            await self._reports.wait()
+            self._reports.clear()
+            while items := self._outbox.read(("run_report", "write_back"), after=sent):
+                for item in items:
+                    sent = item.sequence
+                    if item.kind == "write_back":
+                        await self._write_back(stub, item)
+                    else:
+                        report = pb.RunReport.FromString(item.body)
+                        report.sequence = item.sequence
+                        send(pb.AgentMessage(run_report=report))
+
+    async def _write_back(self, stub: pb_grpc.NodeServiceAsyncStub, item: Item) -> None:
+        request = pb.WriteBackRequest.FromString(item.body)
+        waits = FOREVER.waits()
+        while True:
+            try:
+                await stub.WriteBack(request, timeout=CALL_TIMEOUT_S)
+                break
+            except grpc.aio.AioRpcError as error:
+                problem = from_rpc_error(error)
+                if problem.error_class == "permanent":
+                    # The run has ended and can't be failed for it; it must not hold up the others for ever either.
+                    log.error("writeback.refused", run=item.run_id, error=str(problem), code=problem.code)
+                    await self._outbox.emit(
+                        "writeback.refused", item.run_id, {"error": problem.message, "code": problem.code}
+                    )
+                    break
+                await asyncio.sleep(next(waits))
+        await self._outbox.acknowledge([item.sequence])
+
+    # Events.
+
+    async def _send_events(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
+        waits = FOREVER.waits()
+        while True:
+            await self._events.wait()
+            await asyncio.sleep(EVENT_FLUSH_S)
+            self._events.clear()
+            try:
+                while items := self._outbox.read(("event",), limit=EVENT_BATCH):
+                    answer = await stub.ReportEvents(_batches(items), timeout=CALL_TIMEOUT_S)
+                    await self._outbox.acknowledge_events(answer.acknowledged)
+                    if answer.acknowledged < items[0].sequence:
+                        break  # nothing got through: not again at once
+                waits = FOREVER.waits()
+            except grpc.aio.AioRpcError as error:
+                self._failed("events", from_rpc_error(error))
+                await asyncio.sleep(next(waits))
+                self._events.set()
+
+    # Logs.
+
+    async def _send_logs(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
+        waits = FOREVER.waits()
+        while True:
+            await self._logs.wait()
+            try:
+                await self._stream_logs(stub)
+                waits = FOREVER.waits()
+            except grpc.aio.AioRpcError as error:
+                self._failed("logs", from_rpc_error(error))
+                self._spool.rewind()
+                await asyncio.sleep(next(waits))
+                self._logs.set()
+
+    async def _stream_logs(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
+        """One StreamRunLogs call: as long as there is something to say, closed when idle."""
+        call = stub.StreamRunLogs(self._log_batches())
+        try:
+            await self.logs_acknowledged(await call)
+        finally:
+            call.cancel()
+
+    async def _log_batches(self) -> AsyncIterator[pb.RunLogBatch]:
+        while True:
+            self._logs.clear()
+            await self._spool.forget_settled()
+            for file in self._spool.pending():
+                while chunk := self._next_chunk(file):
+                    yield pb.RunLogBatch(chunks=[chunk])
+            try:
+                await asyncio.wait_for(self._logs.wait(), LOG_IDLE_S)
+            except TimeoutError:
+                return
+            # Small writes travel together; a person who follows does not notice.
+            await asyncio.sleep(LOG_FLUSH_S)
+
+    def _next_chunk(self, file: LogFile) -> types.RunLogChunk | None:
+        key, offset = file.key, file.sent
+        chunk = types.RunLogChunk(
+            run_id=key.run_id, step=key.step, attempt=key.attempt, stream=WIRE_STREAM[key.stream], offset=offset
+        )
+        chunk.time.GetCurrentTime()
+        data = self._spool.read(file, offset, LOG_CHUNK_BYTES)
+        if data:
+            file.sent += len(data)
+            if len(data) >= COMPRESS_FROM_BYTES:
+                chunk.data, chunk.zstd = zstandard.compress(data, 1), True
+            else:
+                chunk.data = data
+            return chunk
+        if file.length is not None and offset < file.length:
+            file.sent = file.length
+            chunk.gap_bytes = file.gap
+            return chunk
+        return None
+
+    def _failed(self, what: str, error: OutriderError) -> None:
+        log.info("uplink.retry", what=what, error=str(error), code=error.code)
+
+
+async def _batches(items: list[Item]) -> AsyncIterator[pb.EventBatch]:
+    batch = pb.EventBatch()
+    for item in items:
+        event = types.Event.FromString(item.body)
+        event.sequence = item.sequence
+        batch.events.append(event)
+    yield batch
