@@ -1,0 +1,92 @@
+"""A few daemon threads.
+
+``concurrent.futures`` joins its threads when the interpreter ends, so a cancelled step would wait for a
+silent server until it is killed. These are left behind.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from outrider_stepkit import StepFailure
+
+T = TypeVar("T")
+
+_FIRST_WAIT_S, _MAX_WAIT_S, _MAX_RETRIES = 0.1, 30.0, 5
+
+
+class Stopped(Exception):
+    """The transfer was given up while this part of it was under way."""
+
+
+class Workers:
+    """Runs what is submitted on ``count`` threads; leaving the context stops what still runs or waits."""
+
+    def __init__(self, count: int) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self.stop = threading.Event()
+        for _ in range(count):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run ``job()`` on one of the threads. It has to call ``check()`` between blocking operations."""
+        future: Future[T] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def check(self) -> None:
+        """Raise Stopped if the transfer has been given up."""
+        if self.stop.is_set():
+            raise Stopped
+
+    def persist(self, attempt: Callable[[], object], position: Callable[[], int]) -> None:
+        """Call ``attempt()`` until it returns, with backoff after temporary errors.
+
+        Gives up after five retries in a row in which ``position()`` did not move, so that a long transfer
+        over a bad link may be cut any number of times as long as it gets on.
+        """
+        retry, reached = 0, position()
+        while True:
+            self.check()
+            try:
+                attempt()
+            except StepFailure as error:
+                if position() > reached:
+                    retry, reached = 0, position()
+                if not error.temporary or retry == _MAX_RETRIES:
+                    raise
+                retry += 1
+            else:
+                return
+            self.stop.wait(wait_s(retry))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop.set()
+
+    def _work(self) -> None:
+        while True:
+            future, job = self._jobs.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                self.check()
+                future.set_result(job())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+def wait_s(retry: int) -> float:
+    """The wait before retry number ``retry`` (from 1): doubling from 100 ms, jitter 20 %, at most 30 s."""
+    wait = min(_FIRST_WAIT_S * 2.0 ** (retry - 1), _MAX_WAIT_S)
+    return min(wait * random.uniform(0.8, 1.2), _MAX_WAIT_S)  # noqa: S311  # spreads load, guards nothing

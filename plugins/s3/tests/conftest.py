@@ -1,0 +1,262 @@
+"""A store to test against, a proxy that damages what passes through it, and the program as a process.
+
+The store is moto's server; every test that takes ``store`` runs a second time against the endpoint in
+OUTRIDER_TEST_S3_ENDPOINT, where that is set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+from botocore.config import Config
+from moto.server import ThreadedMotoServer
+
+PROGRAM = Path(__file__).parents[1] / "program"
+KEY_ID, SECRET = "AKIDOUTRIDERTEST", "s3cr3t/Outrider+Test0123456789"
+
+
+@dataclass
+class Store:
+    """A store with a bucket that this test has to itself."""
+
+    endpoint: str
+    key_id: str
+    secret: str
+    client: Any
+    bucket: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "S3_ENDPOINT": self.endpoint,
+            "S3_ACCESS_KEY_ID": self.key_id,
+            "S3_SECRET_ACCESS_KEY": self.secret,
+        }
+
+    def put(self, key: str, body: bytes) -> str:
+        """Put an object; its SHA-256."""
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=body)
+        return hashlib.sha256(body).hexdigest()
+
+    def get(self, key: str) -> bytes:
+        return bytes(self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read())
+
+    def keys(self) -> list[str]:
+        answer = self.client.list_objects_v2(Bucket=self.bucket)
+        return sorted(item["Key"] for item in answer.get("Contents", ()))
+
+    def unfinished(self) -> list[str]:
+        return [item["Key"] for item in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", ())]
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["moto", *(["given"] if os.environ.get("OUTRIDER_TEST_S3_ENDPOINT") else [])])
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    if request.param == "moto":
+        endpoint, key_id, secret = request.getfixturevalue("moto_endpoint"), KEY_ID, SECRET
+    else:
+        endpoint = os.environ["OUTRIDER_TEST_S3_ENDPOINT"]
+        key_id = os.environ["OUTRIDER_TEST_S3_ACCESS_KEY_ID"]
+        secret = os.environ["OUTRIDER_TEST_S3_SECRET_ACCESS_KEY"]
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=key_id,
+        aws_secret_access_key=secret,
+        config=Config(
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
+    bucket = f"outrider-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=bucket)
+    made = Store(endpoint, key_id, secret, client, bucket)
+    yield made
+    for upload in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
+        client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        for item in page.get("Contents", ()):
+            client.delete_object(Bucket=bucket, Key=item["Key"])
+    client.delete_bucket(Bucket=bucket)
+    client.close()
+
+
+@dataclass
+class Ended:
+    """How a run of the program ended."""
+
+    code: int
+    outputs: dict[str, Any]
+    progress: list[dict[str, Any]]
+    error: str
+    cause: str
+    text: str
+
+
+@dataclass
+class Program:
+    """The program of the step, started as the agent would start it but outside of a container."""
+
+    directory: Path
+    runs: int = 0
+
+    def start(self, action: str, params: dict[str, Any], env: dict[str, str]) -> subprocess.Popen[str]:
+        self.runs += 1
+        contract = self.directory / f"outrider-{self.runs}"
+        contract.mkdir()
+        (contract / "inputs.json").write_text(json.dumps(params))
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.directory),
+            "OUTRIDER_DIRECTORY": str(contract),
+            "OUTRIDER_CONTRACT": "1",
+            "OUTRIDER_RUN_ID": "rtest",
+            "OUTRIDER_STEP": "transfer",
+            "OUTRIDER_ATTEMPT": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", str(PROGRAM), action],
+            env=environment | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def end(self, process: subprocess.Popen[str]) -> Ended:
+        text, _ = process.communicate(timeout=60)
+        return read_contract(self.directory / f"outrider-{self.runs}", process.returncode, text)
+
+    def run(self, action: str, params: dict[str, Any], env: dict[str, str]) -> Ended:
+        return self.end(self.start(action, params, env))
+
+
+def read_contract(contract: Path, code: int, text: str) -> Ended:
+    def lines(name: str) -> list[dict[str, Any]]:
+        path = contract / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    outputs: dict[str, Any] = {}
+    for line in lines("outputs"):
+        outputs |= line
+    reported = lines("progress")
+    error = next((line for line in reported if "error" in line), {})
+    progress = [line for line in reported if "done" in line]
+    return Ended(code, outputs, progress, error.get("error", ""), error.get("code", ""), text)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return Program(tmp_path)
+
+
+@dataclass
+class Proxy:
+    """A proxy in front of the store. ``fault`` is asked about every request and says what to do with it."""
+
+    endpoint: str
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+    fault: Callable[[str, str, int], str | None] = lambda method, path, number: None
+
+    def count(self, method: str) -> int:
+        return sum(1 for request in self.requests if request[0] == method)
+
+
+@pytest.fixture
+def proxy(store: Store) -> Iterator[Proxy]:
+    """Faults: "503", "cut" (after half of the body), "stall" (half of the body, then silence)."""
+    upstream = urlsplit(store.endpoint)
+    connect = http.client.HTTPSConnection if upstream.scheme == "https" else http.client.HTTPConnection
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            made.requests.append((self.command, self.path, self.headers.get("Range", "")))
+            number = sum(1 for request in made.requests if request[:2] == (self.command, self.path))
+            fault = made.fault(self.command, self.path, number)
+            if fault == "503":
+                answer = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+                self.send_response(503)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+                return
+            connection = connect(upstream.hostname or "", upstream.port, timeout=30)
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() != "expect":
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            response = connection.getresponse()
+            content = response.read()
+            connection.close()
+            self.send_response(response.status)
+            for name, value in response.getheaders():
+                if name.lower() not in {"connection", "transfer-encoding", "content-length", "server", "date"}:
+                    self.send_header(name, value)
+            length = response.getheader("Content-Length") or "0"
+            self.send_header("Content-Length", length if self.command == "HEAD" else str(len(content)))
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            self.wfile.write(content[: len(content) // 2] if fault in {"cut", "stall"} else content)
+            if fault == "stall":
+                over.wait(30)
+            if fault in {"cut", "stall"}:
+                self.close_connection = True
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that goes away is what these tests are about."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    made = Proxy(f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield made
+    over.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def wait_for() -> Callable[[Callable[[], object]], None]:
+    def wait(condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end, "what was waited for did not happen within 20 s"
+            time.sleep(0.02)
+
+    return wait
