@@ -57,7 +57,7 @@ class Store:
     def get(self, key: str) -> bytes:
         return bytes(self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read())
 
-    def keys(self) -> list[str]:
+    def listed(self) -> list[str]:
         answer = self.client.list_objects_v2(Bucket=self.bucket)
         return sorted(item["Key"] for item in answer.get("Contents", ()))
 
@@ -189,7 +189,7 @@ class Proxy:
 
 @pytest.fixture
 def proxy(store: Store) -> Iterator[Proxy]:
-    """Faults: "503", "cut" (after half of the body), "stall" (half of the body, then silence)."""
+    """Faults: "503", "cut" (after half of the body), "stall" (half of the body, then silence), "hang" (no answer)."""
     upstream = urlsplit(store.endpoint)
     connect = http.client.HTTPSConnection if upstream.scheme == "https" else http.client.HTTPConnection
     over = threading.Event()
@@ -208,6 +208,10 @@ def proxy(store: Store) -> Iterator[Proxy]:
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
                 self.wfile.write(answer)
+                return
+            if fault == "hang":
+                over.wait(30)
+                self.close_connection = True
                 return
             connection = connect(upstream.hostname or "", upstream.port, timeout=30)
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)

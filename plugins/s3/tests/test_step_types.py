@@ -50,7 +50,10 @@ def test_schema_alone_refuses_what_the_model_refuses(model: type[BaseModel], par
     [
         (plugin.DownloadParams, GOOD),
         (plugin.DownloadParams, {"bucket": "b", "prefix": "", "to": "/x"}),
-        (plugin.DownloadParams, GOOD | {"key": "..hidden/a..b/ü", "endpoint": "http://[::1]:9000/s3", "region": "eu-1"}),
+        (
+            plugin.DownloadParams,
+            GOOD | {"key": "..hidden/a..b/ü", "endpoint": "http://[::1]:9000/s3", "region": "eu-1"},
+        ),
         (plugin.UploadParams, UPLOAD),
     ],
 )

@@ -44,7 +44,9 @@ def _download_object(store: Store, key: str, to: str, expected: str | None, repo
         )
     entry, first = _open(store, key)
     with staged_file(target) as file, Workers(CONNECTIONS) as workers:
-        ((_, digest),) = _fetch(store, [(entry, file.name)], workers, report, first)
+        # A duplicate, because a thread may outlive the stage: see _Job.
+        job = _Job(entry, target, os.dup(file.fileno()))
+        ((_, digest),) = _fetch(store, [job], workers, report, first)
         _compare(store.object(key), store, digest, expected)
     outputs = {"path": target, "bytes": entry.size, "sha256": digest, "objects": 1}
     return outputs | ({"etag": entry.etag.strip('"')} if entry.etag else {})
@@ -56,7 +58,7 @@ def _download_prefix(store: Store, prefix: str, to: str, expected: str | None, r
         raise StepFailure(f"{target} is a file: a prefix needs a directory", code="not_a_directory")
     entries = list_objects(store, prefix)
     with staged_directory(target) as stage, Workers(CONNECTIONS) as workers:
-        jobs = [(entry, str(stage / str(number))) for number, entry in enumerate(entries)]
+        jobs = [_Job(entry, str(stage / str(number))) for number, entry in enumerate(entries)]
         digests = _fetch(store, jobs, workers, report)
         digest = listing_sha256((entry.name, digest) for entry, digest in digests)
         _compare(f"prefix {prefix!r} of bucket {store.bucket!r}", store, digest, expected)
@@ -65,20 +67,20 @@ def _download_prefix(store: Store, prefix: str, to: str, expected: str | None, r
     return {"path": str(target), "bytes": sum(e.size for e in entries), "sha256": digest, "objects": len(entries)}
 
 
-def _publish(jobs: list[tuple[Entry, str]], target: Path) -> None:
+def _publish(jobs: list[_Job], target: Path) -> None:
     """Move every file to its place. What can be foreseen to fail is looked for before the first one moves."""
-    for entry, _ in jobs:
-        path = target / entry.name
+    for job in jobs:
+        path = target / job.entry.name
         if path.is_dir() and not path.is_symlink():
             raise StepFailure(f"{path} is a directory, and an object has to be written there", code="is_a_directory")
         blocked = next((up for up in path.parents if up.exists() and not up.is_dir()), None)
         if blocked:
             raise StepFailure(f"{blocked} is a file, and objects have to be written below it", code="not_a_directory")
-    directories = {(target / entry.name).parent for entry, _ in jobs}
+    directories = {(target / job.entry.name).parent for job in jobs}
     for directory in directories:
         directory.mkdir(parents=True, exist_ok=True)
-    for entry, staged in jobs:
-        os.replace(staged, target / entry.name)
+    for job in jobs:
+        os.replace(job.path, target / job.entry.name)
     for directory in directories:
         sync_directory(directory)
 
@@ -98,57 +100,63 @@ def _open(store: Store, key: str) -> tuple[Entry, Any]:
 
 
 @dataclass(slots=True)
-class _Part:
-    """A range of an object, and how much of it has been written to the staged file."""
+class _Job:
+    """An object and the file that it is fetched to, opened at ``path`` when its turn comes if it is not open yet.
+
+    The descriptor is closed when the file is whole. When the transfer fails it is left to the end of the process: a
+    thread may be inside a write to it, and its number could by then be another file's.
+    """
 
     entry: Entry
     path: str
-    descriptor: int
+    descriptor: int = -1
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def open(self) -> None:
+        if self.descriptor < 0:
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+
+@dataclass(slots=True)
+class _Part:
+    """A range of an object, and how much of it has been written to the file."""
+
+    job: _Job
     offset: int
     length: int
     done: int = 0
     body: Any = None  # an answer that is already there
 
 
-@dataclass(slots=True)
-class _File:
-    """A staged file whose parts are under way."""
-
-    entry: Entry
-    descriptor: int
-    digest: Any = field(default_factory=hashlib.sha256)
-
-
 def _fetch(
-    store: Store, jobs: list[tuple[Entry, str]], workers: Workers, report: Report, first: Any = None
+    store: Store, jobs: list[_Job], workers: Workers, report: Report, first: Any = None
 ) -> list[tuple[Entry, str]]:
-    """Fetch every object to its staged path; the SHA-256 of each.
+    """Fetch every object to its file; the SHA-256 of each. ``first`` is the body of the first part, if it is there.
 
     The parts arrive in any order and are hashed here in theirs, as soon as each is whole, while it is still
     in the page cache.
     """
-    total = sum(entry.size for entry, _ in jobs)
-    _check_room(jobs[0][1], total)
+    total = sum(job.entry.size for job in jobs)
+    _check_room(Path(jobs[0].path).parent, total)
     meter = Meter(total, report)
     digests: list[tuple[Entry, str]] = []
-    under_way: deque[tuple[_File, _Part, Future[None]]] = deque()
+    under_way: deque[tuple[_Part, Future[None]]] = deque()
 
     def settle() -> None:
-        file, part, future = under_way.popleft()
+        part, future = under_way.popleft()
         future.result()
-        _hash(file, part)
-        if part.offset + part.length == file.entry.size:
-            os.close(file.descriptor)
-            digests.append((file.entry, file.digest.hexdigest()))
+        _hash(part)
+        job = part.job
+        if part.offset + part.length == job.entry.size:
+            os.close(job.descriptor)
+            digests.append((job.entry, job.digest.hexdigest()))
 
-    for entry, path in jobs:
-        # When the transfer fails, a thread may still be inside a write: such a descriptor is left to the end of the
-        # process, because its number could by then be another file's.
-        file = _File(entry, os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
-        for offset in range(0, entry.size, PART_BYTES) or (0,):
-            part = _Part(entry, path, file.descriptor, offset, min(PART_BYTES, entry.size - offset), body=first)
+    for job in jobs:
+        job.open()
+        for offset in range(0, job.entry.size, PART_BYTES) or (0,):
+            part = _Part(job, offset, min(PART_BYTES, job.entry.size - offset), body=first)
             first = None
-            under_way.append((file, part, workers.submit(partial(_fetch_part, store, part, workers, meter))))
+            under_way.append((part, workers.submit(partial(_fetch_part, store, part, workers, meter))))
             while len(under_way) > 2 * CONNECTIONS:
                 settle()
     while under_way:
@@ -165,7 +173,7 @@ def _fetch_part(store: Store, part: _Part, workers: Workers, meter: Meter) -> No
 
 def _continue_part(store: Store, part: _Part, workers: Workers, meter: Meter) -> None:
     """Fetch what is still missing of a part. Raises StepFailure when the connection is cut."""
-    with store.errors(store.object(part.entry.key)):
+    with store.errors(store.object(part.job.entry.key)):
         body, part.body = part.body or _request(store, part), None
         with closing(body):
             while part.done < part.length:
@@ -181,13 +189,17 @@ def _continue_part(store: Store, part: _Part, workers: Workers, meter: Meter) ->
 def _request(store: Store, part: _Part) -> Any:
     start, end = part.offset + part.done, part.offset + part.length - 1
     # Without the condition, an object replaced between two requests would end up half old, half new.
-    condition = {"IfMatch": part.entry.etag} if part.entry.etag else {}
-    answer = store.client.get_object(Bucket=store.bucket, Key=part.entry.key, Range=f"bytes={start}-{end}", **condition)
-    whole = start == 0 and answer.get("ContentRange") is None and answer["ContentLength"] == part.entry.size
-    if not whole and not re.fullmatch(rf"bytes {start}-{end}/({part.entry.size}|\*)", answer.get("ContentRange") or ""):
+    condition = {"IfMatch": part.job.entry.etag} if part.job.entry.etag else {}
+    answer = store.client.get_object(
+        Bucket=store.bucket, Key=part.job.entry.key, Range=f"bytes={start}-{end}", **condition
+    )
+    whole = start == 0 and answer.get("ContentRange") is None and answer["ContentLength"] == part.job.entry.size
+    if not whole and not re.fullmatch(
+        rf"bytes {start}-{end}/({part.job.entry.size}|\*)", answer.get("ContentRange") or ""
+    ):
         answer["Body"].close()
         raise StepFailure(
-            f"{store.endpoint} answered with another range of {store.object(part.entry.key)} than was asked for",
+            f"{store.endpoint} answered with another range of {store.object(part.job.entry.key)} than was asked for",
             code="changed",
             temporary=True,
         )
@@ -198,19 +210,19 @@ def _write(part: _Part, chunk: bytes) -> None:
     view, position = memoryview(chunk), part.offset + part.done
     while view:
         try:
-            written = os.pwrite(part.descriptor, view, position)
+            written = os.pwrite(part.job.descriptor, view, position)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, part.path) from error
+            raise OSError(error.errno, error.strerror, part.job.path) from error
         view, position = view[written:], position + written
 
 
-def _hash(file: _File, part: _Part) -> None:
+def _hash(part: _Part) -> None:
     position, end = part.offset, part.offset + part.length
     while position < end:
-        chunk = os.pread(file.descriptor, min(CHUNK_BYTES, end - position), position)
+        chunk = os.pread(part.job.descriptor, min(CHUNK_BYTES, end - position), position)
         if not chunk:
-            raise StepFailure(f"the copy of {file.entry.key!r} was cut short by someone else", code="io")
-        file.digest.update(chunk)
+            raise StepFailure(f"the copy of {part.job.entry.key!r} was cut short by someone else", code="io")
+        part.job.digest.update(chunk)
         position += len(chunk)
 
 
@@ -222,8 +234,7 @@ def _compare(what: str, store: Store, digest: str, expected: str | None) -> None
         )
 
 
-def _check_room(path: str, size: int) -> None:
-    directory = Path(path).parent
+def _check_room(directory: Path, size: int) -> None:
     free = free_bytes(directory)
     if size > free:
         raise StepFailure(

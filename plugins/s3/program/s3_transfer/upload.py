@@ -8,6 +8,7 @@ import io
 import math
 import os
 import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from s3_transfer.store import CONNECTIONS, Meter, Store
 from s3_transfer.workers import Workers
 
 _MAX_PARTS = 10_000
+_ABORT_S = 5.0
 _MAX_OBJECT_BYTES = 5 * 1024**4
 _CONTENT_TYPE = "application/octet-stream"
 
@@ -162,11 +164,24 @@ def _send(store: Store, file: _File, workers: Workers, meter: Meter, expected: s
         return _send_parts(store, file, workers, meter, expected, upload_id)
     except BaseException:
         workers.stop.set()
-        # Parts that are not aborted are kept, and paid for, without being seen. Nothing better can be done than
-        # to try: the cause of the failure is what has to be told.
-        with suppress(Exception):
-            store.client.abort_multipart_upload(Bucket=store.bucket, Key=file.key, UploadId=upload_id)
+        _abort(store, file.key, upload_id)
         raise
+
+
+def _abort(store: Store, key: str, upload_id: str) -> None:
+    """Give the parts up: they would be kept, and paid for, without being seen.
+
+    No more than a try, and not for long: the cause of the failure is what has to be told, and a cancelled
+    step is killed soon.
+    """
+
+    def abort() -> None:
+        with suppress(Exception):
+            store.client.abort_multipart_upload(Bucket=store.bucket, Key=key, UploadId=upload_id)
+
+    thread = threading.Thread(target=abort, daemon=True)
+    thread.start()
+    thread.join(_ABORT_S)
 
 
 def _send_parts(
