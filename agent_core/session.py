@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import grpc
 import structlog
@@ -138,7 +138,7 @@ class Session:
                 answer = await self._stub.GetEnvs(request, timeout=CALL_TIMEOUT_S)
                 return dict(answer.values), frozenset(answer.secret_names)
             except grpc.aio.AioRpcError as error:
-                problem = from_rpc_error(error, self._credentials.server)
+                problem = from_rpc_error(error, target=self._credentials.server)
                 if problem.error_class == "permanent":
                     raise problem from error
                 await asyncio.sleep(next(waits, self._retry.max_wait_s))
@@ -207,7 +207,7 @@ class Session:
             self._credentials.server, ca=ca, identity=self.identity, server_name=self._credentials.server_name
         )
         async with channel:
-            stub: pb_grpc.NodeServiceAsyncStub = pb_grpc.NodeServiceStub(channel)
+            stub = cast("pb_grpc.NodeServiceAsyncStub", pb_grpc.NodeServiceStub(channel))
             await self._register(stub)
             yield stub
 
@@ -226,7 +226,7 @@ class Session:
         try:
             answer = await stub.Register(request, timeout=REGISTER_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, self._credentials.server) from error
+            raise from_rpc_error(error, target=self._credentials.server) from error
         await self._state.set_meta("session_id", answer.session_id)
         self.identity.session_id, self.identity.epoch = answer.session_id, answer.epoch
         self._obey(answer.heartbeat)
@@ -236,7 +236,8 @@ class Session:
 
     async def _hold(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
         """Serve one control channel until it ends; always raises."""
-        call = stub.Connect()
+        connect: Any = stub.Connect  # its stub file wants an iterator; writing by hand is the other way
+        call = connect()
         self._outgoing = asyncio.Queue()
         commands: asyncio.Queue[pb.Command] = asyncio.Queue()
         self._stub = stub
@@ -250,7 +251,7 @@ class Session:
                 tasks.create_task(self._uplink.run(stub, self._send))
                 self._connected.set()
         except* grpc.aio.AioRpcError as group:
-            raise from_rpc_error(_first(group), self._credentials.server) from group
+            raise from_rpc_error(_first(group), target=self._credentials.server) from group
         except* (OutriderError, _RegisterAgain) as group:
             raise _first(group) from group
         except* asyncio.InvalidStateError as group:  # grpc.aio's word for writing to a call that has ended
@@ -266,15 +267,7 @@ class Session:
             await call.write(await self._outgoing.get())
 
     async def _read(self, call: Any, commands: asyncio.Queue[pb.Command]) -> None:
-        while True:
-            message = await call.read()
-            if message is grpc.aio.EOF:
-                code = await call.code()
-                if code is grpc.StatusCode.OK:
-                    raise Unavailable(f"the server {self._credentials.server} closed the connection")
-                raise grpc.aio.AioRpcError(
-                    code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-                )
+        async for message in call:
             match message.WhichOneof("body"):
                 case "command":
                     commands.put_nowait(message.command)
@@ -286,6 +279,7 @@ class Session:
                     await self._uplink.logs_acknowledged(message.log_ack)
                 case "full_report_request":
                     self._send(pb.AgentMessage(full_report=await self._host.full_report()))
+        raise Unavailable(f"the server {self._credentials.server} closed the connection")
 
     async def _carry_out(self, commands: asyncio.Queue[pb.Command]) -> None:
         # One after the other: a cancel must not overtake the run that it is about.

@@ -269,9 +269,7 @@ class State:
 
     def step_status(self, run_id: str, status: types.StepStatus) -> Change:
         blob, name = status.SerializeToString(), status.name
-        return lambda db: db.execute(
-            "UPDATE steps SET status = ? WHERE run_id = ? AND name = ?", (blob, run_id, name)
-        )
+        return lambda db: db.execute("UPDATE steps SET status = ? WHERE run_id = ? AND name = ?", (blob, run_id, name))
 
     def step_plan(self, run_id: str, step: str, plan_json: str, params_json: str) -> Change:
         """The plan that this step has from now on, also for retries and after a restart."""
@@ -293,9 +291,7 @@ class State:
 
     def cancel_run(self, run_id: str, cancel: Cancellation) -> Change:
         text = json.dumps({"reason": cancel.reason, "grace_s": cancel.grace_s})
-        return lambda db: db.execute(
-            "UPDATE runs SET cancel = ? WHERE run_id = ? AND cancel IS NULL", (text, run_id)
-        )
+        return lambda db: db.execute("UPDATE runs SET cancel = ? WHERE run_id = ? AND cancel IS NULL", (text, run_id))
 
     def command_received(self, command_id: str, digest: bytes) -> Change:
         now = time.time()
@@ -306,9 +302,7 @@ class State:
 
     def command_answered(self, result: pb.CommandResult) -> Change:
         blob = result.SerializeToString()
-        return lambda db: db.execute(
-            "UPDATE commands SET result = ? WHERE command_id = ?", (blob, result.command_id)
-        )
+        return lambda db: db.execute("UPDATE commands SET result = ? WHERE command_id = ?", (blob, result.command_id))
 
     async def command(self, command_id: str) -> tuple[bytes, pb.CommandResult | None] | None:
         """Digest and result of a command received before."""

@@ -58,7 +58,11 @@ class StepDirectory:
         self.path.mkdir(parents=True)
         directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for name, content, mode in (("inputs.json", inputs, 0o444), ("outputs", b"", 0o600), ("progress", b"", 0o600)):
+            for name, content, mode in (
+                ("inputs.json", inputs, 0o444),
+                ("outputs", b"", 0o600),
+                ("progress", b"", 0o600),
+            ):
                 descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=directory)
                 try:
                     os.fchmod(descriptor, mode)

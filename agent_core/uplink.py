@@ -14,6 +14,7 @@ import structlog
 import zstandard
 
 from agent_core.outbox import Item, Outbox
+from agent_core.runtimes.base import StreamName
 from agent_core.spool import WIRE_STREAM, LogFile, LogKey, Spool
 from outrider.errors import OutriderError
 from outrider.retry import FOREVER
@@ -31,7 +32,7 @@ LOG_CHUNK_BYTES = 128 * 1024
 LOG_FLUSH_S = 0.05
 LOG_IDLE_S = 10.0
 COMPRESS_FROM_BYTES = 1024
-_NAME_OF_STREAM = {number: name for name, number in WIRE_STREAM.items()}
+_NAME_OF_STREAM: dict[int, StreamName] = {number: name for name, number in WIRE_STREAM.items()}
 
 Send = Callable[[pb.AgentMessage], None]
 
