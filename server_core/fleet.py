@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -43,6 +43,14 @@ class Presence:
     dirty: bool = False
 
 
+class Answer:
+    """What comes back for a command: it is acknowledged, and later there is a result."""
+
+    def __init__(self) -> None:
+        self.acknowledged = asyncio.Event()
+        self.result: asyncio.Future[node_service_pb2.CommandResult] = asyncio.get_running_loop().create_future()
+
+
 class ControlChannel:
     """One agent's control channel: what goes down it, and who waits for what comes up."""
 
@@ -57,7 +65,8 @@ class ControlChannel:
         self.acknowledged: set[str] = set()
         """Runs that were acknowledged on this channel."""
         self._outgoing: asyncio.Queue[node_service_pb2.ServerMessage] = asyncio.Queue(_QUEUED_MESSAGES)
-        self._results: dict[str, asyncio.Future[node_service_pb2.CommandResult]] = {}
+        # A list, because two callers may ask for the same command: it is done once and answers both.
+        self._answers: list[tuple[str, Answer]] = []
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._error: OutriderError | None = None
 
@@ -88,38 +97,64 @@ class ControlChannel:
 
     async def request(self, command: node_service_pb2.Command, timeout_s: float) -> node_service_pb2.CommandResult:
         """Send a command and await its result. Raises what the agent answered, or OperationTimeout."""
+        with self.expect(command.command_id) as answer:
+            async with self._answer_within(timeout_s):
+                await self._send_command(command, timeout_s)
+                result = await asyncio.shield(answer.result)
+        if result.HasField("failure"):
+            raise wire.error_of(result.failure)
+        return result
+
+    async def order(self, command: node_service_pb2.Command, answer: Answer, timeout_s: float) -> None:
+        """Send a command and wait until it is acknowledged, or answered; ``answer`` comes from `expect`."""
+        async with self._answer_within(timeout_s):
+            await self._send_command(command, timeout_s)
+            acknowledged = asyncio.ensure_future(answer.acknowledged.wait())
+            try:
+                await asyncio.wait({acknowledged, answer.result}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                acknowledged.cancel()
+
+    @contextlib.contextmanager
+    def expect(self, command_id: str) -> Iterator[Answer]:
+        """What will be answered to a command; forgotten on leaving."""
+        answer = Answer()
+        # Nobody may be left to ask for it: the caller can have gone.
+        answer.result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._answers.append((command_id, answer))
+        try:
+            yield answer
+        finally:
+            self._answers.remove((command_id, answer))
+
+    def take_ack(self, ack: node_service_pb2.CommandAck) -> None:
+        """A refusal is the answer."""
+        for command_id, answer in self._answers:
+            if command_id == ack.command_id:
+                answer.acknowledged.set()
+        if ack.HasField("refused"):
+            self.take_result(node_service_pb2.CommandResult(command_id=ack.command_id, failure=ack.refused))
+
+    def take_result(self, result: node_service_pb2.CommandResult) -> None:
+        for command_id, answer in self._answers:
+            if command_id == result.command_id and not answer.result.done():
+                answer.result.set_result(result)
+
+    async def _send_command(self, command: node_service_pb2.Command, timeout_s: float) -> None:
         command.deadline.FromMicroseconds(round(timeout_s * 1e6))
-        future = self._results.get(command.command_id)
-        if future is None:
-            future = asyncio.get_running_loop().create_future()
-            # Nobody may be left to ask for it: the caller can have gone.
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._results[command.command_id] = future
+        await self.send(node_service_pb2.ServerMessage(command=command))
+
+    @contextlib.asynccontextmanager
+    async def _answer_within(self, timeout_s: float) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(timeout_s):
-                await self.send(node_service_pb2.ServerMessage(command=command))
-                result = await asyncio.shield(future)
+                yield
         except TimeoutError as error:
             raise OperationTimeout(
                 f"node {self.node_id} did not answer within {timeout_s:g} s",
                 code="node_timeout",
                 hint="whether it was done can be looked up with `outrider container list`",
             ) from error
-        finally:
-            self._results.pop(command.command_id, None)
-        if result.HasField("failure"):
-            raise wire.error_of(result.failure)
-        return result
-
-    def take_ack(self, ack: node_service_pb2.CommandAck) -> None:
-        """Only a refusal matters to who waits: it is the answer."""
-        if ack.HasField("refused"):
-            self.take_result(node_service_pb2.CommandResult(command_id=ack.command_id, failure=ack.refused))
-
-    def take_result(self, result: node_service_pb2.CommandResult) -> None:
-        future = self._results.get(result.command_id)
-        if future is not None and not future.done():
-            future.set_result(result)
 
     def close(self, error: OutriderError | None) -> None:
         """End the channel; the agent is told ``error``. Idempotent."""
@@ -127,9 +162,9 @@ class ControlChannel:
             return
         self._error = error
         self._closed.set_result(None)
-        for future in self._results.values():
-            if not future.done():
-                future.set_exception(self.gone())
+        for _, answer in self._answers:
+            if not answer.result.done():
+                answer.result.set_exception(self.gone())
 
     def gone(self) -> Unavailable:
         return Unavailable(

@@ -1,0 +1,272 @@
+"""Dispatch: gets accepted runs and cancellations to their nodes, exactly once in effect, however often sent.
+
+What is to be sent is derived from the store each time, never kept in a queue: whatever was lost between two
+processes is found again when the node says what it holds. Commands have ids made from the run's, so a node
+that has one already acknowledges it again and does nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Coroutine
+
+import structlog
+from sqlalchemy import Connection
+
+from outrider.errors import OutriderError
+from outrider.v1 import node_service_pb2, types_pb2
+from server_core.bus.base import EVENTS, Bus, run_topic
+from server_core.fleet import ControlChannel, Fleet, command
+from server_core.store import events, runs
+from server_core.store.base import Database
+from server_core.store.runs import RunRow
+
+log = structlog.get_logger(__name__)
+
+LOST_GRACE_S = 10.0
+"""How long a run that its node no longer holds may still be told of by the node's outbox."""
+REPORT_DUE_S = 10.0
+
+_Ended = tuple[str, types_pb2.ObjectRef | None]
+
+_RUN = "run-"
+_CANCEL = "cancel-"
+
+
+class Dispatcher:
+    """Sends what the store says is to be sent, and records what comes back."""
+
+    def __init__(self, db: Database, bus: Bus, fleet: Fleet, *, lost_grace_s: float = LOST_GRACE_S) -> None:
+        self._db = db
+        self._bus = bus
+        self._fleet = fleet
+        self._lost_grace_s = lost_grace_s
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.progress: defaultdict[str, dict[str, types_pb2.Progress]] = defaultdict(dict)
+        """The latest progress by run and step; it is shown and never stored."""
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- down ----------------------------------------------------------------------------------------------
+
+    async def kick(self, node_id: str) -> None:
+        """Send the node what it should have and was not sent on its present channel."""
+        async with self._locks[node_id]:
+            channel = self._fleet.channel(node_id)
+            if channel is None or not channel.reported:
+                return
+            try:
+                for row in await self._db.read(lambda c: runs.active_on(c, node_id)):
+                    await self._send_one(channel, row)
+            except OutriderError as error:
+                # The channel is gone: its successor starts from the store again.
+                log.info("dispatch was interrupted", node=node_id, error=str(error))
+
+    def kick_soon(self, node_id: str) -> None:
+        """`kick`, without waiting for it."""
+        self._spawn(self.kick(node_id))
+
+    async def _send_one(self, channel: ControlChannel, row: RunRow) -> None:
+        if row.state == runs.QUEUED and not (row.cancel_requested and not row.sent):
+            blocker = await self._db.read(lambda c: runs.blocker_of(c, row))
+            if blocker is not None:
+                reason = f"waits for run {blocker} of {row.object_kind}/{row.object_name}"
+                if await self._db.write(lambda c: runs.set_reason(c, row.run_id, reason)):
+                    self._bus.publish(run_topic(row.run_id))
+                return
+            await self._send(channel, row, _RUN + row.run_id)
+        if row.cancel_requested and (row.sent or row.state != runs.QUEUED):
+            await self._send(channel, row, _CANCEL + row.run_id)
+
+    async def _send(self, channel: ControlChannel, row: RunRow, command_id: str) -> None:
+        if command_id in channel.sent:
+            return
+        if command_id.startswith(_RUN):
+            # Written down before it goes out: from here on the node may have it, and a cancel has to reach it.
+            if not await self._db.write(lambda c: runs.mark_sent(c, row.run_id)):
+                return
+            message = command(command_id, run_pipeline=runs.pipeline_command(row))
+        else:
+            message = command(command_id, cancel_run=runs.cancel_command(row))
+        channel.sent.add(command_id)
+        await channel.send(node_service_pb2.ServerMessage(command=message))
+
+    # -- up ------------------------------------------------------------------------------------------------
+
+    async def take_ack(self, channel: ControlChannel, ack: node_service_pb2.CommandAck) -> None:
+        """A node acknowledged a run, or refused it."""
+        channel.take_ack(ack)
+        if not ack.command_id.startswith(_RUN):
+            return
+        run_id = ack.command_id.removeprefix(_RUN)
+        if ack.HasField("refused"):
+            await self._settle(channel.node_id, run_id, runs.FAILED, ack.refused)
+            return
+        channel.acknowledged.add(run_id)
+        await self._db.write(lambda c: runs.mark_acknowledged(c, run_id, channel.node_id))
+        self._bus.publish(run_topic(run_id))
+
+    async def take_report(self, channel: ControlChannel, report: node_service_pb2.RunReport) -> None:
+        """Record what a node says of a run, and acknowledge it once it is stored."""
+        if report.sequence == 0:
+            for step in report.steps:
+                self.progress[report.run_id][step.name] = step.progress
+            self._bus.publish(run_topic(report.run_id))
+            return
+        node_id = channel.node_id
+
+        def record(connection: Connection) -> tuple[runs.Applied, types_pb2.ObjectRef | None]:
+            applied = runs.apply_report(connection, node_id, report)
+            if applied.refused:
+                data = {"reason": applied.refused, "lease_id": report.lease_id}
+                events.add(connection, "run.report_refused", report.run_id, node_id=node_id, data=data)
+                return applied, None
+            if not applied.finished:
+                return applied, None
+            return applied, finished(connection, report.run_id)
+
+        applied, ref = await self._db.write(record)
+        await channel.send(
+            node_service_pb2.ServerMessage(outbox_ack=node_service_pb2.OutboxAck(sequences=[report.sequence]))
+        )
+        if applied.refused:
+            log.warning("a report was refused", run=report.run_id, node=node_id, reason=applied.refused)
+            self._bus.publish(EVENTS)
+            return
+        self._changed(report.run_id, ref, finished=applied.finished)
+
+    async def reconcile(self, channel: ControlChannel, report: types_pb2.FullReport) -> None:
+        """Settle each difference between what the node holds and what the store says, then send what is due."""
+        node_id = channel.node_id
+        held = {run.run_id: run for run in report.runs}
+
+        def compare(connection: Connection) -> tuple[list[str], list[_Ended], list[str]]:
+            missing: list[str] = []
+            cancelled: list[_Ended] = []
+            stop: list[str] = []
+            for row in runs.active_on(connection, node_id):
+                if row.run_id in held:
+                    runs.mark_acknowledged(connection, row.run_id, node_id)
+                elif row.state != runs.QUEUED:
+                    missing.append(row.run_id)
+                elif (
+                    row.cancel_requested
+                    and _RUN + row.run_id not in channel.sent
+                    and runs.settle(connection, row.run_id, runs.CANCELLED, None)
+                ):
+                    cancelled.append((row.run_id, finished(connection, row.run_id)))
+            for run in held.values():
+                found = runs.row_of(connection, run.run_id)
+                if found is None or found.node_id != node_id or found.lease_id != run.lease_id:
+                    data = {"lease_id": run.lease_id, "state": types_pb2.RunState.Name(run.state)}
+                    events.add(connection, "run.unrecognised", run.run_id, node_id=node_id, data=data)
+                elif found.state == runs.UNKNOWN and not runs.is_over(run.state):
+                    runs.apply_report(
+                        connection,
+                        node_id,
+                        node_service_pb2.RunReport(run_id=run.run_id, lease_id=run.lease_id, state=run.state),
+                    )
+                elif found.state in (runs.CANCELLED, runs.FAILED) and not runs.is_over(run.state):
+                    stop.append(run.run_id)
+            return missing, cancelled, stop
+
+        missing, cancelled, stop = await self._db.write(compare)
+        channel.reported = True
+        for run_id in held:
+            self._bus.publish(run_topic(run_id))
+        for run_id, ref in cancelled:
+            self._changed(run_id, ref, finished=True)
+        self._bus.publish(EVENTS)
+        for run_id in stop:
+            await self._stop_straggler(channel, run_id)
+        if missing:
+            self._spawn(self._settle_lost(channel, missing))
+        await self.kick(node_id)
+
+    async def ask_for_report(self, channel: ControlChannel) -> None:
+        """Ask an agent that has not said what it holds; nothing is dispatched to it before."""
+        while channel.open and not channel.reported:
+            await asyncio.sleep(REPORT_DUE_S)
+            if channel.open and not channel.reported:
+                with contextlib.suppress(OutriderError):
+                    await channel.send(
+                        node_service_pb2.ServerMessage(full_report_request=node_service_pb2.FullReportRequest())
+                    )
+
+    def settled(self, run_id: str, ref: types_pb2.ObjectRef | None) -> None:
+        """A run was ended by a decision here: tell who watches it, and whose turn it is."""
+        self._changed(run_id, ref, finished=True)
+
+    async def _stop_straggler(self, channel: ControlChannel, run_id: str) -> None:
+        row = await self._db.read(lambda c: runs.row_of(c, run_id))
+        if row is not None:
+            with contextlib.suppress(OutriderError):
+                await self._send(channel, row, _CANCEL + run_id)
+
+    async def _settle_lost(self, channel: ControlChannel, missing: list[str]) -> None:
+        # Its last report may still be in the outbox, right behind the full report.
+        await asyncio.sleep(self._lost_grace_s)
+        if not channel.open:
+            return
+        for run_id in missing:
+            if run_id in channel.acknowledged:
+                continue  # acknowledged after the report was drawn up
+            failure = types_pb2.Failure(
+                error_class=types_pb2.ERROR_CLASS_PERMANENT,
+                code="lost_by_node",
+                message=f"node {channel.node_id} no longer knows of this run, so what became of it can't be known",
+                hint="its state directory was probably replaced; look at its containers",
+            )
+            await self._settle(channel.node_id, run_id, runs.UNKNOWN, failure)
+
+    async def _settle(self, node_id: str, run_id: str, state: int, failure: types_pb2.Failure) -> None:
+        def settle(connection: Connection) -> tuple[bool, types_pb2.ObjectRef | None]:
+            row = runs.row_of(connection, run_id)
+            if row is None or row.node_id != node_id or not runs.settle(connection, run_id, state, failure):
+                return False, None
+            return True, finished(connection, run_id)
+
+        done, ref = await self._db.write(settle)
+        if done:
+            self._changed(run_id, ref, finished=True)
+
+    def _changed(self, run_id: str, ref: types_pb2.ObjectRef | None, *, finished: bool) -> None:
+        if finished:
+            self.progress.pop(run_id, None)
+            self._bus.publish(EVENTS)
+            if ref is not None:
+                self._spawn(self._next_of(ref))
+        self._bus.publish(run_topic(run_id))
+
+    async def _next_of(self, ref: types_pb2.ObjectRef) -> None:
+        """The object is free: whoever waits for it may have its turn."""
+        for node_id in {row.node_id for row in await self._db.read(lambda c: runs.active_of(c, ref))}:
+            await self.kick(node_id)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(_logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def finished(connection: Connection, run_id: str) -> types_pb2.ObjectRef | None:
+    """Store the event of a run's end; returns the run's object."""
+    run = runs.get(connection, run_id)
+    data = {"state": types_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower(), "pipeline": run.pipeline}
+    events.add(connection, "run.finished", run_id, node_id=run.node_id, data=data)
+    return run.object if run.HasField("object") else None
+
+
+async def _logged(work: Coroutine[None, None, None]) -> None:
+    try:
+        await work
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        log.error("work in the background failed", exc_info=error)

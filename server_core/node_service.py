@@ -1,0 +1,276 @@
+"""NodeService: what agents call. Who calls was decided by the interceptor; payloads never say it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+from sqlalchemy import Connection
+
+from outrider import __version__, wire
+from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, Unauthenticated
+from outrider.pipeline import load_pipeline, plain_envs
+from outrider.v1 import node_service_pb2, node_service_pb2_grpc, types_pb2
+from server_core.access import current_caller
+from server_core.bus.base import EVENTS, NODES, run_topic
+from server_core.fleet import ControlChannel
+from server_core.security import tokens
+from server_core.security.vault import env_purpose
+from server_core.services import Services
+from server_core.store import envs, events, logs, nodes, objects, runs
+from server_core.store.common import now_us, stamp
+from server_core.store.runs import RunRow
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class NodeService(node_service_pb2_grpc.NodeServiceServicer):
+    def __init__(self, services: Services) -> None:
+        self._s = services
+
+    async def Register(
+        self, request: node_service_pb2.RegisterRequest, context: Context
+    ) -> node_service_pb2.RegisterResponse:
+        node_id = current_caller().name
+        wire.load_json_object(request.facts_json, "facts_json")
+        new_id = "s" + secrets.token_hex(16)
+        session = await self._s.db.write(lambda c: nodes.begin_session(c, node_id, request, new_id, context.peer()))
+        self._s.fleet.began_session(node_id, session)
+        self._s.bus.publish(NODES)
+        log.info("node registered", node=node_id, epoch=session.epoch, resumed=session.resumed)
+        return node_service_pb2.RegisterResponse(
+            session_id=session.session_id,
+            epoch=session.epoch,
+            resumed=session.resumed,
+            heartbeat=self._s.fleet.heartbeat_policy(),
+            server_version=__version__,
+            server_time=stamp(now_us()),
+            server_id=self._s.server_id,
+        )
+
+    async def Heartbeat(
+        self, request: node_service_pb2.HeartbeatRequest, context: Context
+    ) -> node_service_pb2.HeartbeatResponse:
+        caller = current_caller()
+        return await self._heartbeat(caller.name, caller.token_digest, request)
+
+    # The stubs know generators alone; gRPC also takes a coroutine that writes by itself.
+    async def Connect(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[node_service_pb2.AgentMessage], context: Context
+    ) -> None:
+        """The control channel. A reader and a writer; whichever ends first, or a close by the server, ends it."""
+        caller = current_caller()
+        session_id, epoch = await self._s.db.read(lambda c: nodes.current_session(c, caller.name))
+        channel = ControlChannel(caller.name, session_id, epoch)
+        self._s.fleet.attach(channel)
+        tasks = [
+            asyncio.ensure_future(self._read(channel, caller.token_digest, request_iterator)),
+            asyncio.ensure_future(self._write(channel, context)),
+            asyncio.ensure_future(channel.wait_closed()),
+        ]
+        nudge = asyncio.ensure_future(self._s.dispatcher.ask_for_report(channel))
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._s.fleet.detach(channel)
+            for task in (*tasks, nudge):
+                task.cancel()
+            await asyncio.gather(*tasks, nudge, return_exceptions=True)
+
+    async def ReportEvents(
+        self, request_iterator: AsyncIterator[node_service_pb2.EventBatch], context: Context
+    ) -> node_service_pb2.ReportEventsResponse:
+        node_id = current_caller().name
+        acknowledged = 0
+        async for batch in request_iterator:
+            for event in batch.events:
+                wire.load_json_object(event.data_json, f"data_json of event {event.sequence}")
+            stored = await self._s.db.write(
+                lambda c, batch=batch: events.add_reported(c, node_id, batch.events)  # type: ignore[misc]
+            )
+            acknowledged = max(acknowledged, stored)
+            self._s.bus.publish(EVENTS)
+        return node_service_pb2.ReportEventsResponse(acknowledged=acknowledged)
+
+    async def StreamRunLogs(
+        self, request_iterator: AsyncIterator[node_service_pb2.RunLogBatch], context: Context
+    ) -> node_service_pb2.RunLogAck:
+        """Append what comes; each batch is acknowledged on the control channel once it is on the disk."""
+        node_id = current_caller().name
+        positions: dict[tuple[str, str, int, int], node_service_pb2.RunLogAck.Position] = {}
+        async for batch in request_iterator:
+            pieces = [logs.measure(chunk) for chunk in batch.chunks]
+            appended = await self._s.db.write(
+                lambda c, pieces=pieces: logs.append(c, node_id, pieces)  # type: ignore[misc]
+            )
+            for position in appended.positions:
+                positions[(position.run_id, position.step, position.attempt, position.stream)] = position
+            await self._acknowledge_logs(node_id, node_service_pb2.RunLogAck(positions=appended.positions))
+            for run_id in {position.run_id for position in appended.positions}:
+                self._s.bus.publish(run_topic(run_id))
+            if appended.foreign:
+                raise NotFound(f"node {node_id} has no run {', '.join(appended.foreign)}", code="unknown_run")
+            if appended.loose:
+                raise _loose_log(appended)
+        return node_service_pb2.RunLogAck(positions=positions.values())
+
+    async def StreamContainerLogs(
+        self, request_iterator: AsyncIterator[node_service_pb2.ContainerLogBatch], context: Context
+    ) -> node_service_pb2.StreamEnd:
+        first = await anext(aiter(request_iterator), None)
+        if first is None:
+            return node_service_pb2.StreamEnd()
+        pipe = self._s.pipes.of(current_caller().name, first.stream_id)
+
+        async def batches() -> AsyncIterator[node_service_pb2.ContainerLogBatch]:
+            yield first
+            async for batch in request_iterator:
+                yield batch
+
+        await pipe.fill(batches())
+        return node_service_pb2.StreamEnd()
+
+    async def GetObject(self, request: node_service_pb2.RunRef, context: Context) -> types_pb2.Object:
+        node_id = current_caller().name
+
+        def read(connection: Connection) -> types_pb2.Object:
+            row = _run_of(connection, node_id, request)
+            if row.object is None:
+                raise NotFound(f"run {row.run_id} is for no object", code="run_without_object")
+            return objects.get(connection, types_pb2.ObjectRef(kind=row.object_kind, name=row.object_name))
+
+        return await self._s.db.read(read)
+
+    async def GetEnvs(
+        self, request: node_service_pb2.GetEnvsRequest, context: Context
+    ) -> node_service_pb2.GetEnvsResponse:
+        """The values of the envs that the run's steps are allotted; those that a set holds are secrets."""
+        node_id = current_caller().name
+
+        def read(connection: Connection) -> tuple[RunRow, dict[str, bytes | None]]:
+            row = _run_of(connection, node_id, request.run)
+            if runs.is_over(row.state):
+                raise Conflict(f"run {row.run_id} is over, so nobody needs its envs", code="run_over")
+            names = [str(name) for name in wire.load_json(row.env_names_json.encode(), [])]
+            return row, {
+                name: envs.sealed_value(connection, *name.split(".", 1)) if "." in name else None for name in names
+            }
+
+        row, sealed = await self._s.db.read(read)
+        plain = plain_envs(load_pipeline(row.pipeline_yaml)) if any("." not in name for name in sealed) else {}
+        answer = node_service_pb2.GetEnvsResponse()
+        for name, value in sealed.items():
+            if "." not in name:
+                answer.values[name] = plain[name]
+            elif value is None:
+                raise NotFound(f"env {name} was removed after run {row.run_id} was accepted", code="unknown_env")
+            else:
+                answer.values[name] = self._s.vault.open(value, env_purpose(*name.split(".", 1))).decode()
+                answer.secret_names.append(name)
+        return answer
+
+    async def WriteBack(
+        self, request: node_service_pb2.WriteBackRequest, context: Context
+    ) -> node_service_pb2.WriteBackResponse:
+        """Idempotent by itself: the same values of the same run change nothing the second time."""
+        node_id = current_caller().name
+        values = {}
+        for attribute in request.attributes:
+            if not attribute.name or len(attribute.name) > 128:
+                raise InvalidInput("an attribute to write back has no name, or too long a one", code="bad_attribute")
+            values[attribute.name] = wire.load_json(attribute.value_json)
+
+        def write(connection: Connection) -> int:
+            row = _run_of(connection, node_id, request.run)
+            runs.merge_writeback(connection, row.run_id, values)
+            if row.object is None:
+                return 0
+            ref = types_pb2.ObjectRef(kind=row.object_kind, name=row.object_name)
+            return objects.write_back(connection, ref, row.run_id, row.sequence, values)
+
+        version = await self._s.db.write(write)
+        self._s.bus.publish(run_topic(request.run.run_id))
+        return node_service_pb2.WriteBackResponse(status_version=version)
+
+    # -- the control channel -------------------------------------------------------------------------------
+
+    async def _read(
+        self, channel: ControlChannel, token_digest: bytes, messages: AsyncIterator[node_service_pb2.AgentMessage]
+    ) -> None:
+        async for message in messages:
+            match message.WhichOneof("body"):
+                case "heartbeat":
+                    answer = await self._heartbeat(channel.node_id, token_digest, message.heartbeat)
+                    await channel.send(node_service_pb2.ServerMessage(heartbeat=answer))
+                case "command_ack":
+                    await self._s.dispatcher.take_ack(channel, message.command_ack)
+                case "command_result":
+                    channel.take_result(message.command_result)
+                case "run_report":
+                    await self._s.dispatcher.take_report(channel, message.run_report)
+                case "full_report":
+                    report = message.full_report
+                    self._s.fleet.heard(channel.node_id, report.brief if report.HasField("brief") else None)
+                    self._s.fleet.took_full_report(channel.node_id, report.brief.state_digest)
+                    await self._s.dispatcher.reconcile(channel, report)
+                case other:
+                    log.warning("an agent sent a message that is not known here", node=channel.node_id, body=other)
+
+    @staticmethod
+    async def _write(channel: ControlChannel, context: Context) -> None:
+        while True:
+            await context.write(await channel.next_message())
+
+    async def _heartbeat(
+        self, node_id: str, token_digest: bytes, request: node_service_pb2.HeartbeatRequest
+    ) -> node_service_pb2.HeartbeatResponse:
+        fleet = self._s.fleet
+        answer = node_service_pb2.HeartbeatResponse(sequence=request.sequence, heartbeat=fleet.heartbeat_policy())
+        try:
+            await fleet.check_session(node_id, request.session_id, request.epoch)
+        except Conflict:
+            answer.register_again = True
+            return answer
+        if not tokens.proof_is_right(request.proof, token_digest, request.session_id, request.epoch, request.sequence):
+            raise Unauthenticated(f"a heartbeat of node {node_id} carries a wrong proof", code="wrong_proof")
+        fleet.heard(node_id, request.brief)
+        answer.full_report_wanted = fleet.full_report_wanted(node_id, request.brief.state_digest)
+        return answer
+
+    async def _acknowledge_logs(self, node_id: str, ack: node_service_pb2.RunLogAck) -> None:
+        channel = self._s.fleet.channel(node_id)
+        if channel is not None and ack.positions:
+            # Not there to be had: the agent gets the positions as the call's answer, or sends again.
+            with contextlib.suppress(OutriderError):
+                await channel.send(node_service_pb2.ServerMessage(log_ack=ack))
+
+
+def _run_of(connection: Connection, node_id: str, ref: node_service_pb2.RunRef) -> RunRow:
+    """The run, if it is this node's and under this lease. To others it does not exist."""
+    row = runs.row_of(connection, ref.run_id)
+    if row is None or row.node_id != node_id:
+        raise NotFound(f"node {node_id} has no run {ref.run_id!r}", code="unknown_run")
+    if row.lease_id != ref.lease_id:
+        raise Conflict(f"run {ref.run_id} is under another lease", code="lease_superseded")
+    return row
+
+
+def _loose_log(appended: logs.Appended) -> Conflict:
+    chunk = appended.loose[0]
+    key = (chunk.run_id, chunk.step, chunk.attempt, chunk.stream)
+    have = next(p.offset for p in appended.positions if (p.run_id, p.step, p.attempt, p.stream) == key)
+    return Conflict(
+        f"the log of step {chunk.step} of {chunk.run_id} is stored up to byte {have}, and byte {chunk.offset} does "
+        "not follow on that",
+        code="log_not_contiguous",
+        hint=f"go on from byte {have}, or say with a gap what is missing",
+    )
