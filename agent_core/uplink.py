@@ -32,7 +32,7 @@ LOG_CHUNK_BYTES = 128 * 1024
 LOG_FLUSH_S = 0.05
 LOG_IDLE_S = 10.0
 COMPRESS_FROM_BYTES = 1024
-_NAME_OF_STREAM: dict[int, StreamName] = {number: name for name, number in WIRE_STREAM.items()}
+_NAME_OF_STREAM: dict[int, StreamName] = {types.LOG_STREAM_STDOUT: "stdout", types.LOG_STREAM_STDERR: "stderr"}
 
 Send = Callable[[pb.AgentMessage], None]
 
