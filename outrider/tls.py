@@ -128,7 +128,8 @@ def read_ca(path: Path) -> bytes:
         reason = error.strerror or str(error)
         raise InvalidInput(f"the CA file {path} can't be read: {reason}", code="ca_unreadable") from error
     try:
-        ssl.create_default_context(cadata=pem.decode("ascii"))
+        # An empty text would be taken for "the system's own".
+        ssl.create_default_context(cadata=pem.decode("ascii") or "empty")
     except (ssl.SSLError, UnicodeDecodeError, ValueError) as error:
         raise InvalidInput(f"the CA file {path} holds no PEM certificate", code="ca_invalid") from error
     return pem

@@ -9,23 +9,23 @@ from typing import Any
 
 import click
 
-_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+from outrider._units import parse_duration
+
 _REF = re.compile(r"[^/\s]+/[^/\s]+")
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
-    """``90``, ``90s``, ``10m``, ``1h30m``; gives seconds."""
+    """``90s``, ``10m``, ``1h30m``; gives seconds."""
 
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, int | float):
             return float(value)
-        found = _DURATION.fullmatch(value)
-        if not value or not found:
-            self.fail(f"{value!r} is not a duration; it reads like 90s, 10m or 1h30m", param, ctx)
-        days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Ref(click.ParamType):  # type: ignore[type-arg]
@@ -71,14 +71,3 @@ def json_or_string(text: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
         return text
-
-
-def typed_argument(text: str, declared: str | None) -> Any:
-    """The value of an argument, by the type that the pipeline declares for it.
-
-    A string stays as it was typed (``1.10`` is a version and not a number), unless it is a JSON string in quotes.
-    """
-    value = json_or_string(text)
-    if declared == "string" and not isinstance(value, str):
-        return text
-    return value

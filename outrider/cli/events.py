@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("events", short_help="Show what happens on the nodes.")
 @click.option("-f", "--follow", is_flag=True, help="Go on until Ctrl-C; without it, those that are stored are shown.")
-@click.option(
-    "--type", "kinds", multiple=True, metavar="PREFIX", help="Only types that begin so, e.g. run.; repeatable."
-)
+@click.option("--type", "kinds", multiple=True, metavar="PREFIX", help="Only such types, e.g. run.; repeatable.")
 @click.option("--node", default="", help="Only events of this node.")
 @click.option("--subject", default="", help="Only events about this run, container, …")
 @click.option("--after", type=click.IntRange(-1), help="Only events with a greater number; -1: all that are stored.")

@@ -6,19 +6,18 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from outrider.cli._files import read_bytes
 from outrider.cli._main import DONE, FAILED, INTERRUPTED, TIMED_OUT, App, say_error
 from outrider.cli._output import clean, emit_json, note, output_option, word
-from outrider.cli._values import Duration, Ref, pairs, typed_argument
+from outrider.cli._values import Duration, Ref, pairs
 from outrider.errors import InvalidInput, OutriderError
 
 if TYPE_CHECKING:
     from outrider.cli._client import Client
-    from outrider.pipeline import Pipeline
     from outrider.v1 import types_pb2 as types
 
 MAX_PIPELINE_BYTES = 1024 * 1024
@@ -55,7 +54,7 @@ def command(
     """Execute the pipeline in FILE (- is stdin). Its steps are shown on stderr, its id goes to stdout."""
     given = pairs(args, "--arg")
     text = read_bytes(file, at_most=MAX_PIPELINE_BYTES)
-    from outrider.pipeline import load_pipeline
+    from outrider.pipeline import args_from_text, load_pipeline
 
     try:
         pipeline = load_pipeline(text)
@@ -77,7 +76,7 @@ def command(
         pipeline_sha256=hashlib.sha256(text).digest(),
         node_id=node,
         object=ObjectRef(kind=ref[0], name=ref[1]) if ref else None,
-        args_json=json.dumps(_arguments(pipeline, given)).encode(),
+        args_json=json.dumps(args_from_text(pipeline, given)).encode(),
         key=key,
         refuse_if_busy=refuse_if_busy,
         timeout=duration(timeout),
@@ -112,11 +111,6 @@ def _follow(client: Client, run: types.Run) -> types.Run:
             return follow(client, run, view)
     except Left:
         raise _Left from None
-
-
-def _arguments(pipeline: Pipeline, given: dict[str, str]) -> dict[str, Any]:
-    declared = {name: arg.type for name, arg in pipeline.args.items()}
-    return {name: typed_argument(value, declared.get(name)) for name, value in given.items()}
 
 
 def report(client: Client, run: types.Run) -> int:

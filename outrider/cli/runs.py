@@ -22,9 +22,7 @@ def command() -> None:
 @command.command("list")
 @click.option("--node", default="", help="Only runs on this node.")
 @click.option("--object", "ref", type=Ref(), metavar="KIND/NAME", help="Only runs for this object.")
-@click.option(
-    "--state", "states", multiple=True, type=click.Choice(STATES), help="Only runs in this state; repeatable."
-)
+@click.option("--state", "states", multiple=True, type=click.Choice(STATES), help="Only in this state; repeatable.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many, newest first.")
 @output_option
 @click.pass_obj
@@ -64,7 +62,7 @@ def list_(app: App, node: str, ref: tuple[str, str] | None, states: tuple[str, .
 def _over(step: Any) -> bool:
     from outrider.v1 import types_pb2 as types
 
-    return step.state >= types.STEP_STATE_SUCCEEDED
+    return bool(step.state >= types.STEP_STATE_SUCCEEDED)
 
 
 @command.command("show")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Dev
+
+from tests.e2e.conftest import Dev
 
 FAILED, USAGE, INVALID = 1, 2, 4
 
