@@ -1,0 +1,75 @@
+"""What the long-running commands share: their configuration, and running until a signal says stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from outrider.cli._output import compact, emit_json, table
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from outrider.settings import Loaded
+
+M = TypeVar("M", bound="BaseModel")
+
+
+def load_settings(
+    model: type[M], env_prefix: str, file: Path | None, default_file: Path, flags: Mapping[str, Any]
+) -> Loaded[M]:
+    """A configuration from its file (``default_file`` if there is one), the environment and flags."""
+    from outrider import settings
+
+    if file is None and default_file.is_file():
+        file = default_file
+    return settings.load(model, env_prefix=env_prefix, environ=os.environ, file=file, flags=flags)
+
+
+def show_settings(loaded: Loaded[Any], as_json: bool) -> None:
+    """Print every setting with its value and where it came from. Secrets are not shown."""
+    values = loaded.value.model_dump(mode="json")  # pydantic masks SecretStr
+    if as_json:
+        emit_json({name: {"value": value, "from": loaded.sources[name]} for name, value in values.items()})
+        return
+    rows = [(name, "" if value is None else compact(value), loaded.sources[name]) for name, value in values.items()]
+    table(("SETTING", "VALUE", "FROM"), rows, empty="")
+
+
+def run_until_signal(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run ``main`` on uvloop. Its event is set by SIGINT or SIGTERM; a second one of these ends the process at once."""
+    import uvloop
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def ask(number: signal.Signals) -> None:
+            if stop.is_set():
+                # Whoever asks twice does not want to wait. What runs on the node goes on; the journal has it.
+                click.echo("stopping at once", err=True)
+                os._exit(128 + number)
+            stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ask, number)
+        await main(stop)
+
+    uvloop.run(run())
+
+
+def config_option(variable: str, default: Path) -> Callable[[Any], Any]:
+    """``--config FILE``."""
+    return click.option(
+        "--config",
+        "file",
+        type=click.Path(path_type=Path),
+        envvar=variable,
+        help=f"The configuration file  [env: {variable}; default: {default} if there is one]",
+    )

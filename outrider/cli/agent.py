@@ -1,0 +1,125 @@
+"""`outrider agent`: the agent of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from outrider.cli._output import emit_json, fields, output_option, table
+from outrider.cli._service import config_option, load_settings, run_until_signal, show_settings
+from outrider.cli._values import pairs
+
+if TYPE_CHECKING:
+    from agent_core.config import AgentConfig
+    from outrider.settings import Loaded
+
+CONFIG_FILE = Path("/etc/outrider/agent.yaml")
+
+
+@click.group("agent", help="The agent of a node: run, status, config.")
+def command() -> None:
+    """The agent."""
+
+
+def _options(function: Callable[..., Any]) -> Callable[..., Any]:
+    path = click.Path(path_type=Path)
+    for option in reversed(
+        [
+            config_option("OUTRIDER_AGENT_CONFIG", CONFIG_FILE),
+            click.option("--server", metavar="HOST:PORT", help="The server to dial."),
+            click.option("--node-id", help="Who this node is, as `outrider node add` was told."),
+            click.option("--token-file", type=path, help="The file with the node's token."),
+            click.option("--ca-file", type=path, help="The server's CA; without it, the system's."),
+            click.option("--state-dir", type=path, help="Where the agent keeps journal, volumes and spool."),
+            click.option("--policy-file", type=path, help="What this node allows; no server can change it."),
+            click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label; repeatable."),
+            click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def _load(file: Path | None, labels: tuple[str, ...], **flags: Any) -> Loaded[AgentConfig]:
+    from agent_core.config import ENV_PREFIX, AgentConfig
+
+    given = flags | {"labels": pairs(labels, "--label") or None}
+    return load_settings(AgentConfig, ENV_PREFIX, file, CONFIG_FILE, given)
+
+
+@command.command("run")
+@_options
+def run(**flags: Any) -> None:
+    """Run the agent until SIGTERM or SIGINT. Containers go on without it."""
+    from agent_core.agent import Agent
+
+    config = _load(**flags).value
+
+    async def main(stop: asyncio.Event) -> None:
+        agent = Agent(config)
+        running = asyncio.create_task(agent.run())
+        asked = asyncio.create_task(stop.wait())
+        await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        agent.stop()
+        await running
+
+    run_until_signal(main)
+
+
+@command.command("config")
+@_options
+@output_option
+def config(as_json: bool, **flags: Any) -> None:
+    """Print the effective settings and where each came from; secrets are not shown."""
+    show_settings(_load(**flags), as_json)
+
+
+@command.command("status")
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    envvar="OUTRIDER_AGENT_STATE_DIR",
+    default=Path("/var/lib/outrider"),
+    show_default=True,
+    help="The agent's state directory.",
+)
+@output_option
+def status(state_dir: Path, as_json: bool) -> None:
+    """Ask the agent that runs on this machine how it is; no server is needed."""
+    from agent_core.status import read_status
+
+    answer = read_status(state_dir)
+    if as_json:
+        emit_json(answer)
+        return
+    lists = {name: value for name, value in answer.items() if _is_table(value)}
+    fields([(name.replace("_", " "), value) for name, value in _flat(answer) if name not in lists])
+    for name, rows in lists.items():
+        headers = list(dict.fromkeys(key for row in rows for key in row))
+        click.echo()
+        click.echo(f"{name.replace('_', ' ')}:")
+        table(
+            [header.replace("_", " ").upper() for header in headers],
+            [[row.get(header) for header in headers] for row in rows],
+            empty="",
+        )
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _flat(answer: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings as rows of their own: ``engine: {ok: …}`` is ``engine ok``."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in answer.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name} ")
+        else:
+            rows.append((f"{prefix}{name}", value))
+    return rows

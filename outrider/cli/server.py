@@ -1,0 +1,119 @@
+"""`outrider server`: the server as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from outrider.cli._main import App
+from outrider.cli._output import emit_json, note, output_option
+from outrider.cli._service import config_option, load_settings, run_until_signal, show_settings
+
+if TYPE_CHECKING:
+    from outrider.cli._context import ContextFile
+    from outrider.settings import Loaded
+    from server_core.config import ServerConfig
+
+CONFIG_FILE = Path("/etc/outrider/server.yaml")
+STOP_GRACE_S = 10.0
+
+
+@click.group("server", help="The server: init, run, config.")
+def command() -> None:
+    """The server."""
+
+
+def _options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
+            config_option("OUTRIDER_SERVER_CONFIG", CONFIG_FILE),
+            click.option("--data-dir", type=click.Path(path_type=Path), help="Where the server keeps everything."),
+            click.option("--listen", metavar="HOST:PORT", help="Where to listen; port 0 takes a free one."),
+            click.option("--name", "names", multiple=True, help="A further name or address for the certificate."),
+            click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def _load(file: Path | None, names: tuple[str, ...], **flags: Any) -> Loaded[ServerConfig]:
+    from server_core.config import ENV_PREFIX, ServerConfig
+
+    return load_settings(ServerConfig, ENV_PREFIX, file, CONFIG_FILE, flags | {"names": names or None})
+
+
+@command.command("init")
+@_options
+@click.option("--write-context", metavar="NAME", help="Write a context of this name, so that `outrider` finds it.")
+@output_option
+@click.pass_obj
+def init(app: App, /, write_context: str | None, as_json: bool, **flags: Any) -> None:
+    """Make the store, the keys and the CA, and print the first operator's token, which is shown only this once."""
+    from server_core.server import init as make
+
+    config = _load(**flags).value
+    contexts = _context_file(app, write_context, config) if write_context else None
+    made = asyncio.run(make(config))
+    if contexts is not None and write_context:
+        entry = {"server": _address(config), "ca": str(made.ca_path.resolve()), "token": made.admin_token}
+        contexts.put(write_context, entry, make_current=False)
+        note(f"context {write_context!r} is in {contexts.path}")
+    if as_json:
+        emit_json({"data_dir": str(config.data_dir), "ca": str(made.ca_path), "token": made.admin_token})
+        return
+    click.echo(made.admin_token)
+    note(f"the server in {config.data_dir} is ready; its CA is {made.ca_path}, the operator's token stands above")
+    note(f"start it with: outrider server run --data-dir {config.data_dir}")
+
+
+def _context_file(app: App, name: str, config: ServerConfig) -> ContextFile:
+    """The file that gets the context. Raises Conflict if it has one of this name for another server."""
+    from outrider.cli._context import ContextFile, locate
+    from outrider.errors import Conflict
+
+    path, _ = locate(os.environ, app.context)
+    contexts = ContextFile(path)
+    there = contexts.contexts.get(name)
+    if there is not None and there.get("server") != _address(config):
+        raise Conflict(f"the context {name!r} in {path} is for {there.get('server')}", hint="choose another name")
+    return contexts
+
+
+def _address(config: ServerConfig) -> str:
+    host, _, port = config.listen.rpartition(":")
+    return f"{'localhost' if host in ('0.0.0.0', '[::]', '') else host}:{port}"
+
+
+@command.command("run")
+@_options
+def run(**flags: Any) -> None:
+    """Run the server until SIGTERM or SIGINT."""
+    from server_core.server import Server
+
+    config = _load(**flags).value
+
+    async def main(stop: asyncio.Event) -> None:
+        server = Server(config)
+        await server.start()
+        try:
+            note(f"the server listens on port {server.port}")
+            await stop.wait()
+            note("stopping")
+        finally:
+            await server.stop(STOP_GRACE_S)
+
+    run_until_signal(main)
+
+
+@command.command("config")
+@_options
+@output_option
+def config(as_json: bool, **flags: Any) -> None:
+    """Print the effective settings and where each came from."""
+    show_settings(_load(**flags), as_json)
