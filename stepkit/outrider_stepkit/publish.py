@@ -77,7 +77,8 @@ def staged_file(target: str | os.PathLike[str], *, mode: int = 0o644) -> Iterato
         descriptor = os.open(stage, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with os.fdopen(descriptor, "r+b") as file:
+        # Opened again by name for the sake of ``file.name``; the lock belongs to the first descriptor.
+        with stage.open("r+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -87,6 +88,8 @@ def staged_file(target: str | os.PathLike[str], *, mode: int = 0o644) -> Iterato
         with contextlib.suppress(FileNotFoundError):
             stage.unlink()
         raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -1,0 +1,157 @@
+"""The steps ``archive.extract`` and ``archive.create``."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from outrider.steps import ReadPath, StepContext, StepPlan, StepType, WritePath, hookimpl
+
+IMAGE = "outrider/step-archive:0.1.0"
+
+Format = Literal["7z", "zip", "tar", "tar.gz", "tar.xz", "tar.zst"]
+
+SUFFIXES: dict[str, Format] = {
+    ".7z": "7z",
+    ".zip": "zip",
+    ".tar": "tar",
+    ".tar.gz": "tar.gz",
+    ".tgz": "tar.gz",
+    ".tar.xz": "tar.xz",
+    ".txz": "tar.xz",
+    ".tar.zst": "tar.zst",
+    ".tzst": "tar.zst",
+}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SIZE = r"^[0-9]+([.][0-9]+)?(([KMGT]i?)?B)?$"
+
+
+def parse_size(value: object) -> object:
+    """``"5GiB"`` in bytes; whatever is no such text is left for the model to judge."""
+    if not isinstance(value, str):
+        return value
+    if not re.match(_SIZE, value):
+        raise ValueError(f"{value!r} is not a size; it reads like 5GiB, 800MB or 1048576")
+    number, unit = re.fullmatch(r"([0-9.]+)([KMGTi]*)B?", value).groups()  # type: ignore[union-attr]  # matched above
+    return int(float(number) * _UNITS[unit])
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    Field(ge=1),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _SIZE}]}),
+]
+
+
+class ExtractParams(BaseModel):
+    """Unpack an archive into a directory. The directory gets all of it or nothing."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, title="archive.extract")
+
+    source: ReadPath = Field(alias="from", description="the archive")
+    to: WritePath = Field(description="the directory that gets what is in the archive; made where it does not exist")
+    format: Format | None = Field(None, description="what the archive is; told from its content and name if not given")
+    existing: Literal["merge", "replace", "refuse"] = Field(
+        "merge",
+        description="what happens to a directory `to` that is not empty: merge replaces files of the same name and"
+        " keeps the others, replace makes it hold what is in the archive and nothing else, refuse fails",
+    )
+    strip_components: int = Field(0, ge=0, le=64, description="how many leading folders of each name to leave out")
+    max_bytes: Size = Field(64 * 2**30, description="what the archive may unpack to")
+    max_entries: int = Field(1_000_000, ge=1, description="how many files, directories and links it may have")
+
+
+class ExtractOutputs(BaseModel):
+    """What was unpacked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(description="the directory")
+    format: Format
+    entries: int = Field(description="files, directories and links")
+    files: int
+    bytes: int = Field(description="the sum of the files' sizes")
+
+
+class CreateParams(BaseModel):
+    """Pack a directory, or a single file, into an archive. It appears at its path when it is complete."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, title="archive.create")
+
+    source: ReadPath = Field(alias="from", description="a directory, whose content is packed, or one file")
+    to: WritePath = Field(description="the archive")
+    format: Format | None = Field(None, description="told from the name of `to` if not given")
+    level: int | None = Field(None, ge=0, le=19, description="0 fast to 9 small; up to 19 for tar.zst")
+    existing: Literal["replace", "refuse"] = Field("replace", description="what happens to a file `to` that exists")
+
+    @model_validator(mode="after")
+    def _known_format(self) -> CreateParams:
+        chosen = self.format or format_of(self.to)
+        if chosen is None:
+            known = ", ".join(SUFFIXES)
+            raise ValueError(f"to: {self.to!r} does not tell the format: end it in one of {known}, or give format")
+        if self.level is not None and self.level > 9 and chosen != "tar.zst":
+            raise ValueError(f"level: {self.level} is for tar.zst; the levels of {chosen} are 0 to 9")
+        return self
+
+
+class CreateOutputs(BaseModel):
+    """What was packed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(description="the archive")
+    format: Format
+    entries: int = Field(description="files, directories and links")
+    files: int
+    skipped: int = Field(description="what can't be in an archive: sockets, devices, links that lead out of it")
+    source_bytes: int = Field(description="the sum of the files' sizes")
+    bytes: int = Field(description="the size of the archive")
+    sha256: str = Field(description="the archive's checksum, as s3.upload and others take it")
+
+
+def format_of(name: str) -> Format | None:
+    """The format that a file's name says, if any."""
+    lower = name.lower()
+    return next(
+        (SUFFIXES[suffix] for suffix in sorted(SUFFIXES, key=len, reverse=True) if lower.endswith(suffix)), None
+    )
+
+
+def _plan(command: str, params: BaseModel, **more: Any) -> StepPlan:
+    inputs = {**params.model_dump(by_alias=True), **more}
+    return StepPlan(image=IMAGE, args=(command,), network="none", inputs=inputs)
+
+
+def resolve_extract(params: ExtractParams, context: StepContext) -> StepPlan:
+    """The format stays open if it is not given: only the program sees the archive's content."""
+    return _plan("extract", params)
+
+
+def resolve_create(params: CreateParams, context: StepContext) -> StepPlan:
+    return _plan("create", params, format=params.format or format_of(params.to))
+
+
+@hookimpl
+def outrider_step_types() -> list[StepType]:
+    return [
+        StepType(
+            name="archive.extract",
+            params=ExtractParams,
+            outputs=ExtractOutputs,
+            resolve=resolve_extract,
+            idempotent=True,
+            description="Unpack 7z, zip, tar, tar.gz, tar.xz or tar.zst into a directory, all of it or nothing",
+        ),
+        StepType(
+            name="archive.create",
+            params=CreateParams,
+            outputs=CreateOutputs,
+            resolve=resolve_create,
+            idempotent=True,
+            description="Pack a directory or a file into 7z, zip, tar, tar.gz, tar.xz or tar.zst",
+        ),
+    ]

@@ -1,0 +1,1 @@
+"""Unpacking archives of strangers without harm, and packing our own."""
