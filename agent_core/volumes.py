@@ -266,10 +266,9 @@ class Volumes:
     def _measure(self, row: sqlite3.Row) -> Usage:
         size = None if row["size_bytes"] is None else int(row["size_bytes"])
         used, complete = 0, True
-        with ExitStack() as stack:
-            with suppress(FileNotFoundError):
-                top = self._descend(stack, str(row["path"]).split("/"), create=False)
-                used, complete = _walk(top)
+        with ExitStack() as stack, suppress(FileNotFoundError):
+            top = self._descend(stack, str(row["path"]).split("/"), create=False)
+            used, complete = _walk(top)
         return Usage(
             name=str(row["name"]),
             host_path=str(self._root / str(row["path"])),

@@ -1,0 +1,223 @@
+"""Exits of all containers, known from one event stream.
+
+While the stream stands, every end arrives on it. Whenever it has been down, what is waited for is inspected,
+because the engine replays little and after its own restart nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from agent_core.runtimes._docker_wire import Json
+from agent_core.runtimes.base import ContainerInfo, EngineEvent, Exit
+from outrider.errors import NotFound, OutriderError
+from outrider.retry import FOREVER, RetryPolicy
+
+_REMEMBERED = 4096
+_QUEUE = 10_000
+_KILLED = 137
+
+ACTIONS = (
+    "create", "start", "die", "oom", "kill", "stop", "restart", "destroy", "pause", "unpause", "rename",
+    "health_status",
+)  # fmt: skip
+
+Stream = Callable[[], AsyncGenerator[Json, None]]
+Inspect = Callable[[str], Awaitable[ContainerInfo]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Waiter:
+    boot: str
+    future: asyncio.Future[Exit]
+
+
+class Exits:
+    """One reader of the engine's events: tells ends to who waits, and events to who subscribes.
+
+    ``stream()`` yields events from its first item on, which is an empty object sent when it stands;
+    ``boot()`` is the engine's boot identity and whether containers survive its restart.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        inspect: Inspect,
+        boot: Callable[[], Awaitable[tuple[str, bool]]],
+        *,
+        retry: RetryPolicy = FOREVER,
+    ) -> None:
+        self._stream = stream
+        self._inspect = inspect
+        self._boot = boot
+        self._retry = retry
+        self._waiters: dict[str, list[_Waiter]] = {}
+        self._ended: OrderedDict[str, Exit] = OrderedDict()
+        self._watched: OrderedDict[str, int] = OrderedDict()
+        self._subscribers: set[asyncio.Queue[EngineEvent]] = set()
+        self._generation = 0
+        self._up = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._current_boot = ""
+        self._survives = False
+
+    def start(self) -> None:
+        """Begin to read; idempotent."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="engine-events")
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def created(self, container: str) -> None:
+        """A container was just created: as long as the stream stands, its end can't be missed."""
+        if self._up.is_set():
+            self._watched[container] = self._generation
+            while len(self._watched) > _REMEMBERED:
+                self._watched.popitem(last=False)
+
+    async def wait(self, container: str, boot: str) -> Exit:
+        """The end of a container, by id. Waits through any absence of the engine."""
+        self.start()
+        waiter = _Waiter(boot or self._current_boot, asyncio.get_running_loop().create_future())
+        self._waiters.setdefault(container, []).append(waiter)
+        try:
+            if container in self._ended:
+                return self._ended[container]
+            if self._watched.get(container) != self._generation or not self._up.is_set():
+                await self._look(container)
+            return await waiter.future
+        finally:
+            left = self._waiters.get(container, [])
+            if waiter in left:
+                left.remove(waiter)
+            if not left:
+                self._waiters.pop(container, None)
+
+    async def events(self) -> AsyncGenerator[EngineEvent, None]:
+        """Events from now on; "resync" where some may be missing."""
+        self.start()
+        queue: asyncio.Queue[EngineEvent] = asyncio.Queue(_QUEUE)
+        self._subscribers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._subscribers.discard(queue)
+
+    async def _run(self) -> None:
+        retry = 0
+        while True:
+            stood = False
+            try:
+                async for item in self._stream():
+                    if not stood:
+                        stood, retry = True, 0
+                        await self._stands()
+                    if item:
+                        await self._heard(item)
+            except OutriderError as error:
+                log.warning("the engine's events are cut off: %s", error)
+            self._up.clear()
+            retry += 1
+            await asyncio.sleep(self._retry.wait_s(retry))
+
+    async def _stands(self) -> None:
+        boot, survives = await self._boot()
+        first = self._generation == 0
+        self._generation += 1
+        self._survives = survives
+        self._current_boot = boot
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                waiter.boot = waiter.boot or boot
+        self._ended.clear()
+        self._up.set()
+        if not first:
+            self._publish(EngineEvent("resync", "", "", {}, datetime.now(UTC)))
+        # Side by side: one container that the engine hangs on must not keep the others waiting.
+        await asyncio.gather(*(self._look(container) for container in list(self._waiters)))
+
+    async def _look(self, container: str) -> None:
+        """Ask about one container that is waited for; answers its waiters if it has ended."""
+        try:
+            info = await self._inspect(container)
+        except NotFound as error:
+            self._fail(container, error)
+            return
+        except OutriderError:
+            return  # asked again when the stream stands
+        if info.state in ("exited", "dead") and info.started_at is not None:
+            end = Exit(info.id, info.exit_code or 0, info.oom_killed)
+            for waiter in self._waiters.get(container, ()):
+                stopped = bool(waiter.boot) and waiter.boot != self._current_boot and not self._survives
+                _answer(waiter, replace(end, engine_stopped=stopped))
+        elif self._up.is_set():
+            self._watched[container] = self._generation
+
+    async def _heard(self, item: Json) -> None:
+        actor: Json = item.get("Actor") or {}
+        attributes = {str(name): str(value) for name, value in (actor.get("Attributes") or {}).items()}
+        container = str(actor.get("ID") or item.get("id") or "")
+        action = str(item.get("Action") or "").partition(":")[0]
+        code = int(attributes["exitCode"]) if attributes.get("exitCode", "").isdigit() else None
+        if action == "start":
+            self._ended.pop(container, None)
+        elif action == "die":
+            await self._died(container, code or 0)
+        elif action == "destroy":
+            self._watched.pop(container, None)
+            gone = NotFound(f"the container {attributes.get('name', container[:12])} was removed")
+            self._fail(container, gone)
+        self._publish(
+            EngineEvent(
+                action=action,
+                container_id=container,
+                name=attributes.get("name", ""),
+                labels=attributes,  # the engine mixes labels with its own attributes
+                time=datetime.fromtimestamp(int(item.get("timeNano") or 0) / 1e9, UTC),
+                exit_code=code,
+            )
+        )
+
+    async def _died(self, container: str, code: int) -> None:
+        end = Exit(container, code)
+        if code == _KILLED and container in self._waiters:
+            # Only inspect tells whether it was for want of memory.
+            with suppress(OutriderError):
+                end = replace(end, oom_killed=(await self._inspect(container)).oom_killed)
+        self._ended[container] = end
+        while len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+        for waiter in self._waiters.get(container, ()):
+            _answer(waiter, end)
+
+    def _fail(self, container: str, error: NotFound) -> None:
+        for waiter in self._waiters.get(container, ()):
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
+
+    def _publish(self, event: EngineEvent) -> None:
+        for queue in self._subscribers:
+            if queue.full():
+                # Somebody does not keep up: better told to look again than held back or fed without end.
+                while not queue.empty():
+                    queue.get_nowait()
+                event = replace(event, action="resync", container_id="", name="", labels={})
+            queue.put_nowait(event)
+
+
+def _answer(waiter: _Waiter, end: Exit) -> None:
+    if not waiter.future.done():
+        waiter.future.set_result(end)
