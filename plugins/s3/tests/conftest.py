@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
+import outrider_step_s3 as plugin
 import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
@@ -154,6 +155,40 @@ class Program:
 
     def run(self, action: str, params: dict[str, Any], env: dict[str, str]) -> Ended:
         return self.end(self.start(action, params, env))
+
+
+class Container:
+    """The step's image, run with the options that the agent gives a step."""
+
+    def __init__(self, image: str, directory: Path) -> None:
+        self.image = image
+        self.contract, self.volume = directory / "contract", directory / "volume"
+        for made in (self.contract, self.volume):
+            made.mkdir()
+            made.chmod(0o777)  # whatever uid the step gets; the test has no say in it
+        gateway = "{{range .IPAM.Config}}{{.Gateway}}{{end}}"
+        inspect = ["docker", "network", "inspect", "bridge", "--format", gateway]
+        self.host = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout.strip()
+
+    def run(self, action: str, params: dict[str, Any], env: dict[str, str], *, writable: bool = True) -> Ended:
+        (self.contract / "inputs.json").write_text(json.dumps(params))
+        for name in ("outputs", "progress"):
+            (self.contract / name).unlink(missing_ok=True)
+        command = ["docker", "run", "--rm", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+        command += ["--user=23456:23456", "--tmpfs=/tmp:size=64m", "--memory=150m", "--memory-swap=150m"]
+        command += ["--pids-limit=64", "--label=outrider.test=transfer", f"--volume={self.contract}:/outrider"]
+        command += [f"--volume={self.volume}:/build{'' if writable else ':ro'}"]
+        command += ["--env=OUTRIDER_CONTRACT=1", "--env=OUTRIDER_RUN_ID=rtest", "--env=OUTRIDER_STEP=transfer"]
+        command += [part for name in env for part in ("--env", name)]  # values don't belong into arguments
+        ended = subprocess.run(
+            [*command, self.image, action], env=os.environ | env, capture_output=True, text=True, timeout=100
+        )
+        return read_contract(self.contract, ended.returncode, ended.stdout + ended.stderr)
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Container:
+    return Container(plugin.IMAGE, tmp_path)
 
 
 def read_contract(contract: Path, code: int, text: str) -> Ended:

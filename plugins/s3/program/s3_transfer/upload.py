@@ -104,15 +104,14 @@ class _File:
         """Open it. Raises StepFailure if it is no regular file, or not ``size`` bytes long."""
         # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        stream = io.FileIO(descriptor)
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
-            stream.close()
+            os.close(descriptor)
             raise StepFailure(f"{path} is not a file", code="not_a_file")
         if size is not None and info.st_size != size:
-            stream.close()
+            os.close(descriptor)
             raise _changed(path)
-        return cls(path, key, info.st_size, stream)
+        return cls(path, key, info.st_size, io.FileIO(descriptor))
 
 
 class _Slice(io.RawIOBase):

@@ -1,0 +1,1 @@
+"""What the image of the HTTP steps runs."""

@@ -1,0 +1,279 @@
+"""A web server with faults to order, and the program as a process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import outrider_step_http as plugin
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "program"
+
+
+@dataclass
+class Request:
+    """What a client asked."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes = b""
+
+
+@dataclass
+class Page:
+    """What a path answers with. ``faults`` are used up one per request; see Site."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    ranges: bool = True
+    chunked: bool = False
+
+
+class Site:
+    """A server of pages.
+
+    Faults: "503", "429" (with Retry-After: 1), "cut" (after half of what is asked for), "drop" (no answer at all),
+    "stall" (half, then silence), "hang" (no answer, in silence), "shifted" (another range than was asked for), "none".
+    """
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self.pages: dict[str, Page] = {}
+        self.requests: list[Request] = []
+        self.uploads: dict[str, bytes] = {}
+        self._over = threading.Event()
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do(self) -> None:
+                site.answer(self)
+
+            do_GET = do_PUT = do_POST = do
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A client that goes away is what these tests are about."""
+
+        self._server = Server((address, 0), Handler)
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def put(self, path: str, body: bytes, **more: Any) -> str:
+        """Offer a page with a strong tag; its SHA-256."""
+        digest = hashlib.sha256(body).hexdigest()
+        headers = {"ETag": f'"{digest[:16]}"'} | more.pop("headers", {})
+        self.pages[path] = Page(body, headers={k: v for k, v in headers.items() if v}, **more)
+        return digest
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        headers = {name.lower(): value for name, value in handler.headers.items()}
+        self.requests.append(Request(handler.command, handler.path, headers, body))
+        page = self.pages.get(handler.path.partition("?")[0])
+        if page is None:
+            return _send(handler, 404, {}, b"no such page")
+        fault = page.faults.pop(0) if page.faults else "none"
+        if fault == "drop":
+            handler.close_connection = True
+            return None
+        if fault == "hang":
+            self._over.wait(30)
+            handler.close_connection = True
+            return None
+        if fault.isdigit():
+            return _send(handler, int(fault), {"Retry-After": "1"} if fault == "429" else {}, b"fault")
+        if handler.command != "GET":
+            if page.status < 300:
+                self.uploads[handler.path] = body
+            return _send(handler, page.status, page.headers, b"")
+        return self._offer(handler, page, headers, fault)
+
+    def _offer(self, handler: BaseHTTPRequestHandler, page: Page, headers: dict[str, str], fault: str) -> None:
+        status, body, more = page.status, page.body, dict(page.headers)
+        asked = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
+        unchanged = headers.get("if-range") in {None, page.headers.get("ETag"), page.headers.get("Last-Modified")}
+        if asked and page.ranges and unchanged:
+            start = int(asked[1]) + (7 if fault == "shifted" else 0)
+            status, body = 206, page.body[start:]
+            more["Content-Range"] = f"bytes {start}-{len(page.body) - 1}/{len(page.body)}"
+        part = body[: len(body) // 2] if fault in {"cut", "stall"} else body
+        handler.send_response(status)
+        for name, value in more.items():
+            handler.send_header(name, value)
+        if page.chunked:
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            handler.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n" if part else b"")
+            handler.wfile.write(b"0\r\n\r\n" if part == body else b"")
+        else:
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(part)
+        if fault == "stall":
+            handler.wfile.flush()
+            self._over.wait(30)
+        handler.close_connection = handler.close_connection or fault in {"cut", "stall"}
+
+    def close(self) -> None:
+        self._over.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _send(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes) -> None:
+    handler.send_response_only(status)
+    handler.send_header("Date", formatdate(usegmt=True))
+    for name, value in headers.items():
+        handler.send_header(name, value)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    made = Site()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def other_site() -> Iterator[Site]:
+    """Another origin: the same host, another port."""
+    made = Site()
+    yield made
+    made.close()
+
+
+@dataclass
+class Ended:
+    """How a run of the program ended."""
+
+    code: int
+    outputs: dict[str, Any]
+    progress: list[dict[str, Any]]
+    error: str
+    cause: str
+    text: str
+
+
+@dataclass
+class Program:
+    """The program of the step, started as the agent would start it but outside of a container."""
+
+    directory: Path
+    runs: int = 0
+
+    def start(self, action: str, params: dict[str, Any], env: dict[str, str]) -> subprocess.Popen[str]:
+        self.runs += 1
+        contract = self.directory / f"outrider-{self.runs}"
+        contract.mkdir()
+        (contract / "inputs.json").write_text(json.dumps(params))
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.directory),
+            "OUTRIDER_DIRECTORY": str(contract),
+            "OUTRIDER_CONTRACT": "1",
+            "OUTRIDER_RUN_ID": "rtest",
+            "OUTRIDER_STEP": "transfer",
+            "OUTRIDER_ATTEMPT": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", str(PROGRAM), action],
+            env=environment | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def end(self, process: subprocess.Popen[str]) -> Ended:
+        text, _ = process.communicate(timeout=60)
+        return read_contract(self.directory / f"outrider-{self.runs}", process.returncode, text)
+
+    def run(self, action: str, params: dict[str, Any], env: dict[str, str] | None = None) -> Ended:
+        return self.end(self.start(action, params, env or {}))
+
+
+class Container:
+    """The step's image, run with the options that the agent gives a step."""
+
+    def __init__(self, image: str, directory: Path) -> None:
+        self.image = image
+        self.contract, self.volume = directory / "contract", directory / "volume"
+        for made in (self.contract, self.volume):
+            made.mkdir()
+            made.chmod(0o777)  # whatever uid the step gets; the test has no say in it
+        gateway = "{{range .IPAM.Config}}{{.Gateway}}{{end}}"
+        inspect = ["docker", "network", "inspect", "bridge", "--format", gateway]
+        self.host = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout.strip()
+
+    def run(self, action: str, params: dict[str, Any], env: dict[str, str], *, writable: bool = True) -> Ended:
+        (self.contract / "inputs.json").write_text(json.dumps(params))
+        for name in ("outputs", "progress"):
+            (self.contract / name).unlink(missing_ok=True)
+        command = ["docker", "run", "--rm", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+        command += ["--user=23456:23456", "--tmpfs=/tmp:size=64m", "--memory=150m", "--memory-swap=150m"]
+        command += ["--pids-limit=64", "--label=outrider.test=transfer", f"--volume={self.contract}:/outrider"]
+        command += [f"--volume={self.volume}:/build{'' if writable else ':ro'}"]
+        command += ["--env=OUTRIDER_CONTRACT=1", "--env=OUTRIDER_RUN_ID=rtest", "--env=OUTRIDER_STEP=transfer"]
+        command += [part for name in env for part in ("--env", name)]  # values don't belong into arguments
+        ended = subprocess.run(
+            [*command, self.image, action], env=os.environ | env, capture_output=True, text=True, timeout=100
+        )
+        return read_contract(self.contract, ended.returncode, ended.stdout + ended.stderr)
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Container:
+    return Container(plugin.IMAGE, tmp_path)
+
+
+def read_contract(contract: Path, code: int, text: str) -> Ended:
+    def lines(name: str) -> list[dict[str, Any]]:
+        path = contract / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    outputs: dict[str, Any] = {}
+    for line in lines("outputs"):
+        outputs |= line
+    reported = lines("progress")
+    error = next((line for line in reported if "error" in line), {})
+    progress = [line for line in reported if "done" in line]
+    return Ended(code, outputs, progress, error.get("error", ""), error.get("code", ""), text)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return Program(tmp_path)
+
+
+@pytest.fixture
+def wait_for() -> Callable[[Callable[[], object]], None]:
+    def wait(condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end, "what was waited for did not happen within 20 s"
+            time.sleep(0.02)
+
+    return wait
