@@ -11,7 +11,7 @@ and idempotent, so that a program may simply ask again when its connection break
     POST   /v1/containers/{name}/wait            answers when it has ended
     GET    /v1/containers/{name}/logs?tail=100   the log, as bytes
 
-Errors have the body ``{"error": {"code", "class", "message", "hint", "problems"}}``.
+Errors have the body ``{"error": "one sentence", "code", "hint", "temporary", "problems"}``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from agent_core.containers import Containers
 from agent_core.runtimes.base import ContainerInfo
 from outrider.errors import (
     Conflict,
+    ErrorClass,
     InvalidInput,
     NotFound,
     OperationTimeout,
@@ -228,16 +229,19 @@ async def _errors(
     try:
         return await handler(request)
     except web.HTTPException as error:
-        message = f"{request.method} {request.path}: {error.reason}"
-        return _failure(error.status, "http", "permanent", message, "")
+        return _failure(error.status, OutriderError(f"{request.method} {request.path}: {error.reason}", code="http"))
     except OutriderError as error:
-        status = next((number for kind, number in _STATUS if isinstance(error, kind)), 422)
-        problems = [str(problem) for problem in getattr(error, "problems", ())]
-        return _failure(status, error.code, error.error_class.value, error.message, error.hint, problems)
+        return _failure(next((number for kind, number in _STATUS if isinstance(error, kind)), 422), error)
 
 
-def _failure(
-    status: int, code: str, error_class: str, message: str, hint: str, problems: list[str] | None = None
-) -> web.Response:
-    error = {"code": code, "class": error_class, "message": message, "hint": hint, "problems": problems or []}
-    return web.json_response({"error": error}, status=status)
+def _failure(status: int, error: OutriderError) -> web.Response:
+    return web.json_response(
+        {
+            "error": error.message,
+            "code": error.code,
+            "hint": error.hint,
+            "temporary": error.error_class is not ErrorClass.PERMANENT,
+            "problems": [str(problem) for problem in getattr(error, "problems", ())],
+        },
+        status=status,
+    )
