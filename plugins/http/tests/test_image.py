@@ -22,7 +22,7 @@ def open_site() -> Iterator[Site]:
 
 def test_download_and_upload_in_the_sandbox(open_site: Site, container: Container) -> None:
     # Larger than the memory that the container has, and cut on the way.
-    body = os.urandom(MIB) * 200
+    body = os.urandom(MIB) * 170
     digest = open_site.put("/k", body, faults=["cut"])
     url = f"http://{container.host}:{open_site.port}"
     ended = container.run("download", {"url": f"{url}/k", "to": "/build/deep/k", "sha256": digest}, {})

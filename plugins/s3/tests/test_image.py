@@ -19,7 +19,7 @@ def env_for(store: Store, container: Container) -> dict[str, str]:
 
 def test_download_and_upload_in_the_sandbox(store: Store, container: Container) -> None:
     # Larger than the memory that the container has.
-    body = os.urandom(MIB) * 200
+    body = os.urandom(MIB) * 170
     digest = hashlib.sha256(body).hexdigest()
     (container.volume / "k").write_bytes(body)
     env = env_for(store, container)
