@@ -19,7 +19,7 @@ def parse(text: str, source: str) -> dict[str, str]:
     """
     values: dict[str, str] = {}
     problems: list[Problem] = []
-    lines = text.removeprefix("\ufeff").splitlines()
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
     number = 0
     while number < len(lines):
         line, start = lines[number], number + 1

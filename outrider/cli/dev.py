@@ -13,7 +13,7 @@ from outrider.cli._service import run_until_signal
 
 @click.command("dev", short_help="Start server and agent in one process, for a first try and for tests.")
 @click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="Where both keep everything.  [~/.local/share/outrider/dev]"
+    "--data-dir", type=click.Path(path_type=Path), help="Where to keep everything.  [~/.local/share/outrider/dev]"
 )
 @click.option("--listen", default="127.0.0.1:8443", show_default=True, metavar="HOST:PORT", help="Port 0: a free one.")
 @click.option("--node-id", default="dev", show_default=True, help="The name of this machine's node.")
