@@ -106,16 +106,27 @@ class Workshop:
         engine.check()
         progress = Progress(len(todo))
         with self._alone(progress):
+            failures = []
             for name in todo:
-                with progress.task(name):
+                try:
+                    with progress.task(name):
+                        self._build_one(name, base_choice, mirror, progress)
+                except BuildError as error:
                     if name == "base":
-                        self._build_base(base_choice, mirror, progress)
-                    elif name == "pause":
-                        content = self._pause_content(self._present_base())
-                        engine.build(PAUSE, self.here / "pause", arguments={"BASE": BASE}, content=content)
-                    else:
-                        self._build_step(next(step for step in self.steps if step.name == name), progress)
+                        raise
+                    failures.append(str(error))  # one plugin's mistake is no reason to have none of the others
+            if failures:
+                raise BuildError("\n".join(failures))
         return self.rows()
+
+    def _build_one(self, name: str, base_choice: str, mirror: str, progress: Progress) -> None:
+        if name == "base":
+            self._build_base(base_choice, mirror, progress)
+        elif name == "pause":
+            content = self._pause_content(self._present_base())
+            engine.build(PAUSE, self.here / "pause", arguments={"BASE": BASE}, content=content)
+        else:
+            self._build_step(next(step for step in self.steps if step.name == name), progress)
 
     def lock(self, names: Sequence[str], *, upgrade: bool) -> list[Path]:
         """Make the locks of the step images ``names`` (all, if empty); returns the files."""

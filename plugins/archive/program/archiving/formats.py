@@ -43,13 +43,12 @@ def open_archive(path: str) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise StepFailure(f"the archive {path} does not exist", code="not_found") from None
-    file = open(descriptor, "rb")  # noqa: SIM115  (handed to the caller)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
-        file.close()
+        os.close(descriptor)
         kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
         raise StepFailure(f"{path} is {kind}; an archive was expected", code="not_a_file")
-    return file
+    return open(descriptor, "rb")
 
 
 def format_of(path: str, file: BinaryIO) -> str:
