@@ -14,6 +14,8 @@ from outrider.errors import InvalidInput, Problem
 
 MAX_LENGTH = 2048
 MAX_DEPTH = 32
+MAX_EXPRESSIONS = 64
+"""In one text."""
 MAX_TOKENS = 400
 """Bounds what `x + x + …` can make of one long text."""
 
@@ -72,9 +74,10 @@ def _bad(text: str, message: str, hint: str = "") -> InvalidInput:
     return InvalidInput(str(problem), [problem], code="bad_expression")
 
 
-def _next(text: str, at: int) -> re.Match[str] | None:
-    raw = _RAW.match(text, at) if text[at] in "rRbB" else None
-    return raw or _TOKEN.match(text, at)
+def _next(text: str, at: int, end: int) -> re.Match[str] | None:
+    """The token at ``at``. Nothing from ``end`` on is looked at: an unclosed quote would search a megabyte."""
+    raw = _RAW.match(text, at, end) if text[at] in "rRbB" else None
+    return raw or _TOKEN.match(text, at, end)
 
 
 def split(text: str) -> list[Segment]:
@@ -93,6 +96,8 @@ def split(text: str) -> list[Segment]:
         if end is None:
             raise _bad(text[start:], "the `${{` has no `}}`", "an expression reads like ${{ args.version }}")
         segments.append(Segment(text[start + 3 : end], True))
+        if len(segments) > 2 * MAX_EXPRESSIONS:
+            raise _bad(text, f"the text has over {MAX_EXPRESSIONS} expressions", "let a step put it together")
         at = end + 2
 
 
@@ -102,7 +107,7 @@ def _end(text: str, at: int) -> int | None:
     while at < len(text) and at <= limit:
         if depth == 0 and text.startswith("}}", at):
             return at
-        token = _next(text, at)
+        token = _next(text, at, limit)
         if token is None:
             at += 1  # nonsense: the library, or scan(), will say so
             continue
@@ -145,7 +150,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     tokens: list[tuple[str, str]] = []
     at = 0
     while at < len(text):
-        match = _next(text, at)
+        match = _next(text, at, len(text))
         if match is None:
             if text[at] in "\"'":
                 raise _bad(text, "a text in it has no closing quote")

@@ -191,7 +191,7 @@ def _draft07(schema: Any, owner: str, definitions: Schema, *, relax: bool = True
                 f"#/definitions/{owner}.{ref[8:]}" if ref.startswith("#/$defs/") else f"#/definitions/{owner}"
             )
         elif keyword in _OF_SCHEMAS:
-            result[keyword] = [_draft07(inner, owner, definitions, relax=keyword != "allOf") for inner in value]
+            result[keyword] = [_draft07(inner, owner, definitions, relax=False) for inner in value]
         elif keyword in _SCHEMAS_BY_NAME:
             result[keyword] = {name: _draft07(inner, owner, definitions) for name, inner in value.items()}
         elif keyword == "prefixItems":

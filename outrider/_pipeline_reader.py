@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from collections.abc import Mapping as MappingType
-from typing import Any, TypeVar
+from typing import Any
 
 from outrider import pipeline as model
 from outrider._pipeline_refs import check_references
 from outrider._suggest import did_you_mean, listing
 from outrider._units import DURATION_HINT, SIZE_HINT, parse_duration, parse_size
-from outrider._yaml import Mapping, Node, Scalar, Sequence, compose, kind, plain, short
+from outrider._yaml import MAX_PROBLEMS, Mapping, Node, Scalar, Sequence, compose, kind, plain, short
 from outrider.errors import InvalidInput, Problem
 
 MAX_STEPS = 200
 MAX_RETRIES = 100
-_EMPTY = Mapping(0, 0)
+MAX_EXPRESSION_TEXT = 64 * 1024
+"""Characters of all texts that hold expressions: compiling takes a second for 128 KiB."""
 _RESERVED = ("/outrider", "/proc", "/sys", "/dev", "/tmp")  # noqa: S108 - named to keep volumes off them
-_T = TypeVar("_T")
 Reader = Callable[[str, Node], Any]
 
 NAME_HINT = "a name has lower-case letters, digits, - and _, begins with a letter, and is 63 characters long at most"
@@ -28,23 +29,37 @@ def read_pipeline(text: str | bytes) -> model.Pipeline:
     """See ``outrider.pipeline.load_pipeline``."""
     root, problems = compose(text)
     reader = _Reader(problems)
-    result = reader.pipeline(root)
+    try:
+        result = reader.pipeline(root)
+    except _EnoughError:
+        result = None
+        reader.problems.append(Problem(f"there are more than {MAX_PROBLEMS} problems; these are some of them"))
     if reader.problems or result is None:
-        found = sorted(reader.problems, key=lambda problem: (problem.line, problem.column))
+        found = sorted(reader.problems, key=lambda problem: (problem.line or sys.maxsize, problem.column))
         said = f"is not valid: {found[0]}" if len(found) == 1 else f"has {len(found)} problems, the first: {found[0]}"
         raise InvalidInput(f"the pipeline {said}", found, code="invalid_pipeline")
     return result
+
+
+class _EnoughError(Exception):
+    """MAX_PROBLEMS have been found."""
 
 
 class _Reader:
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
         self.places: dict[str, tuple[int, int]] = {}
+        self.expression_text = 0
 
     # --- parts that many have --------------------------------------------------------------------------------
 
     def problem(self, node: Node, path: str, message: str, hint: str = "") -> None:
-        self.problems.append(Problem(message, path, node.line, node.column, hint))
+        self._note(Problem(message, path, node.line, node.column, hint))
+
+    def _note(self, problem: Problem) -> None:
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise _EnoughError
+        self.problems.append(problem)
 
     def fields(
         self, path: str, node: Node, known: MappingType[str, Reader], required: tuple[str, ...] = ()
@@ -185,9 +200,7 @@ class _Reader:
 
     def pipeline(self, root: Node | None) -> model.Pipeline | None:
         if root is None or (isinstance(root, Scalar) and root.value is None):
-            self.problems.append(
-                Problem("the document is empty", line=1, column=1, hint="a pipeline has a name and steps")
-            )
+            self._note(Problem("the document is empty", line=1, column=1, hint="a pipeline has a name and steps"))
             return None
         values = self.fields(
             "",
@@ -307,7 +320,7 @@ class _Reader:
         for name, mount in values.get("volumes", {}).items():
             if mount["path"] in paths:
                 line, column = self.places[f"{path}.volumes.{name}"]
-                self.problems.append(
+                self._note(
                     Problem(
                         f"{mount['path']} is where {paths[mount['path']]} is mounted",
                         f"{path}.volumes.{name}",
@@ -351,8 +364,17 @@ class _Reader:
             for index, item in enumerate(node.items):
                 self.expressions(f"{path}[{index}]", item)
         elif isinstance(node, Scalar) and isinstance(node.value, str) and "${{" in node.value:
-            for found in problems_in(node.value):
-                self.problem(node, path, found.message, found.hint)
+            if self.fits(node, path):
+                for found in problems_in(node.value):
+                    self.problem(node, path, found.message, found.hint)
+
+    def fits(self, node: Scalar, path: str) -> bool:
+        """Count the expressions of the pipeline; false, and a problem, once they are too many."""
+        before, self.expression_text = self.expression_text, self.expression_text + len(node.text)
+        if before <= MAX_EXPRESSION_TEXT < self.expression_text:
+            hint = f"all together have {MAX_EXPRESSION_TEXT // 1024} KiB at most; long texts belong into files"
+            self.problem(node, path, "the texts with expressions are too long", hint)
+        return self.expression_text <= MAX_EXPRESSION_TEXT
 
     def condition(self, path: str, node: Node) -> str | None:
         from outrider.expressions import problems_in
@@ -362,8 +384,9 @@ class _Reader:
         if not isinstance(node, Scalar) or not isinstance(node.value, str):
             self.problem(node, path, f"must be a condition, not {kind(node)}", "for example args.slots > 8")
             return None
-        for found in problems_in(node.value, condition=True):
-            self.problem(node, path, found.message, found.hint)
+        if self.fits(node, path):
+            for found in problems_in(node.value, condition=True):
+                self.problem(node, path, found.message, found.hint)
         return node.value
 
     def mount(self, path: str, node: Node) -> dict[str, Any] | None:
@@ -470,7 +493,7 @@ class _Reader:
             nearest = nearest[: max(nearest.rfind("."), nearest.rfind("["), 0)]
             place = self.places.get(nearest)
         line, column = place or (0, 0)
-        self.problems.append(Problem(message, path, line, column, hint))
+        self._note(Problem(message, path, line, column, hint))
 
     def _unique(self, values: dict[str, Any]) -> None:
         seen: dict[str, int] = {}
@@ -547,7 +570,8 @@ class _Reader:
                 cycle = sorted(other for other in closed[name] if name in closed.get(other, ()))
                 self._at(f"steps[{index}].needs", f"the steps {listing(cycle)} wait for one another in a circle")
                 break
-        check_references(values, closed, self._at)
+        if self.expression_text <= MAX_EXPRESSION_TEXT:
+            check_references(values, closed, self._at)
 
 
 def mount_problem(path: str) -> str:

@@ -17,6 +17,8 @@ from outrider.errors import InvalidInput, Problem
 
 MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 64
+MAX_PROBLEMS = 100
+"""Nobody reads more, and hostile text could make a hundred thousand."""
 MAX_NODES = 20_000
 """Scalars, lists and mappings of a document, with each alias counted as what it stands for."""
 
@@ -113,6 +115,11 @@ def compose(text: str | bytes) -> tuple[Node | None, list[Problem]]:
     return _Composer().compose(text)
 
 
+def _place(event: Any) -> tuple[int, int]:
+    """Line and column, from 1, where an event begins."""
+    return event.start_mark.line + 1, event.start_mark.column + 1
+
+
 def _refuse(message: str, line: int, column: int, hint: str = "", code: str = "invalid_yaml") -> InvalidInput:
     problem = Problem(message, line=line, column=column, hint=hint)
     return InvalidInput(str(problem), [problem], code=code)
@@ -135,7 +142,9 @@ class _Composer:
             raise _refuse(f"not valid YAML: {said}{context}", line, column) from error
         except (yaml.YAMLError, UnicodeError) as error:
             said = str(error).splitlines()[0] if str(error) else "it can't be read"
-            raise _refuse(f"not valid YAML: {said}", 0, 0) from error
+            at = getattr(error, "position", None)  # of an unacceptable character
+            line = text.count("\n", 0, at) + 1 if isinstance(at, int) else 0
+            raise _refuse(f"not valid YAML: {said}", line, 0) from error
         return root, self.problems
 
     def _document(self, events: Any) -> Node | None:
@@ -147,10 +156,7 @@ class _Composer:
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    mark = event.start_mark
-                    raise _refuse(
-                        "a second document begins here", mark.line + 1, mark.column + 1, "one pipeline to a file"
-                    )
+                    raise _refuse("a second document begins here", *_place(event), "one pipeline to a file")
                 continue
             done: Node
             anchor: str | None = None
@@ -164,7 +170,7 @@ class _Composer:
             elif isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
                 self._count(event)
                 self._no_tag(event)
-                line, column = event.start_mark.line + 1, event.start_mark.column + 1
+                line, column = _place(event)
                 if len(stack) >= MAX_DEPTH:
                     raise _refuse(f"nested deeper than {MAX_DEPTH} levels", line, column, code="too_deep")
                 node: Sequence | Mapping = (
@@ -187,6 +193,10 @@ class _Composer:
                 root = done
         return root
 
+    def _note(self, problem: Problem) -> None:
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+
     def _count(self, event: Any, nodes: int = 1) -> None:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
@@ -198,7 +208,7 @@ class _Composer:
         if event.tag and event.tag != "!":
             mark = event.start_mark
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self.problems.append(
+            self._note(
                 Problem(
                     f"the tag {short(tag)} is not allowed",
                     line=mark.line + 1,
@@ -220,7 +230,7 @@ class _Composer:
 
     def _scalar(self, event: Any) -> Scalar:
         self._no_tag(event)
-        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+        line, column = _place(event)
         text: str = event.value
         if not event.implicit[0]:  # quoted or a block: text, whatever it looks like
             return Scalar(line, column, text=text, value=text)
@@ -238,7 +248,7 @@ class _Composer:
         if _INT.fullmatch(text) or _HEX.fullmatch(text):
             number = int(text, 16 if text.startswith("0x") else 10)
             if not -(2**63) <= number < 2**63:
-                self.problems.append(
+                self._note(
                     Problem(
                         f"the number {text[:60]} does not fit 64 bits",
                         line=line,
@@ -267,9 +277,9 @@ class _Composer:
         key, opened.key, opened.has_key = opened.key, None, False
         if not isinstance(key, Scalar):
             line, column = (key.line, key.column) if key else (node.line, node.column)
-            self.problems.append(Problem("a key must be plain text", line=line, column=column))
+            self._note(Problem("a key must be plain text", line=line, column=column))
         elif key.text == "<<":
-            self.problems.append(
+            self._note(
                 Problem(
                     "the merge key << is not allowed",
                     line=key.line,
@@ -279,7 +289,7 @@ class _Composer:
             )
         elif key.text in node.items:
             first = node.items[key.text][0]
-            self.problems.append(
+            self._note(
                 Problem(
                     f"the key {short(key.text)} stands twice in this mapping",
                     line=key.line,

@@ -23,6 +23,9 @@ MIN_LINE = 8
 MIN_ENCODED = 6
 """Bytes of the part of a Base64 form that is the same whatever stands around the secret."""
 
+MANY_FORMS = 400
+"""From so many on, one pass with the pattern is faster than a search for each form."""
+
 _WRAPPED = (57, 48)
 """Bytes behind a line of `base64` (76 characters) and of `openssl base64` (64)."""
 
@@ -74,10 +77,9 @@ class Masker:
 
     def _mask(self, buffer: bytes, certain: int) -> bytes:
         """Put out the first ``certain`` bytes, masked, and keep the others."""
-        assert self._find is not None or not buffer
         out: list[bytes] = []
         end = self._covered
-        for match in self._find.finditer(buffer) if self._find else ():
+        for match in self._matches(buffer):
             start = match.start()
             if start >= certain:
                 break
@@ -89,6 +91,12 @@ class Masker:
             end = certain
         self._kept, self._covered = buffer[certain:], end - certain
         return b"".join(out)
+
+    def _matches(self, buffer: bytes) -> Iterable[re.Match[bytes]]:
+        # Nearly all of a log holds no secret, and so many plain searches take a tenth of the pattern's time.
+        if self._find is None or (len(self._forms) <= MANY_FORMS and not any(form in buffer for form in self._forms)):
+            return ()
+        return self._find.finditer(buffer)
 
 
 def mask_text(text: str, secrets: Iterable[str | bytes]) -> str:
