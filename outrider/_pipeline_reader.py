@@ -17,8 +17,8 @@ from outrider.errors import InvalidInput, Problem
 
 MAX_STEPS = 200
 MAX_RETRIES = 100
-MAX_EXPRESSION_TEXT = 64 * 1024
-"""Characters of all texts that hold expressions: compiling takes a second for 128 KiB."""
+MAX_EXPRESSION_TEXT = 32 * 1024
+"""Characters of all expressions: compiling a megabyte of them would take ten seconds."""
 _RESERVED = ("/outrider", "/proc", "/sys", "/dev", "/tmp")  # noqa: S108 - named to keep volumes off them
 Reader = Callable[[str, Node], Any]
 
@@ -352,7 +352,7 @@ class _Reader:
 
     def expressions(self, path: str, node: Node) -> None:
         """Note where everything inside stands, and what is wrong with its expressions."""
-        from outrider.expressions import problems_in
+        from outrider.expressions import has_expression, problems_in
 
         self.places[path] = (node.line, node.column)
         if isinstance(node, Mapping):
@@ -363,17 +363,20 @@ class _Reader:
         elif isinstance(node, Sequence):
             for index, item in enumerate(node.items):
                 self.expressions(f"{path}[{index}]", item)
-        elif isinstance(node, Scalar) and isinstance(node.value, str) and "${{" in node.value:
-            if self.fits(node, path):
-                for found in problems_in(node.value):
-                    self.problem(node, path, found.message, found.hint)
+        elif isinstance(node, Scalar) and has_expression(node.value) and self.fits(node, path):
+            for found in problems_in(node.text):
+                self.problem(node, path, found.message, found.hint)
 
     def fits(self, node: Scalar, path: str) -> bool:
         """Count the expressions of the pipeline; false, and a problem, once they are too many."""
-        before, self.expression_text = self.expression_text, self.expression_text + len(node.text)
-        if before <= MAX_EXPRESSION_TEXT < self.expression_text:
-            hint = f"all together have {MAX_EXPRESSION_TEXT // 1024} KiB at most; long texts belong into files"
-            self.problem(node, path, "the texts with expressions are too long", hint)
+        from outrider.expressions import expression_length
+
+        if self.expression_text > MAX_EXPRESSION_TEXT:
+            return False
+        self.expression_text += expression_length(node.text)
+        if self.expression_text > MAX_EXPRESSION_TEXT:
+            hint = f"all together have {MAX_EXPRESSION_TEXT // 1024} KiB at most"
+            self.problem(node, path, "the expressions are too long", hint)
         return self.expression_text <= MAX_EXPRESSION_TEXT
 
     def condition(self, path: str, node: Node) -> str | None:

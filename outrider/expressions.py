@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,11 @@ def has_expression(value: object) -> bool:
 def compile_expression(text: str) -> Expression:
     """Compile one expression, without its `${{ }}`. Raises InvalidInput that says what is wrong with it."""
     found = scan(text)
+    try:
+        program = _cel().compile(text)
+    except BaseException as error:
+        _let_pass(error)
+        raise _invalid(text, _parse_message(str(error)), "expressions are CEL, for example args.slots > 8") from error
     for call in sorted(found.functions):
         if call in _MACROS:
             raise _invalid(text, f"{call}() is not allowed", "expressions don't loop; let a step do that work")
@@ -106,12 +112,7 @@ def compile_expression(text: str) -> Expression:
             )
     for reference in sorted(found.references):
         if reference.root not in ROOTS:
-            raise _invalid(text, f"there is no {reference.root!r} here", _root_hint(reference.root))
-    try:
-        program = _cel().compile(text)
-    except BaseException as error:
-        _let_pass(error)
-        raise _invalid(text, _parse_message(str(error)), "expressions are CEL, for example args.slots > 8") from error
+            raise _invalid(text, f"there is no {reference.root!r} here", _root_hint(reference.root, text))
     return Expression(text, found, program)
 
 
@@ -192,6 +193,16 @@ def reference_paths(value: Any) -> set[Reference]:
         except InvalidInput:
             continue
     return found
+
+
+def expression_length(text: str) -> int:
+    """How many characters of a text are expressions; all of them, for a condition without `${{ }}`."""
+    if "${{" not in text:
+        return len(text)
+    try:
+        return sum(len(segment.text) for segment in split(text) if segment.is_expression)
+    except InvalidInput:
+        return 0  # it is refused before anything is compiled
 
 
 def problems_in(text: str, *, condition: bool = False) -> list[Problem]:
@@ -416,7 +427,7 @@ def _failed(expression: Expression, error: BaseException, context: Mapping[str, 
     else:
         said = str(error).rpartition("Python function call failed: ")[2]
         message = said.removeprefix("TypeError: ").removeprefix("ValueError: ")
-        message = message.split(" Check ")[0].split("\n")[0].rstrip(".") or type(error).__name__
+        message = re.split(r" Check |\. CEL does|\. Convert |\n", message)[0].rstrip(".") or type(error).__name__
     return PermanentError(
         f"the expression {_quote(expression.text)} fails: {message}", code="expression_failed", hint=hint
     )
@@ -437,7 +448,10 @@ def _parse_message(said: str) -> str:
     return "it is not valid CEL: " + first.split(" expecting {")[0].replace("<EOF>", "end of the expression")[:160]
 
 
-def _root_hint(root: str) -> str:
+def _root_hint(root: str, text: str) -> str:
+    dashed = re.search(rf"\b(steps|volumes)\.([a-z0-9_-]+-{re.escape(root)}[a-z0-9_-]*)", text)
+    if dashed:
+        return f'a name with a dash is written {dashed[1]}["{dashed[2]}"]'
     if root in ("env", "envs", "secrets"):
         return "expressions never see envs; allot them with the step's `envs:`"
     return did_you_mean(root, ROOTS, otherwise=f"expressions read {listing(ROOTS)}")

@@ -158,7 +158,9 @@ def _base64_forms(secret: bytes) -> Iterator[bytes]:
         if len(secret) > width:
             for at in range(0, len(secret), width):
                 piece = secret[at : at + width]
-                yield from _both_alphabets(base64.b64encode(piece)[: len(piece) * 8 // 6])
+                encoded = base64.b64encode(piece)
+                yield from _both_alphabets(encoded[: len(piece) * 8 // 6])
+                yield from _both_alphabets(encoded.rstrip(b"="))  # the end of the last line
 
 
 def _both_alphabets(core: bytes) -> Iterator[bytes]:

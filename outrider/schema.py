@@ -211,21 +211,26 @@ def _walk(root: JSONSchema, schema: Any, value: Any, path: str, depth: int) -> I
         yield from _walk(root, target, value, path, depth + 1)
     for keyword in ("anyOf", "oneOf", "allOf"):
         seen = []
-        for branch in schema.get(keyword, ()):
+        for branch in _list(schema.get(keyword)):
             for found in _walk(root, branch, value, path, depth + 1):
                 if found not in seen:
                     seen.append(found)
                     yield found
     if isinstance(value, Mapping):
-        properties = schema.get("properties", {})
+        given = schema.get("properties")
+        properties = given if isinstance(given, Mapping) else {}
         for key, item in value.items():
             inner = properties.get(key, schema.get("additionalProperties"))
             yield from _walk(root, inner, item, f"{path}.{key}", depth + 1)
     elif isinstance(value, list):
-        first = schema.get("prefixItems", ())
+        first = _list(schema.get("prefixItems"))
         for index, item in enumerate(value):
             inner = first[index] if index < len(first) else schema.get("items")
             yield from _walk(root, inner, item, f"{path}[{index}]", depth + 1)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def resolve_ref(root: JSONSchema, schema: JSONSchema) -> JSONSchema | None:
