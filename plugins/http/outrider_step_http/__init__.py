@@ -14,6 +14,19 @@ from outrider_step_http._models import (
     UploadParams,
 )
 
+__all__ = [
+    "ENVS",
+    "IMAGE",
+    "DownloadOutputs",
+    "DownloadParams",
+    "TransferParams",
+    "UploadOutputs",
+    "UploadParams",
+    "outrider_step_types",
+    "resolve_download",
+    "resolve_upload",
+]
+
 __version__ = "0.1.0"
 
 IMAGE = f"outrider/step-http:{__version__}"
