@@ -1,1 +1,1 @@
-"""The server: node and control services, dispatch, store, bus and security."""
+"""Outrider's server: what is known of nodes, objects, envs, runs, logs and events, and the two gRPC services."""

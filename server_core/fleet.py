@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -109,11 +109,7 @@ class ControlChannel:
         """Send a command and wait until it is acknowledged, or answered; ``answer`` comes from `expect`."""
         async with self._answer_within(timeout_s):
             await self._send_command(command, timeout_s)
-            acknowledged = asyncio.ensure_future(answer.acknowledged.wait())
-            try:
-                await asyncio.wait({acknowledged, answer.result}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                acknowledged.cancel()
+            await answer.acknowledged.wait()
 
     @contextlib.contextmanager
     def expect(self, command_id: str) -> Iterator[Answer]:
@@ -138,6 +134,7 @@ class ControlChannel:
     def take_result(self, result: node_service_pb2.CommandResult) -> None:
         for command_id, answer in self._answers:
             if command_id == result.command_id and not answer.result.done():
+                answer.acknowledged.set()
                 answer.result.set_result(result)
 
     async def _send_command(self, command: node_service_pb2.Command, timeout_s: float) -> None:
@@ -164,6 +161,7 @@ class ControlChannel:
         self._closed.set_result(None)
         for _, answer in self._answers:
             if not answer.result.done():
+                answer.acknowledged.set()
                 answer.result.set_exception(self.gone())
 
     def gone(self) -> Unavailable:
@@ -264,6 +262,11 @@ class Fleet:
         self._presence.pop(node_id, None)
         self._sessions.pop(node_id, None)
 
+    def close_channels(self, error: OutriderError) -> None:
+        """The server stops: every agent is told, and will look for it again."""
+        for channel in self._channels.values():
+            channel.close(error)
+
     def is_online(self, node_id: str) -> bool:
         presence = self._presence.get(node_id)
         return presence is not None and presence.online
@@ -308,13 +311,15 @@ class Fleet:
         interval = max(self.interval_s, self.online_count() / _HEARTBEATS_PER_SECOND)
         return types_pb2.HeartbeatPolicy(interval=wire.duration(interval), jitter=_JITTER)
 
-    async def run(self, on_online: Callable[[str], Awaitable[None]]) -> None:
+    async def run(self) -> None:
         """Until cancelled: notice who has fallen silent, and write down what changed."""
         while True:
-            pause = min(self.interval_s / 4, 1.0)
+            transition = None
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._record(await self._transitions.get(), on_online)
+                async with asyncio.timeout(min(self.interval_s / 4, 1.0)):
+                    transition = await self._transitions.get()
+            if transition is not None:
+                await self._record(transition)
             silent = max(self.interval_s, self.online_count() / _HEARTBEATS_PER_SECOND) * (1 + _JITTER) * self.missed
             for node_id, presence in list(self._presence.items()):
                 if presence.online and time.monotonic() - presence.heard_at > silent:
@@ -344,7 +349,7 @@ class Fleet:
         if time.monotonic() - self._flushed_at >= self.interval_s:
             await self.flush()
 
-    async def _record(self, transition: _Transition, on_online: Callable[[str], Awaitable[None]]) -> None:
+    async def _record(self, transition: _Transition) -> None:
         node_id, type_ = transition.node_id, "node.online" if transition.online else "node.offline"
         log.info(type_, node=node_id, reason=transition.reason)
         data = {"reason": transition.reason} if transition.reason else {}
@@ -354,8 +359,6 @@ class Fleet:
             log.error("an event was not stored", type=type_, node=node_id, error=str(error))
         self.bus.publish(EVENTS)
         self.bus.publish(NODES)
-        if transition.online:
-            await on_online(node_id)
 
     def _offline(self, node_id: str, reason: str) -> None:
         presence = self._presence.get(node_id)

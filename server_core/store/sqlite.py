@@ -62,12 +62,12 @@ class SqliteDatabase:
         self._thread.start()
 
     async def write(self, work: Work[T]) -> T:
-        future: Future[T] = Future()
-        if self._closed:
-            raise TemporaryError("the store is closed", code="unavailable")
-        self._queue.put((work, future))
         # Shielded: a caller that gives up must not make the writer skip half of a decision.
-        return await asyncio.shield(asyncio.wrap_future(future))
+        return await asyncio.shield(asyncio.wrap_future(self._submit(work)))
+
+    def write_now(self, work: Work[T]) -> T:
+        """Like `write`, for callers that are not on an event loop."""
+        return self._submit(work).result()
 
     async def read(self, work: Work[T]) -> T:
         if self._closed:
@@ -86,6 +86,13 @@ class SqliteDatabase:
         self._readers.shutdown(wait=True)
         self._reader_engine.dispose()
         self._writer_engine.dispose()
+
+    def _submit(self, work: Work[T]) -> Future[T]:
+        if self._closed:
+            raise TemporaryError("the store is closed", code="unavailable")
+        future: Future[T] = Future()
+        self._queue.put((work, future))
+        return future
 
     def _read(self, work: Work[T]) -> T:
         try:

@@ -1,0 +1,305 @@
+"""The server: startup, what it does while it serves, shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import cast
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # the stubs leave it out
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from sqlalchemy import Connection
+
+from outrider import tls
+from outrider.errors import Conflict, InvalidInput, OutriderError, Unavailable
+from outrider.v1 import (
+    control_service_pb2,
+    control_service_pb2_grpc,
+    node_service_pb2,
+    node_service_pb2_grpc,
+)
+from server_core import access
+from server_core.bus.local import LocalBus
+from server_core.config import ServerConfig
+from server_core.control.service import ControlService
+from server_core.dispatch import Dispatcher
+from server_core.fleet import Fleet
+from server_core.node_service import NodeService
+from server_core.security import certs, tokens, vault
+from server_core.services import Services
+from server_core.store import requests
+from server_core.store import tokens as token_rows
+from server_core.store.common import get_meta, now_us, set_meta
+from server_core.store.sqlite import SqliteDatabase
+from server_core.streams import Pipes
+
+log = structlog.get_logger(__name__)
+
+_SERVICES = (
+    (control_service_pb2.DESCRIPTOR.services_by_name["ControlService"], access.CONTROL),
+    (node_service_pb2.DESCRIPTOR.services_by_name["NodeService"], access.NODE),
+    (health_pb2.DESCRIPTOR.services_by_name["Health"], access.HEALTH),
+    (reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"], access.REFLECTION),
+)
+_Fetch = Callable[[], grpc.ServerCertificateConfiguration]
+_HOUSEKEEPING_EVERY = timedelta(hours=6)
+
+
+@dataclass(frozen=True, slots=True)
+class InitResult:
+    """What the operator of a new server needs. ``admin_token`` is shown once; the store has only its hash."""
+
+    admin_token: str
+    ca_path: Path
+    server_id: str
+
+
+async def init(config: ServerConfig, *, new_token: bool = False) -> InitResult:
+    """Make store, keys, CA and the first operator's token in ``config.data_dir``.
+
+    Raises Conflict if that was done before; ``new_token`` then revokes the admin's token and makes another.
+    """
+    return await asyncio.to_thread(_init, config, new_token)
+
+
+def _init(config: ServerConfig, new_token: bool) -> InitResult:
+    with _Lock(config.data_dir, make=True):
+        if config.store_file.exists() and not config.key_file.exists():
+            vault.read_master_key(config.key_file)  # says what is wrong: a new key would open nothing of this store
+        vault.make_master_key(config.key_file)
+        certs.ensure(config.ca_file.parent, config.names)
+        db = SqliteDatabase(config.store_file)
+        try:
+            token = tokens.mint(tokens.OPERATOR_PREFIX)
+            admin = token_rows.Caller(token_rows.OPERATOR, "admin", "admin", tokens.digest(token))
+
+            def work(connection: Connection) -> str:
+                if token_rows.count(connection, token_rows.OPERATOR) and not new_token:
+                    raise Conflict(
+                        f"{config.data_dir} is a server's data directory already",
+                        code="already_initialised",
+                        hint="`outrider server run` serves it; `outrider server init --new-token` replaces the token",
+                    )
+                vault.open_vault(connection, vault.read_master_key(config.key_file), now_us())
+                token_rows.remove(connection, token_rows.OPERATOR, admin.name)
+                token_rows.add(connection, admin)
+                return _server_id(connection)
+
+            return InitResult(token, config.ca_file, db.write_now(work))
+        finally:
+            db.close()
+
+
+class Server:
+    """One server. ``start`` returns when it serves, ``stop`` when it no longer does.
+
+    ``start`` raises InvalidInput if the data directory is not one, is damaged or is newer than this program, and
+    Conflict if the port or the data directory is taken.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.port = 0
+        self._stack = contextlib.AsyncExitStack()
+        self._started = False
+
+    async def start(self) -> None:
+        """Open the store, read the keys, listen."""
+        config = self.config
+        if not config.store_file.exists():
+            raise InvalidInput(
+                f"{config.data_dir} is not a server's data directory",
+                code="not_initialised",
+                hint="make one with `outrider server init`",
+            )
+        table = access.permission_table(_SERVICES)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(_Lock(config.data_dir))
+            master_key = vault.read_master_key(config.key_file)
+            certificate = await asyncio.to_thread(_certificate, config)
+            db = await asyncio.to_thread(SqliteDatabase, config.store_file)
+            stack.push_async_callback(asyncio.to_thread, db.close)
+            vault_, server_id = await db.write(lambda c: (vault.open_vault(c, master_key, now_us()), _server_id(c)))
+            bus = LocalBus()
+            fleet = Fleet(db, bus, config.heartbeat_interval_s, config.missed_heartbeats)
+            await fleet.load()
+            dispatcher = Dispatcher(db, bus, fleet)
+            guard = access.Access(table, db, fleet)
+            services = Services(config, db, bus, fleet, dispatcher, vault_, Pipes(), guard, server_id, now_us())
+            server = grpc.aio.server(interceptors=[guard], options=tls.SERVER_OPTIONS)
+            self._health = _add_services(server, services)
+            self.port = _listen(server, config.listen, _credentials(config, certificate))
+            await server.start()
+            self._server, self._services = server, services
+            stack.push_async_callback(fleet.flush)
+            stack.push_async_callback(dispatcher.stop)
+            for work in (fleet.run(), _housekeeping(services)):
+                task = asyncio.get_running_loop().create_task(work)
+                stack.push_async_callback(_end, task)
+            self._stack = stack.pop_all()
+        self._started = True
+        log.info("server listens", address=config.listen, port=self.port, server_id=server_id)
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Refuse new calls, end streams, give other calls ``grace`` seconds; says what was cut off. Idempotent."""
+        if not self._started:
+            return
+        self._started = False
+        await self._health.enter_graceful_shutdown()
+        self._services.fleet.close_channels(Unavailable("the server is stopping", code="server_stopping"))
+        self._services.bus.close()
+        began = time.monotonic()
+        await self._server.stop(grace)
+        if time.monotonic() - began >= grace > 0:
+            log.warning("calls were cut off, because they took longer than the grace", grace_s=grace)
+        await self._stack.aclose()
+        log.info("server stopped")
+
+
+class _Lock:
+    """One server per data directory."""
+
+    def __init__(self, data_dir: Path, *, make: bool = False) -> None:
+        self._data_dir = data_dir
+        self._make = make
+        self._descriptor = -1
+
+    def __enter__(self) -> None:
+        try:
+            if self._make:
+                self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._descriptor = os.open(self._data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._descriptor)
+            raise Conflict(
+                f"another server uses the data directory {self._data_dir}",
+                code="data_dir_taken",
+                hint="stop it first, or give another data_dir",
+            ) from error
+        except OSError as error:
+            raise InvalidInput(
+                f"the data directory {self._data_dir} can't be used: {error.strerror}", code="data_dir_unusable"
+            ) from error
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _server_id(connection: Connection) -> str:
+    found = get_meta(connection, "server_id")
+    if found is None:
+        found = "srv" + secrets.token_hex(8)
+        set_meta(connection, "server_id", found)
+    return found
+
+
+def _certificate(config: ServerConfig) -> certs.Certificate:
+    if config.tls_cert_file is not None and config.tls_key_file is not None:
+        certificate = certs.read(config.tls_cert_file, config.tls_key_file)
+        left = certs.expires_at(certificate.chain) - datetime.now(UTC)
+        if left < timedelta(0):
+            raise InvalidInput(f"the certificate {config.tls_cert_file} has expired", code="tls_expired")
+        if left < timedelta(days=14):
+            log.warning("the certificate expires soon", file=str(config.tls_cert_file), days=left.days)
+        return certificate
+    return certs.ensure(config.ca_file.parent, config.names)
+
+
+def _credentials(config: ServerConfig, first: certs.Certificate) -> grpc.ServerCredentials:
+    """Credentials that follow a renewed certificate without a restart."""
+    cert_file = config.tls_cert_file or config.ca_file.with_name("server.pem")
+    key_file = config.tls_key_file or config.ca_file.with_name("server.key")
+    seen = [cert_file.stat().st_mtime_ns]
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        # Called by gRPC for each handshake, in a thread of its own: no more than a stat while nothing changes.
+        try:
+            changed = cert_file.stat().st_mtime_ns
+            if changed == seen[0]:
+                return None
+            found = certs.read(cert_file, key_file)
+        except (OutriderError, OSError) as error:
+            log.warning("the certificate on disk can't be used, the former one is kept", error=str(error))
+            return None
+        seen[0] = changed
+        return grpc.ssl_server_certificate_configuration([(found.key, found.chain)])
+
+    configuration = grpc.ssl_server_certificate_configuration([(first.key, first.chain)])
+    # gRPC takes None for "as before"; the stubs don't know that.
+    return grpc.dynamic_ssl_server_credentials(configuration, cast("_Fetch", fetch))
+
+
+def _add_services(server: grpc.aio.Server, services: Services) -> health_aio.HealthServicer:
+    control_service_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(services), server)
+    node_service_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(services), server)
+    checker = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    names = [service.full_name for service, _ in _SERVICES]
+    reflection.enable_server_reflection(names, server)
+    return checker
+
+
+def _listen(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials) -> int:
+    _refuse_taken(listen)
+    try:
+        return server.add_secure_port(listen, credentials)
+    except RuntimeError as error:
+        raise _taken(listen, None) from error
+
+
+def _refuse_taken(listen: str) -> None:
+    """Try the address with a plain socket first: gRPC says only that it failed, not why."""
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{listen!r} is no address to listen on: {error}", code="bad_address") from error
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as error:
+            raise _taken(listen, error) from error
+
+
+def _taken(listen: str, error: OSError | None) -> OutriderError:
+    if error is None or error.errno == errno.EADDRINUSE:
+        return Conflict(
+            f"the address {listen} is taken by another program",
+            code="port_taken",
+            hint="stop that program, or give another port with `listen`",
+        )
+    return InvalidInput(f"{listen} can't be listened on: {error.strerror}", code="bad_address")
+
+
+async def _housekeeping(services: Services) -> None:
+    """Now and then: renew the certificate (nobody has to restart for it), forget old answers."""
+    while True:
+        await asyncio.sleep(_HOUSEKEEPING_EVERY.total_seconds())
+        try:
+            await asyncio.to_thread(_certificate, services.config)
+            await services.db.write(requests.forget_old)
+        except OutriderError as error:
+            log.error("housekeeping failed", error=str(error))
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
