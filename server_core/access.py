@@ -19,6 +19,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from outrider import tls, wire
 from outrider.errors import OutriderError, PermissionDenied, Unauthenticated
 from server_core.fleet import Fleet
+from server_core.logs import trace
 from server_core.security import tokens as token_digests
 from server_core.store import tokens
 from server_core.store.base import Database
@@ -222,5 +223,5 @@ def _wrap(handler: Any, rule: Rule | None, admit: Callable[[Rule | None, Any], A
 
 async def _refuse(context: Any, error: Exception) -> None:
     if not isinstance(error, OutriderError):
-        log.error("a call failed unforeseen", exc_info=error)
+        log.error("a call failed unforeseen", traceback=trace(error))
     await wire.abort(context, error)

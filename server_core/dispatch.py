@@ -19,6 +19,7 @@ from outrider.errors import OutriderError
 from outrider.v1 import node_service_pb2, types_pb2
 from server_core.bus.base import EVENTS, Bus, run_topic
 from server_core.fleet import ControlChannel, Fleet, command
+from server_core.logs import trace
 from server_core.store import events, runs
 from server_core.store.base import Database
 from server_core.store.runs import RunRow
@@ -269,4 +270,4 @@ async def _logged(work: Coroutine[None, None, None]) -> None:
     except asyncio.CancelledError:
         raise
     except Exception as error:
-        log.error("work in the background failed", exc_info=error)
+        log.error("work in the background failed", traceback=trace(error))

@@ -210,7 +210,9 @@ class Fleet:
         channel = self._channels.get(node_id)
         if channel is not None and channel.epoch != session.epoch:
             channel.close(superseded(node_id))
-        self._presence.setdefault(node_id, Presence()).full_digest = None
+        presence = self._presence.setdefault(node_id, Presence())
+        presence.full_digest = None
+        presence.last_seen_us = now_us()
 
     async def check_session(self, node_id: str, session_id: str, epoch: int) -> None:
         """Raise Conflict unless this is the node's newest session."""

@@ -121,11 +121,12 @@ class Runs(Part):
         if not 0 <= grace_us <= 3_600_000_000:
             raise InvalidInput("the grace of a cancellation is between 0 and 1 hour", code="bad_grace")
         settled: list[types_pb2.ObjectRef | None] = []
+        by = current_caller().name
 
         def work(connection: Connection) -> types_pb2.Run:
             run = runs.get(connection, request.run_id)
             if runs.request_cancel(connection, run.run_id, request.reason[:512], grace_us):
-                data = {"reason": request.reason[:512], "by": current_caller().name}
+                data = {"reason": request.reason[:512], "by": by}
                 events.add(connection, "run.cancel_requested", run.run_id, node_id=run.node_id, data=data)
                 run = runs.get(connection, run.run_id)
                 if runs.is_over(run.state):
