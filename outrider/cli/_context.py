@@ -56,15 +56,19 @@ class ContextFile:
         self._read()
 
     def _read(self) -> None:
-        import yaml
-
         try:
-            document = yaml.safe_load(self.path.read_text(encoding="utf-8"))
+            text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return
         except OSError as error:
             raise InvalidInput(f"the context file {self.path} can't be read: {error.strerror}") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"the context file {self.path} is not YAML") from error
+        import yaml
+
+        try:
+            document = yaml.safe_load(text)
+        except yaml.YAMLError as error:
             raise InvalidInput(f"the context file {self.path} is not YAML") from error
         if document is None:
             return

@@ -132,14 +132,10 @@ class Dev:
         file = self.folder / "operator.token"
         if file.exists():
             return file.read_text().strip()
-        if self.server_config.store_file.exists():
-            raise Conflict(
-                f"{self.folder} has a server, but not its operator's token in {file}",
-                hint="give another --data-dir, or remove this one",
-            )
-        made = await init(self.server_config)
+        # A store that is there without our file: its former token can't be known, so it is replaced.
+        made = await init(self.server_config, new_token=True)
         _write_private(file, made.admin_token)
-        return made.admin_token
+        return str(made.admin_token)
 
     async def _register(self, stub: ControlServiceAsyncStub) -> None:
         """Make the node, or take the one that is there from the last time with its token."""

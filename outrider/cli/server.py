@@ -51,15 +51,16 @@ def _load(file: Path | None, names: tuple[str, ...], **flags: Any) -> Loaded[Ser
 @command.command("init")
 @_options
 @click.option("--write-context", metavar="NAME", help="Write a context of this name, so that `outrider` finds it.")
+@click.option("--new-token", is_flag=True, help="Replace the first operator's token of a server that is there.")
 @output_option
 @click.pass_obj
-def init(app: App, /, write_context: str | None, as_json: bool, **flags: Any) -> None:
+def init(app: App, /, write_context: str | None, new_token: bool, as_json: bool, **flags: Any) -> None:
     """Make the store, the keys and the CA, and print the first operator's token, which is shown only this once."""
     from server_core.server import init as make
 
     config = _load(**flags).value
     contexts = _context_file(app, write_context, config) if write_context else None
-    made = asyncio.run(make(config))
+    made = asyncio.run(make(config, new_token=new_token))
     if contexts is not None and write_context:
         entry = {"server": _address(config), "ca": str(made.ca_path.resolve()), "token": made.admin_token}
         contexts.put(write_context, entry, make_current=False)
