@@ -31,10 +31,9 @@ class AgentConfig(BaseModel):
     plugins: list[str] | None = None  # step plugins by name; None: all that are installed
     disabled_plugins: list[str] = Field(default_factory=list)
     policy_file: Path | None = None
-    port_range: tuple[int, int] | None = None  # None: as the policy says
+    port_range: tuple[int, int] | None = None  # "20000-20999"; None: as the policy says
     labels: dict[str, str] = Field(default_factory=dict)
     step_timeout_s: Annotated[float, Field(gt=0)] = 6 * 3600  # of steps that name none
-    step_log_max_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
     spool_max_bytes: Annotated[int, Field(ge=1024**2)] = 1024**3
     cancel_grace_s: Annotated[float, Field(ge=0)] = 10.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -77,7 +77,7 @@ class LogFile:
     @property
     def settled(self) -> bool:
         """Done, and the server has all of it."""
-        return self.length is not None and self.acked >= self.length and (self.gap_sent or not self.gap)
+        return self.length is not None and self.acked >= self.length and (self.gap_sent or self.gap >= 0)
 
     @property
     def unsent(self) -> bool:
@@ -189,6 +189,11 @@ class Spool:
         row = (key.run_id, key.step, key.attempt, key.stream)
         sql = "DELETE FROM logs WHERE run_id = ? AND step = ? AND attempt = ? AND stream = ?"
         await self._journal.write(lambda db: db.execute(sql, row) and None)
+
+    async def forget_settled(self) -> None:
+        """Drop the logs that have ended and are all there, on both sides."""
+        for log in [each for each in self._logs.values() if each.settled]:
+            await self.acknowledge(log.key, log.acked)
 
     def rewind(self, positions: dict[LogKey, int] | None = None) -> None:
         """Send again from what is acknowledged, or from where the server says that it is."""

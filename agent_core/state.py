@@ -62,6 +62,7 @@ CREATE TABLE attempts (
     phase TEXT NOT NULL,             -- intended, started, done
     boot_id TEXT NOT NULL,
     boot_clock REAL NOT NULL,        -- CLOCK_BOOTTIME of the intent: the step's timeout counts from here
+    engine_boot TEXT NOT NULL,       -- of the engine that it was made with
     PRIMARY KEY (run_id, step, attempt)
 ) STRICT;
 """
@@ -69,15 +70,16 @@ CREATE TABLE attempts (
 
 def migrations() -> list[str]:
     """All scripts of the agent's journal, in the order in which they came; never edited, only added to."""
-    from agent_core import containers, identities, ports, volumes
+    from agent_core import containers, identities, netpool, ports, volumes
 
     return [
         MIGRATION,
         outbox.MIGRATION,
         spool.MIGRATION,
-        volumes.MIGRATION,
         identities.MIGRATION,
         ports.MIGRATION,
+        volumes.MIGRATION,
+        netpool.MIGRATION,
         containers.MIGRATION,
     ]
 
@@ -146,6 +148,7 @@ class AttemptRecord:
     phase: Phase
     boot_id: str
     boot_clock: float
+    engine_boot: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +213,12 @@ class State:
         }
         attempts = {
             each["step"]: AttemptRecord(
-                each["attempt"], each["container"], each["phase"], each["boot_id"], each["boot_clock"]
+                each["attempt"],
+                each["container"],
+                each["phase"],
+                each["boot_id"],
+                each["boot_clock"],
+                each["engine_boot"],
             )
             for each in self.journal.query_now("SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt", (run_id,))
         }
@@ -278,10 +286,10 @@ class State:
             (plan_json, params_json, run_id, step),
         )
 
-    def attempt_intent(self, run_id: str, step: str, attempt: int, container: str) -> Change:
+    def attempt_intent(self, run_id: str, step: str, attempt: int, container: str, engine_boot: str) -> Change:
         """The container with this name is about to be made."""
-        row = (run_id, step, attempt, container, "intended", self.clock.boot_id, self.clock.now())
-        return lambda db: db.execute("INSERT OR IGNORE INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        row = (run_id, step, attempt, container, "intended", self.clock.boot_id, self.clock.now(), engine_boot)
+        return lambda db: db.execute("INSERT OR IGNORE INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def attempt_phase(self, run_id: str, step: str, attempt: int, phase: Phase) -> Change:
         return lambda db: db.execute(

@@ -193,8 +193,8 @@ class Uplink:
             else:
                 chunk.data = data
             return chunk
-        if file.length is not None and offset < file.length:
-            file.sent = file.length
+        if file.length is not None and file.gap and not file.gap_sent:
+            file.sent, file.gap_sent = file.length, True
             chunk.gap_bytes = file.gap
             return chunk
         return None

@@ -1,0 +1,513 @@
+"""One attempt of a step: one container with a name derived from (run, step, attempt), from intent to exit.
+
+The intent is journalled before anything is created. Finding the container already there means: adopt it.
+What is only `created` after a restart of the agent is fenced first, because a start request of the dead
+agent may still be on its way; within one agent's life there is no such request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import structlog
+
+from agent_core.container_spec import ContainerScope, GrantedVolume
+from agent_core.control import ControlSocket
+from agent_core.runtimes.base import (
+    LABEL_ATTEMPT,
+    LABEL_KIND,
+    LABEL_LEASE,
+    LABEL_NODE,
+    LABEL_OBJECT,
+    LABEL_PLAN,
+    LABEL_RUN,
+    LABEL_STEP,
+    ContainerInfo,
+    ContainerSpec,
+    Exit,
+    Mount,
+)
+from agent_core.services import Services
+from agent_core.state import Change, Phase
+from agent_core.stepfiles import MAX_DIRECTORY_BYTES, ProgressLine, StepDirectory
+from agent_core.steplog import StepLog
+from agent_core.volumes import AllottedVolume
+from outrider.errors import (
+    Conflict,
+    EngineUnavailable,
+    NotFound,
+    OperationTimeout,
+    OutriderError,
+    StepFailed,
+    TemporaryError,
+)
+from outrider.masking import mask_text
+from outrider.retry import RetryPolicy
+from outrider.steps import CONTRACT_VERSION, EXIT_DONE, EXIT_TEMPORARY, Resources, StepPlan
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+_DRAIN_S = 5.0  # between the exit and the end of the output; then the engine's own log is asked
+_PROGRESS_S = 0.25
+_ENGINE_LOG_FACTOR = 16  # its file has a record around each write: short lines take that much more room
+
+Why = Literal["cancelled", "timeout", "output_limit", "directory_limit"]
+
+
+@dataclass(frozen=True)
+class AttemptOrder:
+    """All that one attempt is made from."""
+
+    run_id: str
+    lease_id: str
+    step: str
+    number: int
+    plan: StepPlan
+    plan_sha256: str
+    inputs: bytes
+    env: Mapping[str, str] = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)
+    volumes: Mapping[str, tuple[AllottedVolume, str, bool]]  # volume, path inside, writable
+    uid: int
+    gid: int
+    resources: Resources
+    object_ref: str | None
+    timeout_s: float  # what is left of it
+    engine_boot: str = ""  # of the engine that the journal says it was started by; "": the present one
+
+    @property
+    def container(self) -> str:
+        """The container's name."""
+        return f"outrider-{self.run_id}-{self.step}-{self.number}"
+
+
+@dataclass
+class AttemptResult:
+    """How it ended. ``error`` is None if it succeeded; ``uncertain``: whether its work was done can't be known."""
+
+    exit_code: int | None = None
+    error: OutriderError | None = None
+    cancelled: bool = False
+    uncertain: bool = False
+    outputs: dict[str, Any] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+    log_bytes: tuple[int, int] = (0, 0)
+
+
+class _Uncertain(Exception):
+    """The container is gone or its engine stopped under it: its exit says nothing."""
+
+
+class _Stopped(Exception):
+    """`stop` was called before the container ran."""
+
+
+class _NamespaceGone(Exception):
+    """The pause container whose network the step joins does not run any more."""
+
+
+class Attempt:
+    """Runs one order. ``begin`` journals the intent; ``on_waiting`` hears what it waits for, "" if nothing."""
+
+    def __init__(
+        self,
+        services: Services,
+        order: AttemptOrder,
+        *,
+        begin: Callable[[], Coroutine[Any, Any, None]],
+        on_waiting: Callable[[str], Coroutine[Any, Any, None]],
+        on_progress: Callable[[ProgressLine], None],
+    ) -> None:
+        self._services = services
+        self._order = order
+        self._begin = begin
+        self._on_waiting = on_waiting
+        self._on_progress = on_progress
+        path = services.attempts_dir / order.run_id / order.step / str(order.number) / "outrider"
+        self._directory = StepDirectory(path)
+        self._stopping = asyncio.Event()
+        self._started = asyncio.Event()
+        self._over = False
+        self._why: Why | None = None
+        self._grace_s = 0.0
+        self._pause: str | None = None
+        self._log: StepLog | None = None
+
+    def stop(self, why: Why, grace_s: float) -> None:
+        """End it: stop signal, then kill. The first reason counts."""
+        if self._why is None:
+            self._why, self._grace_s = why, grace_s
+            self._stopping.set()
+
+    async def run(self, phase: Phase | None = None) -> AttemptResult:
+        """Carry it out; ``phase``: how far the journal says a former agent came with it."""
+        order, services = self._order, self._services
+        files = await services.spool.open(order.run_id, order.step, order.number)
+        cap = services.policy.limits.step_log_bytes
+        self._log = StepLog(
+            services.spool, files, order.secrets, max_bytes=cap, on_limit=lambda: self.stop("output_limit", 0)
+        )
+        grace_s = services.config.cancel_grace_s
+        timer = asyncio.get_running_loop().call_later(order.timeout_s, self.stop, "timeout", grace_s)
+        result = AttemptResult()
+        drained = True
+        try:
+            async with AsyncExitStack() as stack:
+                container, running = await self._interruptible(self._obtain(phase, stack))
+                drained = False
+                end, drained = await self._see_through(container, running)
+                result.exit_code = end.exit_code
+                if end.engine_stopped:
+                    raise _Uncertain(f"the container engine stopped while step {order.step} was running")
+                self._judge(end, result)
+                self._over = True
+        except _Stopped:
+            result.error = self._stopped_error()
+        except _Uncertain as error:
+            result.uncertain = True
+            result.error = OutriderError(str(error), code="outcome_unknown")
+        except OutriderError as error:
+            result.error = error
+        finally:
+            timer.cancel()
+            if self._pause is not None:
+                services.netpool.give_back(order.run_id, self._pause)
+        result.cancelled = self._why == "cancelled" and result.error is not None
+        result.changes = await self._log.finish(drained, lambda: services.runtime.logs(order.container))
+        result.log_bytes = self._log.lengths()
+        return result
+
+    async def discard(self) -> None:
+        """Remove container and directory; only after the result is on the disk. Its log is synced first."""
+        if self._log is not None:
+            await self._log.sync()
+        await RetryPolicy().run(lambda: self._services.runtime.remove(self._order.container, force=True))
+        await asyncio.to_thread(self._directory.remove)
+
+    async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
+        """``work``, or _Stopped as soon as `stop` is called. For what can be left undone at any point."""
+        async with _beside(self._stopping.wait()) as (stopping,):
+            task = asyncio.ensure_future(work)
+            try:
+                await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if not task.done():
+                    raise _Stopped
+                return task.result()
+            finally:
+                task.cancel()
+                with suppress(asyncio.CancelledError, OutriderError, _Uncertain):
+                    await task
+
+    async def _obtain(self, phase: Phase | None, stack: AsyncExitStack) -> tuple[str, bool]:
+        """The container of this attempt, and whether it has been started already. Waits for the engine."""
+        info = None
+        if phase is not None:
+            info = await self._with_engine(lambda: self._find(fence=True))
+            if info is None and phase == "started":
+                raise _Uncertain(f"the container of step {self._order.step} was removed by somebody else")
+            if info is None:
+                self._directory.unfence()
+        if info is None:
+            await asyncio.to_thread(
+                self._directory.prepare, self._order.inputs, self._order.uid, self._order.gid
+            )
+        await self._serve_control(stack)
+        if info is None:
+            if phase is None:
+                await self._begin()
+            info = await self._with_engine(self._create)
+        return info.id, info.started_at is not None
+
+    async def _create(self) -> ContainerInfo:
+        order, services = self._order, self._services
+        pull: Literal["missing", "never"] = "missing" if services.policy.images.pull else "never"
+        await RetryPolicy().run(lambda: services.runtime.ensure_image(order.plan.image, pull=pull))
+        if self._pause is None:
+            self._pause = await services.netpool.lease(order.run_id, order.plan.network)
+        spec = self._spec(f"container:{self._pause}")
+        try:
+            container = await services.runtime.create(spec)
+        except Conflict:
+            # Ours, if the answer to a former request was lost: the name is the attempt's.
+            info = await self._find(fence=False)
+            if info is None:
+                raise
+            return info
+        except OutriderError:
+            if await self._namespace_is_gone():
+                return await self._create()
+            raise
+        return ContainerInfo(id=container, name=spec.name, image=spec.image, state="created", labels=spec.labels)
+
+    async def _find(self, *, fence: bool) -> ContainerInfo | None:
+        """The attempt's container if it is there. ``fence``: one that never started is done away with."""
+        order, runtime = self._order, self._services.runtime
+        try:
+            info = await runtime.inspect(order.container)
+        except NotFound:
+            return None
+        if any(info.labels.get(label) != value for label, value in self._labels().items() if label != LABEL_PLAN):
+            raise Conflict(
+                f"the container name {order.container} is taken by a container that Outrider did not make",
+                code="name_taken",
+                hint="remove it",
+            )
+        if not fence or info.started_at is not None:
+            return info
+        self._directory.fence()
+        info = await runtime.inspect(info.id)
+        if info.started_at is not None:
+            self._directory.unfence()
+            return info
+        await runtime.remove(info.id, force=True)
+        return None
+
+    async def _see_through(self, container: str, running: bool) -> tuple[Exit, bool]:
+        """Start it if it is not running, and stay with it until it has ended; whether its output was all read."""
+        while True:
+            try:
+                return await self._accompany(container, running)
+            except _NamespaceGone:
+                await self._services.runtime.remove(container, force=True)
+                container = (await self._interruptible(self._with_engine(self._create))).id
+
+    async def _accompany(self, container: str, running: bool) -> tuple[Exit, bool]:
+        runtime = self._services.runtime
+        async with AsyncExitStack() as stack:
+            if running:
+                chunks: Any = runtime.logs(container, follow=True)
+                self._started.set()
+            else:
+                chunks = await stack.enter_async_context(runtime.attach(container))
+            works = (self._pump(chunks, patient=running), self._stop_when_told(container), self._poll())
+            pump, *_ = await stack.enter_async_context(_beside(*works))
+            if not running:
+                await self._start(container)
+            end = await self._exit_of(container)
+            await asyncio.wait({pump}, timeout=_DRAIN_S)
+            return end, pump.done() and bool(pump.result())
+
+    async def _start(self, container: str) -> None:
+        if self._stopping.is_set():
+            raise _Stopped
+        while True:
+            try:
+                await self._services.runtime.start(container)
+            except EngineUnavailable as error:
+                await self._wait_for_engine(error)
+                if (await self._services.runtime.inspect(container)).started_at is None:
+                    continue
+            except OutriderError as error:
+                if await self._namespace_is_gone():
+                    raise _NamespaceGone from error
+                raise
+            self._started.set()
+            self._mark("started")
+            return
+
+    async def _namespace_is_gone(self) -> bool:
+        """Whether somebody (an engine's restart, a person) took the pause container; then it is given up."""
+        if self._pause is None:
+            return False
+        with suppress(NotFound):
+            if (await self._services.runtime.inspect(self._pause)).state == "running":
+                return False
+        self._services.netpool.discard(self._order.run_id, self._pause)
+        self._pause = None
+        return True
+
+    async def _exit_of(self, container: str) -> Exit:
+        while True:
+            try:
+                return await self._services.runtime.exited(container, boot=self._order.engine_boot)
+            except EngineUnavailable as error:
+                await self._wait_for_engine(error)
+            except NotFound as error:
+                raise _Uncertain(f"the container of step {self._order.step} was removed by somebody else") from error
+
+    async def _pump(self, chunks: Any, *, patient: bool) -> bool:
+        """Whether the output was read to its end."""
+        assert self._log is not None
+        try:
+            await self._log.pump(chunks, patient=patient)
+        except OutriderError as error:
+            log.info("a step's output was cut off; its rest comes from the engine's log", error=str(error))
+            return False
+        return True
+
+    async def _stop_when_told(self, container: str) -> None:
+        # Not before it has started: stopping what is not running yet does nothing, and then it runs.
+        await self._stopping.wait()
+        await self._started.wait()
+        while True:
+            try:
+                await self._services.runtime.stop(container, grace_s=self._grace_s)
+                return
+            except EngineUnavailable as error:
+                self._services.engine.doubt(error)
+                await self._services.engine.available()
+            except OutriderError as error:
+                log.warning("a step's container can't be stopped", container=container, error=str(error))
+                await asyncio.sleep(1)
+
+    async def _poll(self) -> None:
+        """Progress, and how full /outrider is, while the container runs; its end does not wait for this."""
+        while True:
+            await asyncio.sleep(_PROGRESS_S)
+            self._look()
+
+    def _look(self) -> None:
+        with suppress(OSError):
+            if self._directory.read_progress() and self._directory.progress is not None:
+                line = self._directory.progress
+                message = mask_text(line.message, self._order.secrets)
+                self._on_progress(ProgressLine(line.done, line.total, line.unit, message))
+        if self._directory.size() > MAX_DIRECTORY_BYTES:
+            self.stop("directory_limit", 0)
+
+    def _judge(self, end: Exit, result: AttemptResult) -> None:
+        self._look()
+        if self._why is not None:
+            raise self._stopped_error()
+        if end.exit_code == EXIT_DONE:
+            result.outputs = self._directory.read_outputs()
+            return
+        step = self._order.step
+        said = self._directory.error
+        if end.oom_killed:
+            limit = self._order.resources.memory_bytes
+            size = f" of {limit // 1024**2} MiB" if limit else ""
+            raise StepFailed(
+                f"step {step} was killed because it needs more memory than its limit{size}",
+                code="out_of_memory",
+                hint="raise the step's resources.memory",
+            )
+        cause = mask_text(said.message, self._order.secrets) if said else ""
+        message = f"step {step} failed: {cause}" if cause else f"step {step} ended with exit code {end.exit_code}"
+        code = said.code if said else "step_failed"
+        if end.exit_code == EXIT_TEMPORARY:
+            raise TemporaryError(message, code=code)
+        raise StepFailed(message, code=code, hint="" if cause else "its log has the cause")
+
+    def _stopped_error(self) -> OutriderError:
+        step = self._order.step
+        if self._why == "timeout":
+            return OperationTimeout(f"step {step} did not end within its timeout", code="step_timeout")
+        if self._why == "output_limit":
+            limit = self._services.policy.limits.step_log_bytes
+            return StepFailed(f"step {step} wrote more than {limit} bytes of output", code="output_limit")
+        if self._why == "directory_limit":
+            return StepFailed(
+                f"step {step} wrote more than {MAX_DIRECTORY_BYTES} bytes into /outrider", code="directory_limit"
+            )
+        return OutriderError(f"step {step} was cancelled", code="cancelled")
+
+    async def _with_engine(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """``work``, again whenever the engine goes away in the middle of it, until the attempt's time is over."""
+        while True:
+            try:
+                return await work()
+            except EngineUnavailable as error:
+                await self._wait_for_engine(error)
+
+    async def _wait_for_engine(self, error: OutriderError) -> None:
+        self._services.engine.doubt(error)
+        await self._on_waiting("engine")
+        await self._services.engine.available()
+        await self._on_waiting("")
+
+    def _mark(self, phase: Phase) -> None:
+        order, state = self._order, self._services.state
+        change = state.attempt_phase(order.run_id, order.step, order.number, phase)
+        # Not waited for: it only sharpens what a later agent can tell, and the next write brings it to the disk.
+        state.journal.submit(lambda db: change(db) and None)
+
+    async def _serve_control(self, stack: AsyncExitStack) -> None:
+        order = self._order
+        if order.plan.control is None:
+            return
+        volumes = {
+            name: GrantedVolume(volume.host_path, writable, volume.group)
+            for name, (volume, _, writable) in order.volumes.items()
+        }
+        scope = ContainerScope(
+            run_id=order.run_id,
+            step=order.step,
+            attempt=order.number,
+            object_ref=order.object_ref,
+            volumes=volumes,
+            uid=order.uid,
+            gid=order.gid,
+        )
+        control = ControlSocket(self._services.containers, scope, self._directory.path)
+        await control.start()
+
+        async def close(kind: object, error: BaseException | None, _trace: object) -> None:
+            # An agent that is ending leaves what the step began to the next agent.
+            await control.aclose(attempt_over=self._over or isinstance(error, Exception))
+
+        stack.push_async_exit(close)
+
+    def _labels(self) -> dict[str, str]:
+        order = self._order
+        labels = {
+            LABEL_NODE: self._services.config.node_id,
+            LABEL_KIND: "step",
+            LABEL_RUN: order.run_id,
+            LABEL_STEP: order.step,
+            LABEL_ATTEMPT: str(order.number),
+            LABEL_LEASE: order.lease_id,
+            LABEL_PLAN: order.plan_sha256,
+        }
+        return labels | ({LABEL_OBJECT: order.object_ref} if order.object_ref else {})
+
+    def _spec(self, network: str) -> ContainerSpec:
+        order, plan = self._order, self._order.plan
+        env = dict(plan.env) | dict(order.env)
+        env |= {
+            "OUTRIDER_CONTRACT": str(CONTRACT_VERSION),
+            "OUTRIDER_RUN_ID": order.run_id,
+            "OUTRIDER_STEP": order.step,
+            "OUTRIDER_ATTEMPT": str(order.number),
+        }
+        env.setdefault("HOME", "/tmp")  # noqa: S108 - the container's own tmpfs
+        if plan.control is not None:
+            env["OUTRIDER_CONTROL"] = "/outrider/control.sock"
+        mounts = [Mount(str(self._directory.path), "/outrider", writable=True)]
+        mounts += [Mount(volume.host_path, path, writable) for volume, path, writable in order.volumes.values()]
+        return ContainerSpec(
+            name=order.container,
+            image=plan.image,
+            args=plan.args,
+            entrypoint=plan.entrypoint,
+            env=env,
+            labels=self._labels(),
+            mounts=tuple(mounts),
+            user=plan.user or f"{order.uid}:{order.gid}",
+            groups=tuple(sorted({each.group for each, _, _ in order.volumes.values() if each.group is not None})),
+            workdir=plan.workdir,
+            network=network,
+            memory_bytes=order.resources.memory_bytes,
+            cpus=order.resources.cpus,
+            pids=order.resources.pids,
+            log_max_bytes=self._services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
+        )
+
+
+@asynccontextmanager
+async def _beside(*works: Coroutine[Any, Any, object]) -> AsyncIterator[list[asyncio.Task[object]]]:
+    """Tasks that live as long as the context. Unlike with a task group, an error of the body keeps its type."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                log.error("a helper of a step failed", error=f"{type(outcome).__name__}: {outcome}")

@@ -1,0 +1,77 @@
+"""Watches whether the container engine answers: the agent stays up without it, says so, and goes on when it returns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from agent_core.outbox import Outbox
+from agent_core.runtimes.base import EngineInfo, Runtime
+from outrider.errors import OutriderError
+
+log = structlog.get_logger(__name__)
+
+_CHECK_S = 15.0  # while it answers; work that meets a missing engine says so at once
+_RETRY_S = 1.0
+
+
+class EngineWatch:
+    """``ok`` and ``error`` for the brief state; `available` to wait for it."""
+
+    def __init__(self, runtime: Runtime, outbox: Outbox, *, on_return: Callable[[], Awaitable[None]] | None = None):
+        self._runtime = runtime
+        self._outbox = outbox
+        self._on_return = on_return
+        self._up = asyncio.Event()
+        self._doubt = asyncio.Event()
+        self.info: EngineInfo | None = None
+        self.error = "the container engine has not been asked yet"
+
+    @property
+    def ok(self) -> bool:
+        """Whether it answered last time."""
+        return self._up.is_set()
+
+    def doubt(self, error: OutriderError) -> None:
+        """A call found it missing: look now, and let those who wait wait."""
+        if self._up.is_set():
+            self._up.clear()
+            self.error = str(error)
+            log.warning("the container engine does not answer", error=str(error))
+        self._doubt.set()
+
+    async def available(self) -> None:
+        """Until it answers."""
+        await self._up.wait()
+
+    async def run(self) -> None:
+        """Ask it from time to time, for ever. What follows its return is done before anybody is let through."""
+        was_up: bool | None = None
+        boot = ""
+        while True:
+            try:
+                info = await self._runtime.info()
+                if not self._up.is_set() or info.boot != boot:
+                    if self._on_return is not None:
+                        await self._on_return()
+                    if was_up is False:
+                        log.info("the container engine answers again", version=info.version)
+                        await self._outbox.emit("engine.back", info.name, {"version": info.version})
+                was_up, boot, self.info, self.error = True, info.boot, info, ""
+                self._up.set()
+            except OutriderError as error:
+                self.doubt(error)
+                self.error = str(error)
+                if was_up is not False:
+                    was_up = False
+                    await self._outbox.emit("engine.lost", self.info.name if self.info else "", {"error": str(error)})
+            self._doubt.clear()
+            if self._up.is_set():
+                try:
+                    async with asyncio.timeout(_CHECK_S):
+                        await self._doubt.wait()
+                except TimeoutError:
+                    continue
+            await asyncio.sleep(_RETRY_S)

@@ -1,0 +1,107 @@
+"""What the parts of a running agent share, and the seams at which tests put something else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+
+from agent_core.config import AgentConfig
+from agent_core.outbox import Outbox
+from agent_core.plugins import PluginHost
+from agent_core.runtimes.base import Runtime
+from agent_core.spool import Spool
+from agent_core.state import State
+from outrider.v1 import node_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from agent_core.containers import Containers
+    from agent_core.engine import EngineWatch
+    from agent_core.identities import Identities
+    from agent_core.netpool import NetPool
+    from agent_core.policy import NodePolicy
+    from agent_core.ports import Ports
+    from agent_core.volumes import Volumes
+
+log = structlog.get_logger(__name__)
+
+
+class EnvSource(Protocol):
+    """Where envs come from: the session with the server."""
+
+    async def get_envs(self, run_id: str, lease_id: str) -> tuple[dict[str, str], frozenset[str]]:
+        """Values by "set.NAME", and the names of the secret ones.
+
+        Waits for a session as long as it takes; raises PermanentError if they are refused.
+        """
+
+
+class Background:
+    """Work off the critical path: owned by one task group, its failures logged, none of them orphaned."""
+
+    def __init__(self) -> None:
+        self._group: asyncio.TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Background:
+        self._group = asyncio.TaskGroup()
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        assert self._group is not None
+        for task in self._tasks:
+            task.cancel()
+        await self._group.__aexit__(*exc)
+
+    def start(self, work: Coroutine[Any, Any, object], name: str) -> asyncio.Task[None]:
+        """Run ``work``; what it raises is logged."""
+        assert self._group is not None, "the agent is not running"
+        task = self._group.create_task(_logged(work, name), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def settle(self) -> None:
+        """Until nothing runs."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+async def _logged(work: Coroutine[Any, Any, object], name: str) -> None:
+    try:
+        await work
+    except Exception as error:  # the one place where what nobody foresaw in the background is told
+        log.exception("background work failed", work=name, error=str(error))
+
+
+@dataclass
+class Services:
+    """All of an agent's parts that runs are made with."""
+
+    config: AgentConfig
+    state: State
+    outbox: Outbox
+    spool: Spool
+    runtime: Runtime
+    engine: EngineWatch
+    plugins: PluginHost
+    policy: NodePolicy
+    volumes: Volumes
+    identities: Identities
+    ports: Ports
+    netpool: NetPool
+    containers: Containers
+    envs: EnvSource
+    background: Background
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    live: Callable[[pb.RunReport], None] = lambda _report: None  # progress, if anybody listens
+
+    @property
+    def attempts_dir(self) -> Path:
+        """Where the directories of attempts are."""
+        return self.config.state_dir / "attempts"
