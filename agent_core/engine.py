@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import structlog
 
@@ -42,6 +43,10 @@ class EngineWatch:
             log.warning("the container engine does not answer", error=str(error))
         self._doubt.set()
 
+    def look_again(self) -> None:
+        """Something happened to it (its events had a gap): ask it now."""
+        self._doubt.set()
+
     async def available(self) -> None:
         """Until it answers."""
         await self._up.wait()
@@ -67,11 +72,10 @@ class EngineWatch:
                 if was_up is not False:
                     was_up = False
                     await self._outbox.emit("engine.lost", self.info.name if self.info else "", {"error": str(error)})
-            self._doubt.clear()
             if self._up.is_set():
-                try:
+                with suppress(TimeoutError):
                     async with asyncio.timeout(_CHECK_S):
                         await self._doubt.wait()
-                except TimeoutError:
-                    continue
-            await asyncio.sleep(_RETRY_S)
+            else:
+                await asyncio.sleep(_RETRY_S)
+            self._doubt.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -67,9 +67,9 @@ class RegisteredStepType:
         return self.step_type.params.model_json_schema()
 
     @cached_property
-    def outputs_schema(self) -> dict[str, Any] | None:
-        """JSON Schema of the outputs; ``None``: it has none."""
-        return None if self.step_type.outputs is NoOutputs else self.step_type.outputs.model_json_schema()
+    def outputs_schema(self) -> dict[str, Any]:
+        """JSON Schema of the outputs; empty: it has none."""
+        return {} if self.step_type.outputs is NoOutputs else self.step_type.outputs.model_json_schema()
 
 
 class PluginError(Exception):
@@ -163,9 +163,9 @@ class PluginHost:
 
     def _register(self, plugin: object, name: str, distribution: str, version: str) -> list[RegisteredStepType]:
         try:
-            _guarded(lambda: self._manager.register(plugin, name=name), f"plugin {name!r} can't be bound")
+            guarded(lambda: self._manager.register(plugin, name=name), f"plugin {name!r} can't be bound")
             # One by one: a misspelt hook of this plugin must not be laid at another's door.
-            _guarded(self._manager.check_pending, f"plugin {name!r} implements a hook that does not exist")
+            guarded(self._manager.check_pending, f"plugin {name!r} implements a hook that does not exist")
             return self._collect(name, distribution, version)
         except PluginError:
             if self._manager.has_plugin(name):
@@ -177,7 +177,7 @@ class PluginHost:
         for impl in self._manager.hook.outrider_step_types.get_hookimpls():
             if impl.plugin_name != name:
                 continue
-            answer = _guarded(impl.function, f"outrider_step_types of plugin {name!r} failed")
+            answer = guarded(impl.function, f"outrider_step_types of plugin {name!r} failed")
             if not isinstance(answer, list | tuple):
                 raise PluginError(f"outrider_step_types of plugin {name!r} must return a list of StepType")
             for step_type in answer:
@@ -198,7 +198,7 @@ class PluginHost:
             if impl.wrapper or impl.hookwrapper:
                 continue
             try:
-                answer = _guarded(
+                answer = guarded(
                     lambda impl=impl: impl.function(*(given[name] for name in impl.argnames)),
                     f"{hook} of plugin {impl.plugin_name!r} failed",
                 )
@@ -216,7 +216,7 @@ def _manager() -> pluggy.PluginManager:
     return manager
 
 
-def _guarded(call: Callable[[], Any], what: str) -> Any:
+def guarded(call: Callable[[], Any], what: str) -> Any:
     """Call a stranger's code. Also SystemExit and AssertionError are only its own failure, not the host's."""
     try:
         return call()
@@ -232,7 +232,7 @@ def _import(name: str, entry_point: importlib.metadata.EntryPoint) -> object:
     what = f"plugin {name!r} ({entry_point.value}) can't be imported"
     fix = f"reinstall or upgrade its distribution, or disable it: disabled_plugins: [{name}]"
     try:
-        manager = _guarded(
+        manager = guarded(
             lambda: NamedExtensionManager(
                 PROJECT,
                 names=[name],
@@ -267,10 +267,5 @@ def _checked(step_type: object, plugin: str, distribution: str, version: str) ->
         raise PluginError(f"resolve of step type {step_type.name!r} must be a function of (params, context)")
     registered = RegisteredStepType(step_type, plugin, distribution, version)
     what = f"the models of step type {step_type.name!r} have no JSON Schema"
-    _guarded(lambda: (registered.params_schema, registered.outputs_schema), what)
+    guarded(lambda: (registered.params_schema, registered.outputs_schema), what)
     return registered
-
-
-def known(host: PluginHost) -> Mapping[str, RegisteredStepType]:
-    """The step types by name, as `outrider.pipeline.check_steps` takes them."""
-    return host.step_types

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from agent_core.identities import Identities
     from agent_core.netpool import NetPool
     from agent_core.policy import NodePolicy
-    from agent_core.ports import Ports
     from agent_core.volumes import Volumes
 
 log = structlog.get_logger(__name__)
@@ -93,7 +92,6 @@ class Services:
     policy: NodePolicy
     volumes: Volumes
     identities: Identities
-    ports: Ports
     netpool: NetPool
     containers: Containers
     envs: EnvSource

@@ -93,6 +93,7 @@ class Session:
         spool: Spool,
         *,
         labels: dict[str, str] | None = None,
+        on_refused: Callable[[OutriderError], None] | None = None,
         retry: RetryPolicy = FOREVER,
         rng: random.Random | None = None,
     ) -> None:
@@ -100,6 +101,7 @@ class Session:
         self._host = host
         self._state = state
         self._labels = labels or {}
+        self._on_refused = on_refused
         self._retry = retry
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._uplink = Uplink(outbox, spool)
@@ -176,6 +178,8 @@ class Session:
                 continue
             except (Unauthenticated, PermissionDenied) as error:
                 self._note(error)
+                if self._on_refused is not None:
+                    self._on_refused(error)
                 await self._until_the_credential_changes()
                 continue
             except OutriderError as error:

@@ -1,0 +1,341 @@
+"""The agent: one process per node that dials the server, runs what it is given, and never lets go of a game.
+
+`Agent.run` reads as its life: take the state directory, open the journal, bring up the parts, pick up what a
+former agent left, serve until stopped. Stopping leaves every container running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import structlog
+from stevedore.driver import DriverManager
+from stevedore.exception import NoMatches
+
+from agent_core import state as state_module
+from agent_core.cleanup import Cleanup
+from agent_core.commands import Commands
+from agent_core.config import AgentConfig
+from agent_core.containers import Containers
+from agent_core.engine import EngineWatch
+from agent_core.identities import Identities
+from agent_core.journal import Journal
+from agent_core.netpool import NetPool
+from agent_core.outbox import Outbox
+from agent_core.plugins import PluginHost
+from agent_core.policy import NodePolicy
+from agent_core.ports import Ports
+from agent_core.remote import RemoteContainers
+from agent_core.runner import RunEngine
+from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, EngineEvent, Runtime
+from agent_core.services import Background, Services
+from agent_core.session import Credentials, Session
+from agent_core.spool import Spool
+from agent_core.state import State
+from agent_core.status import serve_status
+from agent_core.telemetry.node import load, machine_facts
+from agent_core.volumes import Volumes
+from outrider import __version__
+from outrider.errors import Conflict, EngineUnavailable, InvalidInput, OutriderError
+from outrider.reports import held_digest
+from outrider.tls import read_ca
+from outrider.v1 import node_service_pb2 as pb
+from outrider.v1 import types_pb2 as types
+from outrider.wire import dump_json
+
+log = structlog.get_logger(__name__)
+
+_EVENTS = {"start": "container.started", "die": "container.exited", "oom": "container.out_of_memory"}
+
+
+class Agent:
+    """One agent. ``runtime``: an engine to use in place of the configured driver (for tests)."""
+
+    def __init__(self, config: AgentConfig, *, runtime: Runtime | None = None) -> None:
+        self.config = config
+        self._given_runtime = runtime
+        self._stopping = asyncio.Event()
+        self._refusal: OutriderError | None = None
+        self._services: Services
+        self._runs: RunEngine
+        self._session: Session
+        self._remote: RemoteContainers
+        self._commands: Commands
+        self.ready = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until `stop`. Raises InvalidInput for a configuration that can't work, Conflict if another agent has
+        the state directory, Unauthenticated if the server refuses a node that has nothing to take care of."""
+        config = self.config
+        config.read_token()
+        if config.ca_file is not None:
+            read_ca(config.ca_file)
+        policy = NodePolicy.load(config.policy_file)
+        if config.port_range is not None:
+            policy = policy.model_copy(update={"ports": policy.ports.model_copy(update={"range": config.port_range})})
+        with _locked(config.state_dir):
+            async with self._parts(policy) as services, serve_status(config.state_dir, self._describe):
+                self._runs.resume()
+                await self._serve(services)
+        if self._refusal is not None:
+            raise self._refusal
+
+    def stop(self) -> None:
+        """End soon. Containers and runs go on; the next agent adopts them."""
+        self._stopping.set()
+
+    @asynccontextmanager
+    async def _parts(self, policy: NodePolicy) -> AsyncIterator[Services]:
+        """Everything that an agent has, in the order in which it depends on one another."""
+        config = self.config
+        plugins = await asyncio.to_thread(PluginHost.load, config.plugins, config.disabled_plugins)
+        for report in plugins.plugins:
+            if not report.ok:
+                log.warning("a plugin is not used", plugin=report.name, reason=report.error)
+        runtime = self._given_runtime or load_runtime(config.runtime)
+        journal = Journal(config.state_dir / "journal.db", state_module.migrations())
+        state, outbox = State(journal), Outbox(journal)
+        spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
+        identities = Identities(journal)
+        ports = Ports(journal, policy.ports.range, address=policy.ports.interface)
+        volumes = Volumes(
+            journal, config.state_dir / "volumes", identities, reserve_bytes=policy.disk_reserve_bytes
+        )
+        containers = Containers(runtime, journal, ports, volumes, policy, config.node_id)
+        netpool = NetPool(runtime, policy, config.node_id, journal)
+        background = Background()
+        credentials = Credentials(
+            config.server, config.node_id, config.read_token, config.ca_file, config.server_name
+        )
+        self._session = Session(
+            credentials, self, state, outbox, spool, labels=dict(config.labels), on_refused=self._refused
+        )
+        facts = {**machine_facts(), **await asyncio.to_thread(plugins.node_facts)}
+        self._services = services = Services(
+            config=config,
+            state=state,
+            outbox=outbox,
+            spool=spool,
+            runtime=runtime,
+            engine=EngineWatch(runtime, outbox, on_return=netpool.start),
+            plugins=plugins,
+            policy=policy,
+            volumes=volumes,
+            identities=identities,
+            netpool=netpool,
+            containers=containers,
+            envs=self._session,
+            background=background,
+            facts=facts,
+            live=self._session.send_progress,
+        )
+        self._runs = RunEngine(services)
+        self._remote = RemoteContainers(containers)
+        self._commands = Commands(
+            state,
+            self._runs,
+            self._remote,
+            background,
+            cancel_grace_s=config.cancel_grace_s,
+            send_result=self._session.send_result,
+            stub=lambda: self._session.stub,
+        )
+        try:
+            async with background:
+                yield services
+        finally:
+            await self._remote.stop_streams()
+            with contextlib.suppress(OutriderError):
+                await netpool.aclose()
+            await runtime.aclose()
+            spool.close()
+            journal.close()
+
+    async def _serve(self, services: Services) -> None:
+        cleanup = Cleanup(services, self._runs)
+        log.info("agent started", node=self.config.node_id, version=__version__, step_types=len(services.plugins.step_types))
+        self.ready.set()
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(work, name=name)
+                for name, work in (
+                    ("engine", services.engine.run()),
+                    ("events", self._watch_events()),
+                    ("cleanup", cleanup.run()),
+                    ("session", self._session.run()),
+                )
+            ]
+            await self._stopping.wait()
+            log.info("agent stops", runs=len(self._runs.active))
+            for task in tasks:
+                task.cancel()
+
+    def _refused(self, error: OutriderError) -> None:
+        # A node that takes care of something stays: only its link waits for another credential.
+        if not self._runs.active and self._services.outbox.depth == 0:
+            self._refusal = error
+            self.stop()
+
+    async def _watch_events(self) -> None:
+        while True:
+            await self._services.engine.available()
+            try:
+                async with contextlib.aclosing(self._services.runtime.events()) as events:
+                    async for event in events:
+                        await self._tell(event)
+            except EngineUnavailable as error:
+                self._services.engine.doubt(error)
+            await asyncio.sleep(0.2)
+
+    async def _tell(self, event: EngineEvent) -> None:
+        """What happens to managed containers is an event of the node's; steps have their reports."""
+        if event.action == "resync":
+            self._services.engine.look_again()
+            return
+        ours = event.labels.get(LABEL_NODE) == self.config.node_id and event.labels.get(LABEL_KIND) == "managed"
+        if ours and event.action in _EVENTS:
+            data = {} if event.exit_code is None else {"exit_code": event.exit_code}
+            await self._services.outbox.emit(_EVENTS[event.action], event.name, data)
+
+    # What the session asks (session.Host).
+
+    def step_types(self) -> list[types.StepTypeInfo]:
+        """All step types of this node, with their schemas."""
+        return [
+            types.StepTypeInfo(
+                name=each.name,
+                plugin=each.plugin,
+                distribution=each.distribution,
+                version=each.version,
+                description=each.description,
+                params_schema_json=dump_json(each.params_schema),
+                outputs_schema_json=dump_json(each.outputs_schema) if each.outputs_schema else b"",
+                envs=each.envs,
+                idempotent=each.idempotent,
+            )
+            for each in self._services.plugins.step_types.values()
+        ]
+
+    def plugins(self) -> list[types.Plugin]:
+        """All plugins, also those that are not used, with the reason."""
+        return [
+            types.Plugin(
+                name=each.name,
+                distribution=each.distribution,
+                version=each.version,
+                ok=each.ok,
+                error=each.error,
+                step_types=each.step_types,
+            )
+            for each in self._services.plugins.plugins
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """What expressions see as `node`."""
+        return dict(self._services.facts)
+
+    def held_runs(self) -> list[types.HeldRun]:
+        """Every run in the journal."""
+        return self._services.state.held()
+
+    async def brief(self) -> types.BriefState:
+        """How the node is now."""
+        services = self._services
+        brief = load(self.config.state_dir)
+        brief.engine_ok, brief.engine_error = services.engine.ok, services.engine.error
+        if services.engine.ok:
+            with contextlib.suppress(OutriderError):
+                for state, count in Counter(info.state for info in await services.runtime.list()).items():
+                    brief.containers[state] = count
+        brief.runs.extend(self._runs.active)
+        brief.outbox_depth = services.outbox.depth
+        brief.state_digest = held_digest(self.held_runs())
+        return brief
+
+    async def full_report(self) -> types.FullReport:
+        """Everything that the node holds."""
+        report = types.FullReport(runs=self.held_runs(), brief=await self.brief())
+        if self._services.engine.ok:
+            with contextlib.suppress(OutriderError):
+                for info in await self._services.containers.list():
+                    if self._services.containers.owner(info) != "foreign":
+                        report.containers.append(self._remote.describe(info))
+        return report
+
+    async def handle(self, command: pb.Command) -> pb.CommandAck:
+        """Take a command on."""
+        return await self._commands.handle(command)
+
+    async def stop_streams(self) -> None:
+        """The connection is gone."""
+        await self._remote.stop_streams()
+
+    async def _describe(self) -> dict[str, Any]:
+        """For `outrider agent status`."""
+        services, brief = self._services, await self.brief()
+        return {
+            "node_id": self.config.node_id,
+            "version": __version__,
+            "pid": os.getpid(),
+            "server": {
+                "address": self.config.server,
+                "connected": self._session.connected,
+                "error": self._session.last_error,
+            },
+            "engine": {
+                "ok": services.engine.ok,
+                "error": services.engine.error,
+                "version": services.engine.info.version if services.engine.info else "",
+            },
+            "runs": self._runs.describe(),
+            "containers": dict(brief.containers),
+            "outbox_depth": brief.outbox_depth,
+            "spool_bytes": services.spool.bytes,
+            "plugins": [
+                {"name": each.name, "version": each.version, "ok": each.ok, "error": each.error}
+                for each in services.plugins.plugins
+            ],
+        }
+
+
+def load_runtime(name: str) -> Runtime:
+    """The container engine's driver called ``name``. Raises InvalidInput if none is installed."""
+    try:
+        manager = DriverManager("outrider.runtimes", name, invoke_on_load=True, warn_on_missing_entrypoint=False)
+    except NoMatches as error:
+        raise InvalidInput(
+            f"no driver for a container engine is called {name!r}", code="unknown_runtime", hint="docker is built in"
+        ) from error
+    return cast(Runtime, manager.driver)
+
+
+@contextmanager
+def _locked(state_dir: Path) -> Iterator[None]:
+    """Hold the state directory for one agent; the kernel lets go of it when the process ends, however it ends."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
+        descriptor = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InvalidInput(
+            f"the state directory {state_dir} can't be used: {error.strerror}", code="state_dir_unusable"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Conflict(
+                f"another agent runs on the state directory {state_dir}",
+                code="agent_running",
+                hint="one agent per node; give another state_dir for a second one",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

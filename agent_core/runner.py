@@ -1,0 +1,129 @@
+"""The run engine: takes runs on, keeps each going in a task of its own, picks them up again after a restart."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import structlog
+
+from agent_core.execution import RunExecution
+from agent_core.services import Services
+from agent_core.state import Cancellation, RunRecord
+from outrider.errors import Conflict, InvalidInput, OutriderError
+from outrider.pipeline import graph, load_pipeline
+from outrider.v1 import node_service_pb2 as pb
+from outrider.v1 import types_pb2 as types
+from outrider.wire import failure_of
+
+log = structlog.get_logger(__name__)
+
+
+class RunEngine:
+    """All runs of this node that are not terminal."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._active: dict[str, RunExecution] = {}
+
+    @property
+    def active(self) -> list[str]:
+        """Ids of the runs that are not terminal."""
+        return list(self._active)
+
+    def describe(self) -> list[dict[str, object]]:
+        """The active runs for the local status: their steps and what each waits for."""
+        return [
+            {
+                "run_id": run.run_id,
+                "state": types.RunState.Name(run.state).removeprefix("RUN_STATE_").lower(),
+                "steps": {
+                    name: types.StepState.Name(each.state).removeprefix("STEP_STATE_").lower()
+                    + (f": {each.reason}" if each.reason else "")
+                    for name, each in run.statuses.items()
+                },
+            }
+            for run in self._active.values()
+        ]
+
+    async def accept(self, run: pb.RunPipeline, *, command_id: str, digest: bytes) -> None:
+        """Take a run on. When this returns it is on the disk; the same run again changes nothing.
+
+        Raises InvalidInput if the pipeline is not what was announced or can't be read, Conflict if the run is held
+        under another lease.
+        """
+        state = self._services.state
+        held = state.find(run.run_id)
+        if held is not None:
+            if held.command.lease_id != run.lease_id:
+                raise Conflict(f"run {run.run_id} is held under another lease", code="lease_mismatch")
+            await state.commit(state.command_received(command_id, digest))
+            return
+        if hashlib.sha256(run.pipeline_yaml).digest() != run.pipeline_sha256:
+            raise InvalidInput(f"the pipeline of run {run.run_id} is not the one announced", code="digest_mismatch")
+        pipeline = load_pipeline(run.pipeline_yaml)
+        needs = graph(pipeline)
+        statuses = [
+            types.StepStatus(
+                name=step.name, uses=step.uses, state=types.STEP_STATE_PENDING, needs=needs[step.name]
+            )
+            for step in pipeline.steps
+        ]
+        report = pb.RunReport(
+            run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_DISPATCHED, steps=statuses
+        )
+        await state.commit(
+            state.command_received(command_id, digest),
+            state.accept_run(run, statuses),
+            self._services.outbox.run_report(report),
+        )
+        self._services.outbox.notify()
+        record = state.find(run.run_id)
+        assert record is not None
+        log.info("run accepted", run=run.run_id, pipeline=pipeline.name, steps=len(statuses))
+        self._start(record)
+
+    async def cancel(self, run_id: str, cancellation: Cancellation, *, command_id: str, digest: bytes) -> None:
+        """Stop a run, durably; one that is terminal or not known is left as it is."""
+        state = self._services.state
+        await state.commit(state.command_received(command_id, digest), state.cancel_run(run_id, cancellation))
+        run = self._active.get(run_id)
+        if run is not None:
+            log.info("run cancelled", run=run_id, reason=cancellation.reason)
+            run.cancel(cancellation)
+
+    def resume(self) -> None:
+        """Go on with the runs that the journal has; their containers may have ended long ago, or still run."""
+        for record in self._services.state.unfinished():
+            log.info("run resumed", run=record.command.run_id, attempts=len(record.attempts))
+            self._start(record)
+
+    def _start(self, record: RunRecord) -> None:
+        run = RunExecution(self._services, record)
+        self._active[run.run_id] = run
+        self._services.background.start(self._drive(run), f"run {run.run_id}")
+
+    async def _drive(self, run: RunExecution) -> None:
+        try:
+            await run.run()
+        except Exception as error:  # a defect of ours must not leave a run without an end
+            log.exception("a run failed in the agent itself", run=run.run_id)
+            await self._give_up(run, error)
+        self._active.pop(run.run_id, None)
+        self._services.netpool.release(run.run_id)
+        try:
+            await self._services.volumes.release_run(run.run_id)
+        except OutriderError as error:
+            log.warning("a run's volumes can't be removed now", run=run.run_id, error=str(error))
+
+    async def _give_up(self, run: RunExecution, error: Exception) -> None:
+        state, failure = self._services.state, failure_of(error)
+        report = pb.RunReport(
+            run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_UNKNOWN, failure=failure
+        )
+        report.finished_at.GetCurrentTime()
+        await state.commit(
+            state.run_state(run.run_id, types.RUN_STATE_UNKNOWN, failure=failure, finished_at=time.time()),
+            self._services.outbox.run_report(report),
+        )
+        self._services.outbox.notify()
