@@ -106,15 +106,11 @@ class Agent:
         spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
         identities = Identities(journal)
         ports = Ports(journal, policy.ports.range, address=policy.ports.interface)
-        volumes = Volumes(
-            journal, config.state_dir / "volumes", identities, reserve_bytes=policy.disk_reserve_bytes
-        )
+        volumes = Volumes(journal, config.state_dir / "volumes", identities, reserve_bytes=policy.disk_reserve_bytes)
         containers = Containers(runtime, journal, ports, volumes, policy, config.node_id)
         netpool = NetPool(runtime, policy, config.node_id, journal)
         background = Background()
-        credentials = Credentials(
-            config.server, config.node_id, config.read_token, config.ca_file, config.server_name
-        )
+        credentials = Credentials(config.server, config.node_id, config.read_token, config.ca_file, config.server_name)
         self._session = Session(
             credentials, self, state, outbox, spool, labels=dict(config.labels), on_refused=self._refused
         )
@@ -161,7 +157,9 @@ class Agent:
 
     async def _serve(self, services: Services) -> None:
         cleanup = Cleanup(services, self._runs)
-        log.info("agent started", node=self.config.node_id, version=__version__, step_types=len(services.plugins.step_types))
+        log.info(
+            "agent started", node=self.config.node_id, version=__version__, step_types=len(services.plugins.step_types)
+        )
         self.ready.set()
         async with asyncio.TaskGroup() as group:
             tasks = [
@@ -298,7 +296,7 @@ class Agent:
             "runs": self._runs.describe(),
             "containers": dict(brief.containers),
             "outbox_depth": brief.outbox_depth,
-            "spool_bytes": services.spool.bytes,
+            "spool_bytes": services.spool.size_bytes,
             "plugins": [
                 {"name": each.name, "version": each.version, "ok": each.ok, "error": each.error}
                 for each in services.plugins.plugins
@@ -309,12 +307,12 @@ class Agent:
 def load_runtime(name: str) -> Runtime:
     """The container engine's driver called ``name``. Raises InvalidInput if none is installed."""
     try:
-        manager = DriverManager("outrider.runtimes", name, invoke_on_load=True, warn_on_missing_entrypoint=False)
+        manager: Any = DriverManager("outrider.runtimes", name, invoke_on_load=True, warn_on_missing_entrypoint=False)
     except NoMatches as error:
         raise InvalidInput(
             f"no driver for a container engine is called {name!r}", code="unknown_runtime", hint="docker is built in"
         ) from error
-    return cast(Runtime, manager.driver)
+    return cast("Runtime", manager.driver)
 
 
 @contextmanager

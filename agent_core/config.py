@@ -16,7 +16,7 @@ _NODE_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
 class AgentConfig(BaseModel):
-    """The settings of one agent: a YAML file, ``OUTRIDER_AGENT_*`` variables and flags fill it, see outrider.settings."""
+    """The settings of one agent: from a YAML file, ``OUTRIDER_AGENT_*`` and flags, see outrider.settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -14,15 +14,24 @@ from typing import Any
 import structlog
 
 from agent_core.attempt import Attempt
+from agent_core.identities import owner_of
 from agent_core.planning import PlannedStep, Planner
 from agent_core.services import Services
 from agent_core.state import TERMINAL_STEPS, Cancellation, Change, RunRecord
 from agent_core.stepping import StepRunner
 from agent_core.volumes import AllottedVolume
-from agent_core.identities import owner_of
 from outrider.errors import InvalidInput, NotFound, OperationTimeout, OutriderError, PermanentError
 from outrider.expressions import evaluate_condition, references, render
-from outrider.pipeline import Pipeline, Step, ancestors, env_references, graph, load_pipeline, plain_envs, writeback_needs
+from outrider.pipeline import (
+    Pipeline,
+    Step,
+    ancestors,
+    env_references,
+    graph,
+    load_pipeline,
+    plain_envs,
+    writeback_needs,
+)
 from outrider.steps import ObjectContext
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
@@ -54,7 +63,7 @@ class RunExecution:
         self.lease_id = record.command.lease_id
         self.record = record
         self.statuses = {name: each.status for name, each in record.steps.items()}
-        self.state = record.state
+        self.state: types.RunState.ValueType = record.state
         self.cancellation = record.cancel
         self.volumes: dict[str, AllottedVolume] = {}
         self.plans: dict[str, PlannedStep] = {}
@@ -126,9 +135,7 @@ class RunExecution:
             version = command.object.version
             context["object"] = {"kind": ref.kind, "name": ref.name, "attributes": attributes, "version": version}
         services = self.services
-        self.planner = Planner(
-            self.pipeline, self.run_id, services.plugins, services.policy, services.facts, object_
-        )
+        self.planner = Planner(self.pipeline, self.run_id, services.plugins, services.policy, services.facts, object_)
         self.planner.check()
         self.uid, self.gid = await services.identities.allot(owner_of(self.run_id, self.object_ref))
         for name, volume in self.pipeline.volumes.items():
@@ -335,7 +342,9 @@ class RunExecution:
         status.reason = reason
         await self.commit(status)
 
-    async def end(self, status: types.StepStatus, state: types.StepState, *changes: Change, reason: str = "") -> None:
+    async def end(
+        self, status: types.StepStatus, state: types.StepState.ValueType, *changes: Change, reason: str = ""
+    ) -> None:
         """The step is terminal."""
         status.state, status.reason = state, reason
         status.finished_at.GetCurrentTime()
@@ -394,7 +403,7 @@ class RunExecution:
         services.outbox.notify()
         log.info("run finished", run=self.run_id, state=types.RunState.Name(report.state), error=report.failure.message)
 
-    def _outcome(self, failure: OutriderError | None) -> tuple[types.RunState, types.Failure | None]:
+    def _outcome(self, failure: OutriderError | None) -> tuple[types.RunState.ValueType, types.Failure | None]:
         by_state: dict[int, list[types.StepStatus]] = {}
         for status in self.statuses.values():
             by_state.setdefault(status.state, []).append(status)
@@ -429,7 +438,9 @@ class RunExecution:
                     raise InvalidInput(
                         f"write-back of {item.attribute}: {error.message}", code="writeback_failed", hint=error.hint
                     ) from error
-                log.info("an attribute is not written back", run=self.run_id, attribute=item.attribute, error=str(error))
+                log.info(
+                    "an attribute is not written back", run=self.run_id, attribute=item.attribute, error=str(error)
+                )
                 continue
             request.attributes.add(name=item.attribute, value_json=dump_json(value))
         return [self.services.outbox.write_back(request)] if request.attributes else []

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pluggy
@@ -198,10 +198,8 @@ class PluginHost:
             if impl.wrapper or impl.hookwrapper:
                 continue
             try:
-                answer = guarded(
-                    lambda impl=impl: impl.function(*(given[name] for name in impl.argnames)),
-                    f"{hook} of plugin {impl.plugin_name!r} failed",
-                )
+                arguments = [given[name] for name in impl.argnames]
+                answer = guarded(partial(impl.function, *arguments), f"{hook} of plugin {impl.plugin_name!r} failed")
             except PluginError as error:
                 log.warning("a plugin's hook failed", plugin=impl.plugin_name, hook=hook, error=str(error))
                 continue

@@ -64,9 +64,7 @@ class RunEngine:
         pipeline = load_pipeline(run.pipeline_yaml)
         needs = graph(pipeline)
         statuses = [
-            types.StepStatus(
-                name=step.name, uses=step.uses, state=types.STEP_STATE_PENDING, needs=needs[step.name]
-            )
+            types.StepStatus(name=step.name, uses=step.uses, state=types.STEP_STATE_PENDING, needs=needs[step.name])
             for step in pipeline.steps
         ]
         report = pb.RunReport(
@@ -118,9 +116,7 @@ class RunEngine:
 
     async def _give_up(self, run: RunExecution, error: Exception) -> None:
         state, failure = self._services.state, failure_of(error)
-        report = pb.RunReport(
-            run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_UNKNOWN, failure=failure
-        )
+        report = pb.RunReport(run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_UNKNOWN, failure=failure)
         report.finished_at.GetCurrentTime()
         await state.commit(
             state.run_state(run.run_id, types.RUN_STATE_UNKNOWN, failure=failure, finished_at=time.time()),

@@ -104,7 +104,7 @@ class Spool:
         self._thread.start()
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """Bytes kept for the server."""
         return self._bytes
 
@@ -226,7 +226,7 @@ class Spool:
 
     def _load(self) -> None:
         for row in self._journal.query_now("SELECT * FROM logs ORDER BY rowid"):
-            key = LogKey(row["run_id"], row["step"], row["attempt"], cast(StreamName, row["stream"]))
+            key = LogKey(row["run_id"], row["step"], row["attempt"], cast("StreamName", row["stream"]))
             log = LogFile(key, self._path(key), row["acked"])
             if row["length"] is not None:
                 log.length, log.gap = row["length"], row["gap"]

@@ -154,7 +154,7 @@ class AttemptRecord:
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     command: pb.RunPipeline
-    state: int
+    state: types.RunState.ValueType
     cancel: Cancellation | None
     started_at: float | None
     boot_id: str
