@@ -1,0 +1,46 @@
+"""The documents name things that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from outrider.pipeline import load_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *ROOT.glob("plugins/*/README.md"),
+]
+LINK = re.compile(r"\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)")
+FENCE = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not broken
+
+
+def test_the_architecture_page_names_files_that_exist() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"\b((?:agent_core|server_core|outrider|tests)/[\w/]+\.(?:py|proto))\b", text))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md"])
+def test_pipelines_in_the_documents_are_valid(page: str) -> None:
+    pipelines = [text for text in FENCE.findall((ROOT / page).read_text()) if text.startswith("name:")]
+    assert pipelines
+    for text in pipelines:
+        load_pipeline(text)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda file: file.name)
+def test_example_pipelines_are_valid(file: Path) -> None:
+    load_pipeline(file.read_text())
