@@ -18,6 +18,9 @@ from outrider.errors import PermanentError, Problem
 _WHOLE = frozenset({"not", "if", "uniqueItems", "contains", "const", "enum", "dependentSchemas"})
 """Keywords that can't be judged while a part of the value is not known."""
 
+_UNSPEAKABLE = frozenset({"pattern", "not", "oneOf", "anyOf"})
+"""Keywords whose rule says little to a person: a schema's "x-outrider-message" is said instead."""
+
 _TYPES = {
     "string": "a text",
     "integer": "a whole number",
@@ -101,6 +104,10 @@ def _explain(error: Any, path: str) -> Iterator[Problem]:
     """An error of the library as problems, each of one thing."""
     at = path + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.relative_path)
     rule, value = error.validator_value, error.instance
+    own = error.schema.get("x-outrider-message") if isinstance(error.schema, Mapping) else None
+    if isinstance(own, str) and error.validator in _UNSPEAKABLE:
+        yield Problem(own.replace("{value}", _shown(value)), at)
+        return
     match error.validator:
         case "required":
             for name in rule:

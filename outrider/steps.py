@@ -49,7 +49,9 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 # What a parameter means to the core is said in its JSON Schema, so that the server can check it
-# without having the plugin: "x-outrider-path": "read" | "write", "x-outrider-volumes": true.
+# without having the plugin: "x-outrider-path": "read" | "write", "x-outrider-volumes": true. And
+# "x-outrider-message" is a sentence for a person, said instead of a pattern, `not`, `oneOf` or `anyOf` of the
+# same schema that does not fit; "{value}" in it is replaced by what was given.
 _PATH = r"^/"
 
 ReadPath = Annotated[

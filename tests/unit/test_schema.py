@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, Field
 
+from outrider._schema_errors import schema_problems
 from outrider.errors import InvalidInput, Problem
 from outrider.pipeline import Pipeline, load_pipeline
 from outrider.schema import StepTypeSpec, check_params, check_steps, installed_step_types, pipeline_schema
@@ -345,3 +346,23 @@ def test_schema_prints_the_schema(tmp_path: Path) -> None:
     result = outrider("schema", cwd=tmp_path)
     assert result.returncode == 0
     jsonschema.Draft7Validator.check_schema(yaml.safe_load(result.stdout))
+
+
+def test_schema_says_in_its_own_words_what_a_pattern_can_not() -> None:
+    schema = {
+        "properties": {
+            "sum": {
+                "type": "string",
+                "pattern": "^[0-9a-f]{64}$",
+                "x-outrider-message": "must be a digest, not {value}",
+            }
+        },
+        "oneOf": [{"required": ["key"]}, {"required": ["prefix"]}],
+        "x-outrider-message": "give either 'key' or 'prefix'",
+    }
+    both = {"key": "k", "prefix": "p", "sum": "abc"}
+    assert {str(problem) for problem in schema_problems(schema, both, "with", "x")} == {
+        "with: give either 'key' or 'prefix'",
+        "with.sum: must be a digest, not 'abc'",
+    }
+    assert schema_problems(schema, {"key": "k", "sum": "0" * 64}, "with", "x") == []

@@ -17,6 +17,7 @@ from outrider.steps import ReadPath, WritePath
 # No user:password@: an address is stored and shown, credentials come from the step's envs.
 _URL_PATTERN = r"^[Hh][Tt][Tt][Pp][Ss]?://[^/@?#\s]+([/?][^#\s]*)?$"
 
+_URL_RULE = "must read like https://host/path, without user:password@, spaces or a #fragment"
 _NAME_PATTERN = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"  # RFC 9110, section 5.6.2
 _VALUE_PATTERN = r"^[\t\u0020-\u007e\u0080-\u00ff]*$"
 _CREDENTIALS = ("authorization", "cookie", "proxy-authorization")
@@ -60,14 +61,14 @@ def _without_default(schema: dict[str, Any]) -> None:
 def _check_url(url: str) -> str:
     if not re.search(_URL_PATTERN, url):
         # The value is not repeated: what is wrong with it may be that it has a password in it.
-        raise ValueError("has to read like https://host/path, without user:password@, spaces or a #fragment")
+        raise ValueError(_URL_RULE)
     return url
 
 
 Url = Annotated[
     str,
     AfterValidator(_check_url),
-    WithJsonSchema({"type": "string", "maxLength": 8192, "pattern": _URL_PATTERN}),
+    WithJsonSchema({"type": "string", "maxLength": 8192, "pattern": _URL_PATTERN, "x-outrider-message": _URL_RULE}),
 ]
 
 Headers = Annotated[
@@ -76,13 +77,29 @@ Headers = Annotated[
     WithJsonSchema(
         {
             "type": "object",
-            "propertyNames": {"pattern": _NAME_PATTERN, "not": {"pattern": _REFUSED_PATTERN}},
-            "additionalProperties": {"type": "string", "pattern": _VALUE_PATTERN},
+            "propertyNames": {
+                "pattern": _NAME_PATTERN,
+                "not": {"pattern": _REFUSED_PATTERN},
+                "x-outrider-message": "{value} is no header that can be given: a credential belongs into the envs "
+                "(HTTP_TOKEN, or HTTP_USER and HTTP_PASSWORD), and what rules the transfer is set by the step",
+            },
+            "additionalProperties": {
+                "type": "string",
+                "pattern": _VALUE_PATTERN,
+                "x-outrider-message": "has characters that a header can't carry",
+            },
         }
     ),
 ]
 
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")]
+_SHA256_PATTERN = r"^[0-9a-fA-F]{64}$"
+_SHA256_RULE = "must be a SHA-256: 64 hexadecimal digits, not {value}"
+
+Sha256 = Annotated[
+    str,
+    StringConstraints(pattern=_SHA256_PATTERN),
+    WithJsonSchema({"type": "string", "pattern": _SHA256_PATTERN, "x-outrider-message": _SHA256_RULE}),
+]
 
 
 class TransferParams(BaseModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from outrider.steps import ReadPath, WritePath
@@ -21,15 +21,29 @@ _PREFIX_PATTERN = r"^(?!(.*/)?\.\.?(/|$))[^\u0000-\u001f\u007f]{0,1024}$"
 _ENDPOINT_PATTERN = r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$"
 
 
-def _matches(pattern: str, what: str) -> AfterValidator:
+_KEY_OR_PREFIX = "give either 'key' (one object) or 'prefix' (everything below a folder)"
+_KEY_RULE = "must be a key: 1 to 1024 characters, no '.' or '..' between slashes, no slash at the end"
+_PREFIX_RULE = "must be a prefix: at most 1024 characters, no '.' or '..' between slashes"
+_BUCKET_PATTERN, _BUCKET_RULE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$", "must be the name of a bucket, not {value}"
+_REGION_PATTERN, _REGION_RULE = r"^[A-Za-z0-9-]{1,64}$", "must be the name of a region, not {value}"
+_SHA256_PATTERN, _SHA256_RULE = r"^[0-9a-fA-F]{64}$", "must be a SHA-256: 64 hexadecimal digits, not {value}"
+_ENDPOINT_RULE = "must read like https://host:port, without user and password"
+
+
+def _checked(pattern: str, rule: str) -> AfterValidator:
+    """Checked by a function: pydantic's own patterns know no look-ahead."""
     compiled = re.compile(pattern)
 
     def check(value: str) -> str:
         if not compiled.search(value):
-            raise ValueError(what)
+            raise ValueError(rule.replace("{value}", repr(value)))
         return value
 
     return AfterValidator(check)
+
+
+def _schema(pattern: str, rule: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, "x-outrider-message": rule})
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -37,23 +51,12 @@ def _without_default(schema: dict[str, Any]) -> None:
     schema.pop("default", None)
 
 
-Bucket = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
-
-Key = Annotated[
-    str,
-    _matches(_KEY_PATTERN, "is not a key: 1 to 1024 characters, no '.' or '..' between slashes, no slash at the end"),
-    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 1024, "pattern": _KEY_PATTERN}),
-]
-
-Prefix = Annotated[
-    str,
-    _matches(_PREFIX_PATTERN, "is not a prefix: at most 1024 characters, no '.' or '..' between slashes"),
-    WithJsonSchema({"type": "string", "maxLength": 1024, "pattern": _PREFIX_PATTERN}),
-]
-
-Endpoint = Annotated[str, StringConstraints(pattern=_ENDPOINT_PATTERN)]
-
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")]
+Bucket = Annotated[str, _checked(_BUCKET_PATTERN, _BUCKET_RULE), _schema(_BUCKET_PATTERN, _BUCKET_RULE)]
+Key = Annotated[str, _checked(_KEY_PATTERN, _KEY_RULE), _schema(_KEY_PATTERN, _KEY_RULE)]
+Prefix = Annotated[str, _checked(_PREFIX_PATTERN, _PREFIX_RULE), _schema(_PREFIX_PATTERN, _PREFIX_RULE)]
+Endpoint = Annotated[str, _checked(_ENDPOINT_PATTERN, _ENDPOINT_RULE), _schema(_ENDPOINT_PATTERN, _ENDPOINT_RULE)]
+Region = Annotated[str, _checked(_REGION_PATTERN, _REGION_RULE), _schema(_REGION_PATTERN, _REGION_RULE)]
+Sha256 = Annotated[str, _checked(_SHA256_PATTERN, _SHA256_RULE), _schema(_SHA256_PATTERN, _SHA256_RULE)]
 
 
 class TransferParams(BaseModel):
@@ -62,7 +65,10 @@ class TransferParams(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["prefix"]}]},
+        json_schema_extra={
+            "oneOf": [{"required": ["key"]}, {"required": ["prefix"]}],
+            "x-outrider-message": _KEY_OR_PREFIX,
+        },
     )
 
     bucket: Bucket
@@ -82,7 +88,7 @@ class TransferParams(BaseModel):
     endpoint: Endpoint | SkipJsonSchema[None] = Field(
         default=None, description="Instead of S3_ENDPOINT", json_schema_extra=_without_default
     )
-    region: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")] | SkipJsonSchema[None] = Field(
+    region: Region | SkipJsonSchema[None] = Field(
         default=None, description="Instead of S3_REGION", json_schema_extra=_without_default
     )
     idle_timeout_s: Annotated[float, Field(ge=1, le=3600)] = Field(
@@ -92,7 +98,7 @@ class TransferParams(BaseModel):
     @model_validator(mode="after")
     def _one_of_key_and_prefix(self) -> TransferParams:
         if (self.key is None) == (self.prefix is None):
-            raise ValueError("give either 'key' (one object) or 'prefix' (everything below a folder)")
+            raise ValueError(_KEY_OR_PREFIX)
         return self
 
 
