@@ -72,12 +72,20 @@ def _relaxed(name: str, check: Any) -> Any:
             return
         if name in _WHOLE and _holds_expression(value):
             return
-        if name == "oneOf" and _holds_expression(value):  # more than one may fit while a part is open
+        # More than one may fit while a part is open; which parameters are given is known all the same.
+        if name == "oneOf" and not _required_only(rule) and _holds_expression(value):
             yield from validator.VALIDATORS["anyOf"](validator, rule, value, schema) or ()
             return
         yield from check(validator, rule, value, schema) or ()
 
     return relaxed
+
+
+def _required_only(rule: Any) -> bool:
+    """Whether alternatives differ only in which parameters are given."""
+    return isinstance(rule, list) and all(
+        isinstance(branch, Mapping) and set(branch) == {"required"} for branch in rule
+    )
 
 
 def _is_expression(value: Any) -> bool:
@@ -122,6 +130,10 @@ def _explain(error: Any, path: str) -> Iterator[Problem]:
                     otherwise = f"there are {listing(known, 20)}" if known else "none is taken here"
                     hint = did_you_mean(name, known, otherwise=otherwise)
                     yield Problem("unknown parameter", f"{at}.{name}", hint=hint)
+        case "anyOf" | "oneOf" if _required_only(rule):
+            choices = ", ".join(" with ".join(branch["required"]) for branch in rule)
+            count = "exactly one" if error.validator == "oneOf" else "at least one"
+            yield Problem(f"give {count} of {choices}", at)
         case "anyOf" | "oneOf" if error.context:
             yield from _explain_branches(error, at)
         case "type":

@@ -48,8 +48,8 @@ STATUS_FUNCTIONS = ("always", "failure", "success")
 _MACROS = frozenset({"all", "exists", "exists_one", "existsOne", "filter", "map", "bind", "transformList",
                      "transformMap", "transformMapEntry", "sortBy", "greatest", "least"})  # fmt: skip
 _BUILT_IN = frozenset(
-    {"contains", "double", "duration", "endsWith", "has", "int", "matches", "max", "min", "size", "startsWith",
-     "string", "timestamp", "type", "uint"}
+    {"contains", "double", "duration", "endsWith", "has", "int", "matches", "size", "startsWith",
+     "string", "timestamp", "uint"}
 )  # fmt: skip
 
 

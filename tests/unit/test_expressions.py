@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from outrider.errors import InvalidInput, PermanentError
 from outrider.expressions import (
+    _BUILT_IN,
     MAX_RESULT,
     Reference,
     compile_condition,
@@ -160,13 +161,28 @@ def test_what_is_no_expression_is_refused_with_the_reason(text: str, said: str) 
         ("'a,b'.split('')", "split() needs something"),
         ("join(args.slots)", "join() takes a list"),
         ("string(args.tags)", "string() takes no list"),
-        ("type(1) == 1 && nothing.x", "there is no 'nothing'"),
+        ("max(1, 2)", "there is no function max()"),
     ],
 )
 def test_an_expression_that_fails_says_which_and_why(text: str, said: str) -> None:
     with pytest.raises(PermanentError) as caught:
         value(text)
     assert said in str(caught.value)
+
+
+CALLS = {
+    "contains": "'ab'.contains('b')", "double": "double(1) == 1.0", "duration": "duration('60s') == duration('1m')",
+    "endsWith": "'ab'.endsWith('b')", "has": "has(args.version)", "int": "int(1.5) == 1",
+    "matches": "'ab'.matches('^a')",
+    "size": "'ab'.size() == 2", "startsWith": "'ab'.startsWith('a')", "string": "string(1.5) == '1.5'",
+    "timestamp": "timestamp('2024-01-01T00:00:00Z') < timestamp('2024-01-02T00:00:00Z')", "uint": "uint(1) == 1u",
+}  # fmt: skip
+
+
+def test_each_built_in_function_that_is_let_through_exists() -> None:
+    assert set(CALLS) == _BUILT_IN
+    for call in CALLS.values():
+        assert value(call) is True
 
 
 def test_null_within_a_text_is_an_error_not_an_empty_text() -> None:

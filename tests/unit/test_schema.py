@@ -178,6 +178,14 @@ def test_a_broken_schema_is_the_plugin_s_fault_not_the_user_s() -> None:
         assert "its schema is broken" in problems[0].message
 
 
+@pytest.mark.parametrize("params", ["{}", "{key: a, prefix: b}", "{key: '${{ args.n }}', prefix: b}"])
+def test_alternatives_of_parameters_are_said_as_such(params: str) -> None:
+    schema = {"type": "object", "oneOf": [{"required": ["key"]}, {"required": ["prefix"]}]}
+    types = {"ex.copy": StepTypeSpec(name="ex.copy", params_schema=schema)}
+    assert [p.message for p in check_steps(pipeline(params), types)] == ["give exactly one of key, prefix"]
+    assert check_steps(pipeline("{key: '${{ args.n }}'}"), types) == []
+
+
 class EntryPoint:
     """What importlib.metadata gives, as far as it is looked at."""
 
