@@ -40,7 +40,7 @@ def configure_logging(level: str = "info", form: Literal["text", "json"] = "text
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for chatty in ("urllib3", "docker", "stevedore", "asyncio", "grpc"):
+    for chatty in ("alembic", "urllib3", "docker", "stevedore", "asyncio", "grpc"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 

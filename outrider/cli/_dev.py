@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import grpc
-from agent_core.agent import Agent
-from server_core.server import Server, init
 
+from agent_core.agent import Agent
 from agent_core.config import AgentConfig
+from agent_core.telemetry.logs import configure_logging
 from outrider import settings, tls
 from outrider.cli._client import request_id
 from outrider.cli._context import ContextFile, locate
@@ -24,12 +25,19 @@ from outrider.cli._output import note
 from outrider.errors import Conflict, InvalidInput, NotFound, OperationTimeout, OutriderError
 from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
-from outrider.v1.control_service_pb2_grpc import ControlServiceAsyncStub, ControlServiceStub
+from outrider.v1.control_service_pb2_grpc import ControlServiceStub
 from outrider.wire import from_rpc_error
 from server_core.config import ServerConfig
+from server_core.server import Server, init
+
+if TYPE_CHECKING:
+    from outrider.v1.control_service_pb2_grpc import ControlServiceAsyncStub  # known to the stubs alone
+
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 CONTEXT = "dev"
 ONLINE_WITHIN_S = 20.0
+ENGINE_WITHIN_S = 5.0
 AGENT_STOP_S = 20.0
 SERVER_STOP_S = 3.0
 CALL_S = 10.0
@@ -43,7 +51,7 @@ class Dev:
     server_config: ServerConfig
     node_id: str
     policy_file: Path | None
-    log_level: str
+    log_level: LogLevel
     contexts: ContextFile
     context: str
 
@@ -55,7 +63,7 @@ class Dev:
         node_id: str,
         context: str | None,
         policy_file: Path | None,
-        log_level: str,
+        log_level: LogLevel,
     ) -> Dev:
         """Check everything that can be checked before something starts. Raises OutriderError."""
         folder = (data_dir or _default_folder()).absolute()
@@ -93,6 +101,7 @@ class Dev:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start the server, then the agent; serve until ``stop`` is set; stop the agent, then the server."""
+        configure_logging(self.log_level)
         token = await self._operator_token()
         server = Server(self.server_config)
         await server.start()
@@ -165,13 +174,15 @@ class Dev:
         self, stub: ControlServiceAsyncStub, running: asyncio.Task[None], asked: asyncio.Task[bool]
     ) -> types.Node | None:
         """Wait until the node is online; None if the agent ended or a stop was asked for before."""
-        deadline = asyncio.get_running_loop().time() + ONLINE_WITHIN_S
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         while not running.done() and not asked.done():
             with contextlib.suppress(grpc.RpcError):
                 node = await stub.GetNode(pb.GetNodeRequest(node_id=self.node_id), timeout=CALL_S)
-                if node.online:
+                # The engine is asked a moment after the registration.
+                if node.online and (node.brief.engine_ok or loop.time() > started + ENGINE_WITHIN_S):
                     return node
-            if asyncio.get_running_loop().time() > deadline:
+            if loop.time() > started + ONLINE_WITHIN_S:
                 raise OperationTimeout(f"the agent was not online within {ONLINE_WITHIN_S:g} s")
             await asyncio.wait({running, asked}, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
         return None
@@ -187,7 +198,7 @@ class Dev:
         self.contexts = ContextFile(self.contexts.path)  # it may have changed while we started
         self.contexts.put(self.context, entry, make_current=False)
         chosen = "" if self.contexts.current == self.context else f" --context {self.context}"
-        if node.brief.memory_total_bytes and not node.brief.engine_ok:
+        if not node.brief.engine_ok:
             engine = f"online, but without its container engine: {node.brief.engine_error}"
         else:
             engine = f"online, {len(node.step_types)} step types"

@@ -56,8 +56,10 @@ def _load(file: Path | None, labels: tuple[str, ...], **flags: Any) -> Loaded[Ag
 def run(**flags: Any) -> None:
     """Run the agent until SIGTERM or SIGINT. Containers go on without it."""
     from agent_core.agent import Agent
+    from agent_core.telemetry.logs import configure_logging
 
     config = _load(**flags).value
+    configure_logging(config.log_level, config.log_format)
 
     async def main(stop: asyncio.Event) -> None:
         agent = Agent(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -33,7 +34,7 @@ def command(
     node_id: str,
     context: str | None,
     policy_file: Path | None,
-    log_level: str,
+    log_level: Literal["debug", "info", "warning", "error"],
 ) -> None:
     """Start a server and an agent in this process, for a first try and for tests.
 

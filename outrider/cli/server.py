@@ -95,9 +95,11 @@ def _address(config: ServerConfig) -> str:
 @_options
 def run(**flags: Any) -> None:
     """Run the server until SIGTERM or SIGINT."""
+    from agent_core.telemetry.logs import configure_logging
     from server_core.server import Server
 
     config = _load(**flags).value
+    configure_logging(config.log_level)
 
     async def main(stop: asyncio.Event) -> None:
         server = Server(config)
