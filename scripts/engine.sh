@@ -82,7 +82,7 @@ start_dockerd() {
   fi
   rm -f "$pidfile"
   # A session of its own: the engine and the containers outlive this terminal.
-  setsid dockerd --data-root "$dir/data" --exec-root "$dir/exec" --pidfile "$pidfile" >"$log" 2>&1 </dev/null &
+  setsid dockerd --data-root "$dir/data" --exec-root /run/outrider-engine --pidfile "$pidfile" >"$log" 2>&1 </dev/null &
   local started=$! i
   for ((i = 0; i < 40; i++)); do
     [ -s "$pidfile" ] && break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +22,15 @@ class ControlError(StepFailure):
 
 
 class ControlClient:
-    """Calls of the control interface. All of them are safe to repeat."""
+    """Calls of the control interface. All of them are safe to repeat.
 
-    def __init__(self, path: str, timeout_s: float = 120.0) -> None:
+    While the agent restarts its socket is away: a call is repeated for ``patience_s`` until it answers again.
+    """
+
+    def __init__(self, path: str, timeout_s: float = 120.0, patience_s: float = 60.0) -> None:
         self._path = path
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
 
     def start(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         """Start a managed container, or adopt the one that has this name and the same spec."""
@@ -72,6 +77,18 @@ class ControlClient:
         return document if isinstance(document, dict) else {"items": document}
 
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> bytes:
+        give_up = time.monotonic() + self._patience_s
+        wait_s = 0.1
+        while True:
+            try:
+                return self._exchange_once(method, path, body, timeout_s)
+            except ControlError as error:
+                if error.code != "control_unavailable" or time.monotonic() + wait_s > give_up:
+                    raise
+            time.sleep(wait_s)
+            wait_s = min(wait_s * 2, 5.0)
+
+    def _exchange_once(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> bytes:
         connection = _UnixConnection(self._path, self._timeout_s if timeout_s is None else timeout_s)
         try:
             payload = None if body is None else json.dumps(body).encode()
@@ -82,7 +99,6 @@ class ControlClient:
             message = f"the agent did not answer {method} {path} in time"
             raise ControlError(message, code="timeout", status=0, temporary=True) from error
         except (OSError, http.client.HTTPException) as error:
-            # The agent may be restarting; its socket comes back.
             message = f"the agent's control socket can't be reached: {error}"
             raise ControlError(message, code="control_unavailable", status=0, temporary=True) from error
         finally:
@@ -108,7 +124,8 @@ def _quoted(name: str) -> str:
 
 
 def _error(status: int, data: bytes, what: str) -> ControlError:
-    """An error's body is ``{"error": "sentence", "code": "snake_case", "hint": "…", "temporary": bool}``."""
+    """An error's body: ``{"error": "sentence", "code": "snake_case", "hint": "…", "temporary": bool}``, or the same
+    within ``error``, the sentence as ``message``, and ``class`` for the class of the error."""
     try:
         document = json.loads(data)
     except ValueError:
@@ -120,7 +137,7 @@ def _error(status: int, data: bytes, what: str) -> ControlError:
     message = str(document.get("error") or document.get("message") or f"{what} was refused with status {status}")
     if document.get("hint"):
         message += f" ({document['hint']})"
-    temporary = document.get("temporary")
+    temporary = document.get("temporary", {"temporary": True, "permanent": False}.get(str(document.get("class"))))
     if not isinstance(temporary, bool):
         temporary = status in (429, 502, 503, 504)
     return ControlError(message, code=str(document.get("code") or "refused"), status=status, temporary=temporary)

@@ -37,7 +37,7 @@ def forms(secret: str) -> set[str]:
             end = len(padded) * 8 // 6
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 core = encode(padded).decode().rstrip("=")[start:end]
-                if len(core) >= 2 * MIN_LENGTH:
+                if len(core) >= MIN_LENGTH + 2:  # of secrets of five bytes and more
                     found.add(core)
     return found
 

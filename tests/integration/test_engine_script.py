@@ -1,0 +1,85 @@
+"""scripts/engine.sh: starts an engine where there is none, and never touches one that it did not start.
+
+In namespaces of its own (no engine's socket, no other processes), so that the machine's engine is out of reach.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "engine.sh"
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("dockerd") is None or Path("/run/systemd/system").exists(),
+    reason="needs root, an installed dockerd and no systemd, whose service the script would start",
+)
+
+
+def alone(tmp_path: Path, commands: str) -> subprocess.CompletedProcess[str]:
+    """Run ``commands`` as on a machine without a running engine; ``$engine`` is the script."""
+    setup = f"mount -t tmpfs tmpfs /run; ip link set lo up; engine={SCRIPT}\n"
+    return subprocess.run(
+        ["unshare", "-m", "-p", "-n", "--fork", "--kill-child", "--mount-proc", "bash", "-c", setup + commands],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OUTRIDER_ENGINE_DIR": str(tmp_path / "engine"), "DOCKER_HOST": ""},
+    )
+
+
+def test_starts_finds_and_stops_its_own_engine(tmp_path: Path) -> None:
+    ended = alone(
+        tmp_path,
+        """
+        unset DOCKER_HOST
+        $engine status; echo "before: $?"
+        $engine start && docker info --format 'root {{.DockerRootDir}}'
+        $engine start; echo "again: $?"
+        $engine status
+        $engine stop; echo "stopped: $?"
+        docker version >/dev/null 2>&1; echo "answers: $?"
+        $engine stop; echo "twice: $?"
+        """,
+    )
+    out = ended.stdout.splitlines()
+    assert out[:2] == ["no engine answers", "before: 1"], ended.stderr
+    assert out[2:4] == [f"root {tmp_path}/engine/data", "again: 0"], ended.stderr
+    assert "started by engine.sh (dockerd)" in out[4]
+    assert out[5:] == ["stopped: 0", "answers: 1", "twice: 0"]
+    assert "nothing to do" in ended.stderr
+
+
+def test_leaves_a_strangers_engine_alone(tmp_path: Path) -> None:
+    ended = alone(
+        tmp_path,
+        f"""
+        unset DOCKER_HOST
+        dockerd --data-root {tmp_path}/other --exec-root {tmp_path}/exec >/dev/null 2>&1 & other=$!
+        $engine start; echo "start: $?"
+        $engine stop; echo "stop: $?"
+        docker info --format 'root {{{{.DockerRootDir}}}}'
+        kill $other; wait $other
+        """,
+    )
+    assert ended.stdout.splitlines() == ["start: 0", "stop: 0", f"root {tmp_path}/other"], ended.stderr
+    assert "no engine was started from here" in ended.stderr
+
+
+def test_engine_elsewhere_is_not_replaced_by_one_here(tmp_path: Path) -> None:
+    ended = alone(tmp_path, "export DOCKER_HOST=tcp://192.0.2.1:2375; $engine start; echo $?")
+    assert ended.stdout == "1\n"
+    assert "DOCKER_HOST is tcp://192.0.2.1:2375, and no engine answers there" in ended.stderr
+
+
+def test_engine_that_does_not_come_up_shows_its_log(tmp_path: Path) -> None:
+    # Nothing can be made below a file: the engine ends at once.
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "data").touch()
+    ended = alone(tmp_path, "unset DOCKER_HOST; $engine start; echo $?")
+    assert ended.stdout == "1\n"
+    assert "dockerd did not come up" in ended.stderr
