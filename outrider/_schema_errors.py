@@ -32,9 +32,14 @@ _TYPES = {
 }
 
 
-def schema_problems(schema: Mapping[str, Any], value: Any, path: str, what: str) -> list[Problem]:
-    """Everything that is wrong with ``value``; ``path`` leads the problems' paths, ``what`` has the schema."""
-    validator_class = _validator_class()
+def schema_problems(
+    schema: Mapping[str, Any], value: Any, path: str, what: str, *, expressions: bool = False
+) -> list[Problem]:
+    """Everything that is wrong with ``value``; ``path`` leads the problems' paths, ``what`` has the schema.
+
+    With ``expressions``, texts that hold one are not known yet; without, every text is data.
+    """
+    validator_class = _validator_class(expressions)
     try:
         errors = list(validator_class(schema).iter_errors(_plain(value)))
     except Exception as error:
@@ -50,7 +55,7 @@ def schema_problems(schema: Mapping[str, Any], value: Any, path: str, what: str)
 
 
 @functools.cache
-def _validator_class() -> Any:
+def _validator_class(expressions: bool) -> Any:
     try:
         import referencing
         from jsonschema import Draft202012Validator, validators
@@ -60,7 +65,9 @@ def _validator_class() -> Any:
             code="missing_dependency",
             hint="install outrider[agent], outrider[server] or outrider[cli]",
         ) from error
-    keywords = {name: _relaxed(name, check) for name, check in Draft202012Validator.VALIDATORS.items()}
+    keywords = {
+        name: _relaxed(name, check) if expressions else check for name, check in Draft202012Validator.VALIDATORS.items()
+    }
     # A registry of our own: the default one fetches schemas that a `$ref` names by their URL.
     base = validators.extend(Draft202012Validator, keywords)  # type: ignore[no-untyped-call]
     return functools.partial(base, registry=referencing.Registry())

@@ -267,7 +267,7 @@ def _narrow(context: Mapping[str, Any], wanted: Iterable[Reference], text: str) 
     it turns integers over 64 bits into floats without a word, and follows nesting on the machine's stack."""
     data: dict[str, Any] = {}
     for reference in wanted:
-        if reference.root not in context:
+        if context.get(reference.root) is None:
             data.setdefault(reference.root, {})
             continue
         value = context[reference.root]
@@ -277,7 +277,9 @@ def _narrow(context: Mapping[str, Any], wanted: Iterable[Reference], text: str) 
                 part[reference[1]] = _checked(value[reference[1]], text)
     # A bare root (`"x" in args`, `args[object.name]`) needs the whole of it, whatever was taken of it before.
     for reference in wanted:
-        if reference.root in context and (len(reference) == 1 or not isinstance(context[reference.root], Mapping)):
+        if context.get(reference.root) is not None and (
+            len(reference) == 1 or not isinstance(context[reference.root], Mapping)
+        ):
             data[reference.root] = _checked(context[reference.root], text)
     return data
 
@@ -418,6 +420,9 @@ def _failed(expression: Expression, error: BaseException, context: Mapping[str, 
         message = f"there is no {missing!r}"
         hint = "test it first with has(), as the outputs of a skipped or failed step are absent"
         for reference in expression.scan.references:
+            if reference.root == "object" and missing in reference[1:] and not context.get("object"):
+                message, hint = "this run has no object", "run it with one, or test for it with has(object.name)"
+                break
             if missing in reference[1:]:
                 parent = _member(context, reference[: reference.index(missing)])
                 if isinstance(parent, Mapping):

@@ -99,25 +99,34 @@ def check_steps(
         if step_type is None:
             problems.append(_placed(pipeline, _unknown(step.uses, step_types, where, f"{path}.uses")))
             continue
-        found = [*check_params(step, step.with_, step_type, path=path), *_check_envs(step, step_type, path)]
+        params = _check_values(step, step.with_, step_type, f"{path}.with", expressions=True)
+        found = [*params, *_check_envs(step, step_type, path)]
         problems += [_placed(pipeline, problem) for problem in found]
     problems += [_placed(pipeline, problem) for problem in _check_outputs(pipeline, step_types)]
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
 
 
-def check_params(step: Step, params: Mapping[str, Any], step_type: StepTypeLike, *, path: str = "") -> list[Problem]:
-    """What is wrong with ``params`` for ``step``: types, missing and unknown ones, paths and volumes.
+def check_params(step: Step, params: Mapping[str, Any], step_type: StepTypeLike) -> list[Problem]:
+    """What is wrong with ``params`` for ``step``, now that expressions have their values.
 
-    Values that hold an expression are taken to be right; on the node, with real values, the same call checks them
-    all. ``path`` of the step ("steps[2]") leads the problems' paths.
+    Types, missing and unknown parameters, paths and volumes. Every text is what it is: one that came from outside and
+    holds a `${{` is checked like any other.
     """
-    inner = f"{path}.with" if path else "with"
-    problems = schema_problems(step_type.params_schema, params, inner, f"step type {step_type.name}")
-    for value_path, value, keyword, meaning in _annotated(step_type.params_schema, dict(params), inner):
+    return _check_values(step, params, step_type, "with", expressions=False)
+
+
+def _check_values(
+    step: Step, params: Mapping[str, Any], step_type: StepTypeLike, path: str, *, expressions: bool
+) -> list[Problem]:
+    """With ``expressions``, a text that holds one is taken to be right as far as it isn't known."""
+    problems = schema_problems(
+        step_type.params_schema, params, path, f"step type {step_type.name}", expressions=expressions
+    )
+    for value_path, value, keyword, meaning in _annotated(step_type.params_schema, dict(params), path):
         if keyword == "x-outrider-path" and isinstance(value, str):
-            problems += _check_path(step, value_path, value, meaning == "write")
+            problems += _check_path(step, value_path, value, meaning == "write", expressions=expressions)
         elif keyword == "x-outrider-volumes" and isinstance(value, Mapping):
-            problems += _check_volumes(step, value_path, value)
+            problems += _check_volumes(step, value_path, value, expressions=expressions)
     return problems
 
 
@@ -147,8 +156,8 @@ def _check_envs(step: Step, step_type: StepTypeLike, path: str) -> Iterator[Prob
             yield Problem(f"{step_type.name} has no use for the env {name}", f"{path}.envs.{name}", hint=hint)
 
 
-def _check_path(step: Step, path: str, value: str, write: bool) -> Iterator[Problem]:
-    literal, expression, _ = value.partition("${{")
+def _check_path(step: Step, path: str, value: str, write: bool, *, expressions: bool) -> Iterator[Problem]:
+    literal, expression, _ = value.partition("${{") if expressions else (value, "", "")
     if expression:  # what is certain is the directory before it
         literal = literal[: literal.rfind("/") + 1]
         if not literal:
@@ -174,14 +183,14 @@ def _check_path(step: Step, path: str, value: str, write: bool) -> Iterator[Prob
     )
 
 
-def _check_volumes(step: Step, path: str, value: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_volumes(step: Step, path: str, value: Mapping[str, Any], *, expressions: bool) -> Iterator[Problem]:
     for name, mount in value.items():
         if name not in step.volumes:
             known = f"it has {listing(step.volumes)}" if step.volumes else "allot it with the step's own `volumes:`"
             hint = did_you_mean(name, step.volumes, otherwise=known)
             yield Problem(f"this step was not given the volume {name}", f"{path}.{name}", hint=hint)
             continue
-        if not isinstance(mount, str) or "${{" in mount:
+        if not isinstance(mount, str) or (expressions and "${{" in mount):
             continue
         target, _, mode = mount.partition(":")
         if mode not in ("", "ro", "rw"):

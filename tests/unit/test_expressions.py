@@ -185,6 +185,14 @@ def test_each_built_in_function_that_is_let_through_exists() -> None:
         assert value(call) is True
 
 
+@pytest.mark.parametrize("context", [{}, {"object": None}, {"object": {}}])
+def test_a_run_without_an_object_says_so(context: dict[str, Any]) -> None:
+    for text in ("object.name", "object.attributes.region"):
+        with pytest.raises(PermanentError, match="this run has no object"):
+            value(text, context)
+    assert value("has(object.name) ? object.name : 'none'", context) == "none"
+
+
 def test_null_within_a_text_is_an_error_not_an_empty_text() -> None:
     with pytest.raises(PermanentError, match="comes to null within a text"):
         render("a-${{ args.nothing }}", CONTEXT)

@@ -165,6 +165,20 @@ def test_the_node_checks_again_with_real_values() -> None:
     assert [p.path for p in escaped] == ["with.source", "with.target"]
 
 
+def test_data_that_looks_like_an_expression_is_checked_like_any_other_on_the_node() -> None:
+    step = pipeline("{source: /build/a}").steps[0]
+    params = {
+        "source": "/build/../etc/${{ x }}",
+        "target": "/build/${{ x }}",
+        "count": "${{ x }}",
+        "mode": "${{ x }}",
+        "volumes": {"build": "/d:${{ x }}"},
+    }
+    problems = check_params(step, params, TYPES["ex.copy"])
+    assert {p.path for p in problems} == {"with.source", "with.target", "with.count", "with.mode", "with.volumes.build"}
+    assert check_params(step, {"source": "/build/${{ a file of this name }}"}, TYPES["ex.copy"]) == []
+
+
 def test_a_broken_schema_is_the_plugin_s_fault_not_the_user_s() -> None:
     for schema in (
         {"type": 7},
