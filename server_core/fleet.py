@@ -264,10 +264,13 @@ class Fleet:
         self._presence.pop(node_id, None)
         self._sessions.pop(node_id, None)
 
-    def close_channels(self, error: OutriderError) -> None:
+    async def close_channels(self, error: OutriderError, within_s: float) -> None:
         """The server stops: every agent is told, and will look for it again."""
         for channel in self._channels.values():
             channel.close(error)
+        ends = time.monotonic() + within_s
+        while self._channels and time.monotonic() < ends:
+            await asyncio.sleep(0.01)
 
     def is_online(self, node_id: str) -> bool:
         presence = self._presence.get(node_id)

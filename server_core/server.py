@@ -55,6 +55,8 @@ _SERVICES = (
     (reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"], access.REFLECTION),
 )
 _Fetch = Callable[[], grpc.ServerCertificateConfiguration]
+_FAREWELL_S = 0.5
+"""How long agents have to hear that the server stops, also when there is no grace for calls."""
 _HOUSEKEEPING_EVERY = timedelta(hours=6)
 
 
@@ -159,8 +161,9 @@ class Server:
             return
         self._started = False
         await self._health.enter_graceful_shutdown()
-        self._services.fleet.close_channels(Unavailable("the server is stopping", code="server_stopping"))
         self._services.bus.close()
+        farewell = Unavailable("the server is stopping", code="server_stopping")
+        await self._services.fleet.close_channels(farewell, max(grace, _FAREWELL_S))
         began = time.monotonic()
         await self._server.stop(grace)
         if time.monotonic() - began >= grace > 0:
