@@ -43,7 +43,7 @@ class Vault:
         nonce, ciphertext = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
         try:
             return self._cipher.decrypt(nonce, ciphertext, purpose.encode())
-        except InvalidTag as error:
+        except (InvalidTag, ValueError) as error:
             raise PermanentError(f"the sealed value of {purpose} can't be opened", code="sealed_damaged") from error
 
 

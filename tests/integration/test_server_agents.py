@@ -243,9 +243,7 @@ async def test_write_back_is_ordered_by_run_and_outlives_an_edit(
 async def test_env_set_that_lacks_a_name_is_told_with_those_it_has(
     rig: Rig, control: cgrpc.ControlServiceStub, agent: FakeAgent
 ) -> None:
-    await control.SetEnvSet(
-        cpb.SetEnvSetRequest(request_id="e", name="s3", values={"REGION": "x"}), timeout=TIMEOUT
-    )
+    await control.SetEnvSet(cpb.SetEnvSetRequest(request_id="e", name="s3", values={"REGION": "x"}), timeout=TIMEOUT)
     request = cpb.ExecutePipelineRequest(request_id="x", pipeline_yaml=PIPELINE, node_id="n1")
     error = await refused(control.ExecutePipeline(request, timeout=TIMEOUT))
     [problem] = error.problems
