@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -218,24 +219,24 @@ class Program:
 class Container:
     """The step's image, run with the options that the agent gives a step. ``host`` is this machine, seen from it."""
 
-    host = "host.docker.internal"
-
-    def __init__(self, image: str, directory: Path) -> None:
-        self.image = image
+    def __init__(self, image: str, directory: Path, network: str, host: str) -> None:
+        self.image, self.network, self.host = image, network, host
         self.contract, self.volume = directory / "contract", directory / "volume"
         for made in (self.contract, self.volume):
             made.mkdir()
             made.chmod(0o777)  # whatever uid the step gets; the test has no say in it
 
-    def run(self, action: str, params: dict[str, Any], env: dict[str, str], *, writable: bool = True) -> Ended:
+    def run(self, action: str, params: dict[str, Any], env: dict[str, str], *, mount: str = "rw") -> Ended:
+        """``mount`` is how /build is mounted: rw, ro, or tiny (room for 2 MiB)."""
         (self.contract / "inputs.json").write_text(json.dumps(params))
         for name in ("outputs", "progress"):
             (self.contract / name).unlink(missing_ok=True)
         command = ["docker", "run", "--rm", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
         command += ["--user=23456:23456", "--tmpfs=/tmp:size=64m", "--memory=150m", "--memory-swap=150m"]
-        command += [f"--add-host={self.host}:host-gateway"]
+        command += [f"--network={self.network}"]
         command += ["--pids-limit=64", "--label=outrider.test=transfer", f"--volume={self.contract}:/outrider"]
-        command += [f"--volume={self.volume}:/build{'' if writable else ':ro'}"]
+        build = "--tmpfs=/build:size=2m,mode=777" if mount == "tiny" else f"--volume={self.volume}:/build:{mount}"
+        command += [build]
         command += ["--env=OUTRIDER_CONTRACT=1", "--env=OUTRIDER_RUN_ID=rtest", "--env=OUTRIDER_STEP=transfer"]
         command += [part for name in env for part in ("--env", name)]  # values don't belong into arguments
         ended = subprocess.run(
@@ -244,9 +245,22 @@ class Container:
         return read_contract(self.contract, ended.returncode, ended.stdout + ended.stderr)
 
 
+def docker(*args: str) -> str:
+    return subprocess.run(["docker", *args], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def egress() -> Iterator[tuple[str, str]]:
+    """A network like that of the class "egress", and this machine's address in it."""
+    name = f"outrider-test-{uuid.uuid4().hex[:12]}"
+    docker("network", "create", "--opt=com.docker.network.bridge.enable_icc=false", "--label=outrider.test", name)
+    yield name, docker("network", "inspect", name, "--format={{(index .IPAM.Config 0).Gateway}}")
+    docker("network", "rm", name)
+
+
 @pytest.fixture
-def container(tmp_path: Path) -> Container:
-    return Container(plugin.IMAGE, tmp_path)
+def container(tmp_path: Path, egress: tuple[str, str]) -> Container:
+    return Container(plugin.IMAGE, tmp_path, *egress)
 
 
 def read_contract(contract: Path, code: int, text: str) -> Ended:

@@ -24,7 +24,7 @@ def test_download_and_upload_in_the_sandbox(store: Store, container: Container) 
     (container.volume / "k").write_bytes(body)
     env = env_for(store, container)
     params = {"bucket": store.bucket, "key": "deep/k", "sha256": digest}
-    ended = container.run("upload", params | {"from": "/build/k"}, env, writable=False)
+    ended = container.run("upload", params | {"from": "/build/k"}, env, mount="ro")
     assert ended.code == 0, ended.text
     ended = container.run("download", params | {"to": "/build/new/k"}, env)
     assert ended.code == 0, ended.text
@@ -44,6 +44,13 @@ def test_prefix_to_the_root_of_a_volume(store: Store, container: Container) -> N
 def test_read_only_volume_is_said(store: Store, container: Container) -> None:
     store.put("k", b"x")
     params = {"bucket": store.bucket, "key": "k", "to": "/build/k"}
-    ended = container.run("download", params, env_for(store, container), writable=False)
+    ended = container.run("download", params, env_for(store, container), mount="ro")
     assert (ended.code, ended.cause) == (1, "read_only")
     assert "/build" in ended.error
+
+
+def test_full_volume_is_said(store: Store, container: Container) -> None:
+    store.put("k", bytes(5 * MIB))
+    params = {"bucket": store.bucket, "key": "k", "to": "/build/k"}
+    ended = container.run("download", params, env_for(store, container), mount="tiny")
+    assert (ended.code, ended.cause) == (1, "volume_full")

@@ -105,7 +105,7 @@ def test_what_can_not_be_sent_is_said(store: Store, program: Program, source: Pa
 
 def test_overloaded_store_is_asked_again(store: Store, proxy: Proxy, program: Program, source: Path) -> None:
     (source / "f").write_bytes(BIG)
-    proxy.fault = lambda method, path, number: "503" if number == 1 else None
+    proxy.fault = lambda method, path, number: "503 SlowDown" if number == 1 else None
     params = {"bucket": store.bucket, "key": "k", "from": f"{source}/f", "endpoint": proxy.endpoint}
     ended = program.run("upload", params, store.env)
     assert ended.code == 0, ended.text
@@ -116,7 +116,7 @@ def test_failed_upload_leaves_no_object_and_no_parts(
     store: Store, proxy: Proxy, program: Program, source: Path
 ) -> None:
     (source / "f").write_bytes(BIG)
-    proxy.fault = lambda method, path, number: "503" if "partNumber=2" in path else None
+    proxy.fault = lambda method, path, number: "503 SlowDown" if "partNumber=2" in path else None
     params = {"bucket": store.bucket, "key": "k", "from": f"{source}/f", "endpoint": proxy.endpoint}
     ended = program.run("upload", params, store.env)
     assert (ended.code, ended.cause) == (75, "store_unavailable")

@@ -59,7 +59,8 @@ class Workers:
             except StepFailure as error:
                 if position() > reached:
                     retry, reached = 0, position()
-                if not error.temporary or retry == _MAX_RETRIES:
+                # An object that was replaced stays so: only another attempt, from the beginning, can help.
+                if not error.temporary or error.code == "changed" or retry == _MAX_RETRIES:
                     raise
                 retry += 1
             else:
