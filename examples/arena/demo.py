@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import py7zr
 import zstandard
 from moto.server import ThreadedMotoServer
@@ -154,17 +157,21 @@ def pack_builds() -> dict[str, Path]:
 
 
 def engine_address() -> str:
-    """The address under which containers reach this machine: the gateway of the engine's bridge."""
-    template = "{{(index .IPAM.Config 0).Gateway}}"
+    """The address under which containers reach this machine: that of the engine's bridge."""
+    template = '{{index .Options "com.docker.network.bridge.name"}}'
     found = subprocess.run(
         ["docker", "network", "inspect", "bridge", "--format", template], stdout=subprocess.PIPE, text=True, check=True
     )
-    return found.stdout.strip()
+    for address in psutil.net_if_addrs().get(found.stdout.strip(), []):
+        if address.family is socket.AF_INET:
+            return address.address
+    raise SystemExit("error: the container engine has no bridge with an IPv4 address")
 
 
 @contextmanager
 def s3_server(address: str, builds: dict[str, Path]) -> Iterator[str]:
     """An S3 endpoint that has the build of the server in the bucket `builds`."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # requests are not shown: the run's progress is
     server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
     server.start()
     try:
