@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,9 +16,9 @@ from agent_core.config import AgentConfig
 from agent_core.telemetry.logs import configure_logging
 from outrider import settings, tls
 from outrider.cli._client import request_id
-from outrider.cli._context import ContextFile, locate
+from outrider.cli._context import ContextFile
 from outrider.cli._output import note
-from outrider.errors import Conflict, InvalidInput, NotFound, OperationTimeout, OutriderError
+from outrider.errors import NotFound, OperationTimeout
 from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
 from outrider.v1.control_service_pb2_grpc import ControlServiceStub
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-CONTEXT = "dev"
 ONLINE_WITHIN_S = 20.0
 ENGINE_WITHIN_S = 5.0
 AGENT_STOP_S = 20.0
@@ -58,15 +53,15 @@ class Dev:
     @classmethod
     def prepare(
         cls,
-        data_dir: Path | None,
+        folder: Path,
         listen: str,
         node_id: str,
-        context: str | None,
+        contexts: ContextFile,
+        context: str,
         policy_file: Path | None,
         log_level: LogLevel,
     ) -> Dev:
-        """Check everything that can be checked before something starts. Raises OutriderError."""
-        folder = (data_dir or _default_folder()).absolute()
+        """Check both configurations before anything starts. Raises InvalidInput."""
         host = listen.rpartition(":")[0].strip("[]")
         flags = {
             "data_dir": folder / "server",
@@ -75,29 +70,9 @@ class Dev:
             "log_level": log_level,
         }
         config = settings.load(ServerConfig, env_prefix="OUTRIDER_SERVER_", environ=os.environ, flags=flags).value
-        path, name = locate(os.environ, context)
-        contexts = ContextFile(path)
-        dev = cls(folder, config, node_id, policy_file, log_level, contexts, name or CONTEXT)
-        dev._agent_config("127.0.0.1:1")  # says what is wrong with the node's name or policy before a server runs
-        dev._spare_other_contexts()
+        dev = cls(folder, config, node_id, policy_file, log_level, contexts, context)
+        dev._agent_config("127.0.0.1:1")
         return dev
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the data directory. Raises Conflict if another `outrider dev` does."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            file = (self.folder / "lock").open("w")
-        except OSError as error:
-            raise InvalidInput(f"the data directory {self.folder} can't be used: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Conflict(
-                    f"another `outrider dev` runs on {self.folder}", hint="stop it, or give another --data-dir"
-                ) from error
-            yield
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start the server, then the agent; serve until ``stop`` is set; stop the agent, then the server."""
@@ -214,19 +189,6 @@ class Dev:
         note(f"  outrider{chosen} run FILE --node {self.node_id}")
         note("Ctrl-C stops it.")
 
-    def _spare_other_contexts(self) -> None:
-        """Refuse to overwrite a context that is not ours. Raises Conflict."""
-        there = self.contexts.contexts.get(self.context)
-        if there is None or there.get("data_dir") == str(self.folder):
-            return
-        what = f"the context {self.context!r} in {self.contexts.path}"
-        hint = "choose another name with --context NAME"
-        if "data_dir" not in there:
-            raise Conflict(f"{what} is not one that `outrider dev` made", hint=hint)
-        if _listens(str(there.get("server"))):
-            raise Conflict(f"{what} is of another `outrider dev` that runs on {there['data_dir']}", hint=hint)
-        note(f"{what} was of a former `outrider dev` on {there['data_dir']}; it is replaced")
-
     def _agent_config(self, address: str) -> AgentConfig:
         flags = {
             "server": address,
@@ -252,23 +214,9 @@ class Dev:
         return self.folder / "node.token"
 
 
-def _default_folder() -> Path:
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "outrider" / "dev"
-
-
 def _write_private(file: Path, text: str) -> None:
     temporary = file.with_suffix(".new")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
         opened.write(text + "\n")
     temporary.replace(file)
-
-
-def _listens(server: str) -> bool:
-    try:
-        host, port = tls.parse_server(server)
-        with socket.create_connection((host, port), timeout=0.5):
-            return True
-    except (OutriderError, OSError):
-        return False

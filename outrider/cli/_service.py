@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from outrider.cli._output import compact, emit_json, table
+from outrider.errors import Conflict, InvalidInput
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -62,6 +65,35 @@ def run_until_signal(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
         await main(stop)
 
     uvloop.run(run())
+
+
+def check_port(listen: str) -> None:
+    """Raise Conflict at once if ``host:port`` is taken, instead of after everything has been loaded.
+
+    The server finds out for itself in any case; what is not an address is left for its configuration to refuse.
+    """
+    host, _, port = listen.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        return
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except socket.gaierror as error:
+        raise InvalidInput(f"{host!r} of {listen!r} is no address of this machine", hint="write host:port") from error
+    for family, kind, _protocol, _name, address in found:
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise Conflict(
+                        f"the address {listen} is taken by another program",
+                        code="port_taken",
+                        hint="stop that program, or give another port with --listen",
+                    ) from error
+                raise InvalidInput(f"this machine can't listen on {listen}: {error.strerror}") from error
 
 
 def config_option(variable: str, default: Path) -> Callable[[Any], Any]:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from outrider.cli._output import clean, duration, note, seconds_between, size, word
-from outrider.cli._watch import View
+from outrider.cli._watch import TERMINAL, View
 from outrider.v1 import types_pb2 as types
 
 PROGRESS_EVERY_S = 5.0
@@ -65,6 +65,10 @@ class Lines:
         self._state = 0
 
     def show(self, run: types.Run) -> None:
+        # What has ended is told after its parts, what begins before them.
+        if run.state in TERMINAL:
+            for step in run.steps:
+                self._step(step)
         if run.state != self._state:
             self._state = run.state
             what = f"run {run.run_id} of {run.pipeline} on {run.node_id}: {word(types.RunState, run.state)}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 from pathlib import Path
 from typing import Literal
 
 import click
 
+from outrider.cli._context import ContextFile, locate
+from outrider.cli._devdir import default_folder, locked, spare_other_contexts
 from outrider.cli._main import App
-from outrider.cli._service import run_until_signal
+from outrider.cli._service import check_port, run_until_signal
+
+CONTEXT = "dev"
 
 
 @click.command("dev", short_help="Start server and agent in one process, for a first try and for tests.")
@@ -41,12 +45,13 @@ def command(
     They have a CA, a store and a node of their own in the data directory, and keep them for the next time. The
     context that is written lets the other commands find them. Ctrl-C stops both; containers go on.
     """
-    from outrider.cli._dev import Dev
+    path, name = locate(os.environ, context or app.context)
+    contexts, name = ContextFile(path), name or CONTEXT
+    folder = (data_dir or default_folder()).absolute()
+    with locked(folder):
+        spare_other_contexts(contexts, name, folder)
+        check_port(listen)
+        from outrider.cli._dev import Dev
 
-    dev = Dev.prepare(data_dir, listen, node_id, context or app.context, policy_file, log_level)
-
-    async def main(stop: asyncio.Event) -> None:
-        await dev.run(stop)
-
-    with dev.lock():
-        run_until_signal(main)
+        dev = Dev.prepare(folder, listen, node_id, contexts, name, policy_file, log_level)
+        run_until_signal(dev.run)

@@ -137,7 +137,10 @@ def _sentence(run: types.Run, failed: list[types.StepStatus]) -> str:
 
     state = word(types.RunState, run.state)
     sentence = f"run {run.run_id} {'is ' if state == 'unknown' else 'was ' if state == 'cancelled' else ''}{state}"
-    causes = [f"step {step.name}: {_cause(step.failure) or f'exit code {step.exit_code}'}" for step in failed]
+    causes = []
+    for step in failed:
+        cause = _cause(step.failure) or f"it ended with exit code {step.exit_code}"
+        causes.append(cause if cause.startswith(f"step {step.name} ") else f"step {step.name}: {cause}")
     if not causes and _cause(run.failure):
         causes = [_cause(run.failure)]
     return clean(f"{sentence}: {'; '.join(causes)}" if causes else sentence)

@@ -12,7 +12,7 @@ import click
 
 from outrider.cli._main import App
 from outrider.cli._output import emit_json, note, output_option
-from outrider.cli._service import config_option, load_settings, run_until_signal, show_settings
+from outrider.cli._service import check_port, config_option, load_settings, run_until_signal, show_settings
 
 if TYPE_CHECKING:
     from outrider.cli._context import ContextFile
@@ -95,10 +95,11 @@ def _address(config: ServerConfig) -> str:
 @_options
 def run(**flags: Any) -> None:
     """Run the server until SIGTERM or SIGINT."""
+    config = _load(**flags).value
+    check_port(config.listen)
     from agent_core.telemetry.logs import configure_logging
     from server_core.server import Server
 
-    config = _load(**flags).value
     configure_logging(config.log_level)
 
     async def main(stop: asyncio.Event) -> None:

@@ -86,8 +86,8 @@ def test_a_run_is_shown_in_lines_and_its_id_is_the_result(cli: Cli, file: Path) 
         "fetch: running: 50 % of 10 B",
         "fetch: succeeded in 2.5s",
         "unpack: waiting: envs",
-        f"run {RUN_ID} of hello on n1: succeeded in 2.5s",
         "unpack: succeeded in 2.5s",
+        f"run {RUN_ID} of hello on n1: succeeded in 2.5s",
         "  port = 27960",
     ]
     request = cli.script.last(pb.ExecutePipelineRequest)
