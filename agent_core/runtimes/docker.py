@@ -69,6 +69,7 @@ class DockerRuntime:
         self._quick = ThreadPoolExecutor(threads, "docker")
         self._slow = ThreadPoolExecutor(slow_threads, "docker-slow")
         self._local = threading.local()
+        self._clients: set[Client] = set()
         self._version = ""
         self._session: aiohttp.ClientSession | None = None
         self._exits = Exits(self._events, self.inspect, self._boot)
@@ -221,6 +222,8 @@ class DockerRuntime:
         for pool in (self._quick, self._slow):
             # A hung call must not keep the agent from ending; its thread is left to its own timeout.
             pool.shutdown(wait=False, cancel_futures=True)
+        while self._clients:
+            self._clients.pop().close()
 
     # -- inside
 
@@ -236,8 +239,12 @@ class DockerRuntime:
         version = self._version or self._negotiate()
         client: Client = getattr(self._local, "client", None)
         if client is None or client.api_version != version:
+            if client is not None:
+                self._clients.discard(client)
+                client.close()
             client = docker.APIClient(self._url, version=version, timeout=self._timeout_s)  # type: ignore[arg-type]
             self._local.client = client
+            self._clients.add(client)
         return client
 
     def _negotiate(self) -> str:
