@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 
 from agent_core.container_spec import HttpReady, ManagedSpec, Readiness
-from agent_core.runtimes.base import ContainerInfo, Runtime
+from agent_core.runtimes.base import Runtime
 from outrider.errors import PermanentError
 
 _INTERVAL_S = 0.1
@@ -29,17 +29,17 @@ async def wait_ready(
     ready = spec.ready
     timeout_s = ready.timeout_s if ready else settle_s
     probe = asyncio.create_task(_probe(runtime, container, spec, ready, ports))
-    ended = asyncio.create_task(_ended(runtime, container))
+    ended = asyncio.create_task(runtime.exited(container))
     try:
         done, _ = await asyncio.wait({probe, ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if probe in done:
             probe.result()
             return
         if ended in done:
-            info = ended.result()
-            if ready is None and info.exit_code == 0 and spec.restart in ("no", "on-failure"):
+            end = ended.result()
+            if ready is None and end.exit_code == 0 and spec.restart in ("no", "on-failure"):
                 return  # a container without a probe may be short
-            why = "was killed for want of memory" if info.oom_killed else f"ended with exit code {info.exit_code}"
+            why = "was killed for want of memory" if end.oom_killed else f"ended with exit code {end.exit_code}"
             raise PermanentError(
                 f"the container {spec.name} {why} before it was ready{await last_lines(runtime, container)}",
                 code="not_ready",
@@ -84,15 +84,6 @@ async def _probe(
             if await (_http(address, number, ready.http) if ready.http else _tcp(address, number)):
                 return
             await asyncio.sleep(_INTERVAL_S)
-
-
-async def _ended(runtime: Runtime, container: str) -> ContainerInfo:
-    """The container once it has ended, or has been restarted by the engine because it ended."""
-    while True:
-        info = await runtime.inspect(container)
-        if info.state in ("exited", "dead") or info.restart_count > 0:
-            return info
-        await asyncio.sleep(_INTERVAL_S * 2)
 
 
 async def _log_line(runtime: Runtime, container: str, wanted: bytes) -> None:

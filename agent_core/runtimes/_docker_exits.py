@@ -44,7 +44,8 @@ class Exits:
     """One reader of the engine's events: tells ends to who waits, and events to who subscribes.
 
     ``stream()`` yields events from its first item on, which is an empty object sent when it stands;
-    ``boot()`` is the engine's boot identity and whether containers survive its restart.
+    ``boot()`` is the engine's boot identity and whether containers survive its restart; ``alive()`` says
+    whether it takes new calls.
     """
 
     def __init__(
@@ -52,16 +53,19 @@ class Exits:
         stream: Stream,
         inspect: Inspect,
         boot: Callable[[], Awaitable[tuple[str, bool]]],
+        alive: Callable[[], Awaitable[bool]],
         *,
         retry: RetryPolicy = FOREVER,
     ) -> None:
         self._stream = stream
         self._inspect = inspect
         self._boot = boot
+        self._alive = alive
         self._retry = retry
         self._waiters: dict[str, list[_Waiter]] = {}
         self._ended: OrderedDict[str, Exit] = OrderedDict()
         self._watched: OrderedDict[str, int] = OrderedDict()
+        self._dying: dict[str, asyncio.Task[None]] = {}
         self._subscribers: set[asyncio.Queue[EngineEvent]] = set()
         self._generation = 0
         self._up = asyncio.Event()
@@ -75,10 +79,11 @@ class Exits:
             self._task = asyncio.create_task(self._run(), name="engine-events")
 
     async def aclose(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        tasks = [*self._dying.values(), *([self._task] if self._task is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._task = None
 
     def created(self, container: str) -> None:
         """A container was just created: as long as the stream stands, its end can't be missed."""
@@ -173,9 +178,14 @@ class Exits:
         action = str(item.get("Action") or "").partition(":")[0]
         code = int(attributes["exitCode"]) if attributes.get("exitCode", "").isdigit() else None
         if action == "start":
+            if dying := self._dying.get(container):
+                await asyncio.gather(dying, return_exceptions=True)
             self._ended.pop(container, None)
         elif action == "die":
-            await self._died(container, code or 0)
+            # Aside: an engine that hangs on one container must not hold up what is told about others.
+            task = asyncio.create_task(self._died(container, code or 0))
+            self._dying[container] = task
+            task.add_done_callback(lambda done: self._dying.pop(container, None))
         elif action == "destroy":
             self._watched.pop(container, None)
             gone = NotFound(f"the container {attributes.get('name', container[:12])} was removed")
@@ -192,6 +202,10 @@ class Exits:
         )
 
     async def _died(self, container: str, code: int) -> None:
+        if not await self._alive():
+            # An engine that stops takes no calls any more, and then ends its containers, while this stream
+            # still stands: what killed this one is told when the engine is back.
+            return
         end = Exit(container, code)
         if code == _KILLED and container in self._waiters:
             # Only inspect tells whether it was for want of memory.

@@ -101,6 +101,20 @@ async def connect(socket_path: str) -> tuple[asyncio.StreamReader, asyncio.Strea
     return await asyncio.open_unix_connection(socket_path, limit=_CHUNK)
 
 
+async def answers(socket_path: str, timeout_s: float = 5.0) -> bool:
+    """Whether the engine takes a new connection and answers on it."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await connect(socket_path)
+            try:
+                writer.write(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n")
+                return b" 200 " in await reader.readline()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
+
+
 async def output(response: aiohttp.ClientResponse, *, raw: bool) -> AsyncGenerator[tuple[StreamName, bytes], None]:
     """The frames of a log answer; ``raw``: of a container with a terminal, whose output has none."""
     frames = Demultiplexer()
@@ -120,6 +134,13 @@ async def json_lines(response: aiohttp.ClientResponse) -> AsyncGenerator[Json, N
         for line in lines:
             if line.strip():
                 yield json.loads(line)
+
+
+def knock(socket_path: str) -> None:
+    """Connect and hang up; OSError if nobody is there. Blocking, but only for a connect."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(5)
+        probe.connect(socket_path)
 
 
 def boot_identity(socket_path: str) -> str:

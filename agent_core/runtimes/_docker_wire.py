@@ -127,7 +127,7 @@ def info_from_inspect(answer: Json) -> ContainerInfo:
         image=config["Image"],
         state=status,
         labels=dict(config.get("Labels") or {}),
-        exit_code=int(state["ExitCode"]) if ended else None,
+        exit_code=int(state["ExitCode"]) if ended or status == "restarting" else None,
         oom_killed=bool(state.get("OOMKilled")),
         error=state.get("Error") or "",
         created_at=moment(answer.get("Created")),

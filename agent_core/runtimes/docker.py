@@ -72,7 +72,7 @@ class DockerRuntime:
         self._clients: set[Client] = set()
         self._version = ""
         self._session: aiohttp.ClientSession | None = None
-        self._exits = Exits(self._events, self.inspect, self._boot)
+        self._exits = Exits(self._events, self.inspect, self._boot, self._alive)
         self._pulls: dict[str, asyncio.Task[str]] = {}
         self._network_lock = asyncio.Lock()
 
@@ -236,6 +236,8 @@ class DockerRuntime:
 
     def _client(self) -> Client:
         """This thread's client, of the version that the engine speaks. Runs in a thread of ours."""
+        # Tried first, because docker-py leaves a socket open for each connection that fails.
+        streams.knock(self._socket)
         version = self._version or self._negotiate()
         client: Client = getattr(self._local, "client", None)
         if client is None or client.api_version != version:
@@ -291,6 +293,8 @@ class DockerRuntime:
                     message = str((await response.json(content_type=None)).get("message", response.reason))
                     raise wire.translate_answer(response.status, message, doing, "")
                 yield response
+        except aiohttp.ClientPayloadError as error:
+            raise wire.unavailable(self._url, "it closed the connection") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise wire.unavailable(self._url, error) from error
 
@@ -307,6 +311,9 @@ class DockerRuntime:
     async def _boot(self) -> tuple[str, bool]:
         answer = await self._call("ask about itself", "", lambda client: client.info())
         return await self._boot_identity(), bool(answer.get("LiveRestoreEnabled"))
+
+    async def _alive(self) -> bool:
+        return await streams.answers(self._socket)
 
     async def _boot_identity(self) -> str:
         try:
