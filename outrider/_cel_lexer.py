@@ -67,10 +67,14 @@ class Segment:
     is_expression: bool
 
 
+def quote(text: str) -> str:
+    """An expression as messages name it."""
+    text = " ".join(text.split())
+    return f"'{text if len(text) <= 120 else text[:120] + '…'}'"
+
+
 def _bad(text: str, message: str, hint: str = "") -> InvalidInput:
-    shown = " ".join(text.split())
-    shown = shown if len(shown) <= 120 else shown[:120] + "…"
-    problem = Problem(f"the expression '{shown}': {message}", hint=hint)
+    problem = Problem(f"the expression {quote(text)}: {message}", hint=hint)
     return InvalidInput(str(problem), [problem], code="bad_expression")
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from collections.abc import Mapping as MappingType
 from typing import Any
 
 from outrider import pipeline as model
-from outrider._pipeline_refs import check_references
-from outrider._suggest import did_you_mean, listing
-from outrider._units import DURATION_HINT, SIZE_HINT, parse_duration, parse_size
+from outrider._node_reader import EnoughError, NodeReader
+from outrider._pipeline_names import check_names
+from outrider._suggest import listing
 from outrider._yaml import MAX_PROBLEMS, Mapping, Node, Scalar, Sequence, compose, kind, plain, short
 from outrider.errors import InvalidInput, Problem
 
@@ -31,7 +30,7 @@ def read_pipeline(text: str | bytes) -> model.Pipeline:
     reader = _Reader(problems)
     try:
         result = reader.pipeline(root)
-    except _EnoughError:
+    except EnoughError:
         result = None
         reader.problems.append(Problem(f"there are more than {MAX_PROBLEMS} problems; these are some of them"))
     if reader.problems or result is None:
@@ -41,166 +40,14 @@ def read_pipeline(text: str | bytes) -> model.Pipeline:
     return result
 
 
-class _EnoughError(Exception):
-    """MAX_PROBLEMS have been found."""
-
-
-class _Reader:
+class _Reader(NodeReader):
     def __init__(self, problems: list[Problem]) -> None:
-        self.problems = problems
-        self.places: dict[str, tuple[int, int]] = {}
+        super().__init__(problems)
         self.expression_text = 0
-
-    # --- parts that many have --------------------------------------------------------------------------------
-
-    def problem(self, node: Node, path: str, message: str, hint: str = "") -> None:
-        self._note(Problem(message, path, node.line, node.column, hint))
-
-    def _note(self, problem: Problem) -> None:
-        if len(self.problems) >= MAX_PROBLEMS:
-            raise _EnoughError
-        self.problems.append(problem)
-
-    def fields(
-        self, path: str, node: Node, known: MappingType[str, Reader], required: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Read a mapping whose keys are known. What could not be read is left out (and noted)."""
-        self.places[path] = (node.line, node.column)
-        if not isinstance(node, Mapping):
-            self.problem(node, path, f"must be a mapping, not {kind(node)}", f"it has {listing(known, 20)}")
-            return {}
-        values: dict[str, Any] = {}
-        for key, (at, value) in node.items.items():
-            inner = f"{path}.{key}" if path else key
-            if key not in known:
-                where = f"; {path or 'a pipeline'} has {listing(known, 20)}"
-                self.problem(at, inner, "unknown key", did_you_mean(key, known, otherwise=where[2:]))
-                continue
-            self.places[inner] = (value.line, value.column)
-            result = known[key](inner, value)
-            if result is not None:
-                values[key] = result
-        for key in required:
-            if key not in node.items:
-                self.problem(node, f"{path}.{key}" if path else key, "is missing", "it is required")
-        return values
-
-    def mapping(self, path: str, node: Node, pattern: str, hint: str, read: Reader) -> dict[str, Any]:
-        """Read a mapping whose keys are names."""
-        if not isinstance(node, Mapping):
-            if not (isinstance(node, Scalar) and node.value is None):
-                self.problem(node, path, f"must be a mapping, not {kind(node)}", hint)
-            return {}
-        values: dict[str, Any] = {}
-        for key, (at, value) in node.items.items():
-            inner = f"{path}.{key}"
-            self.places[inner] = (value.line, value.column)
-            if not re.fullmatch(pattern, key):
-                self.problem(at, inner, f"{short(key)} is not a name", hint)
-            result = read(inner, value)
-            if result is not None:
-                values[key] = result
-        return values
-
-    def sequence(self, path: str, node: Node, read: Reader, hint: str = "") -> list[Any]:
-        """Read a list; items that could not be read are left out (and noted)."""
-        if not isinstance(node, Sequence):
-            self.problem(node, path, f"must be a list, not {kind(node)}", hint)
-            return []
-        values = []
-        for index, item in enumerate(node.items):
-            inner = f"{path}[{index}]"
-            self.places[inner] = (item.line, item.column)
-            result = read(inner, item)
-            if result is not None:
-                values.append(result)
-        return values
-
-    def text(self, path: str, node: Node) -> str | None:
-        """A text without expressions."""
-        if not isinstance(node, Scalar) or not isinstance(node.value, str):
-            quote = "quote it to make it text" if isinstance(node, Scalar) and node.value is not None else ""
-            self.problem(node, path, f"must be a text, not {kind(node)}", quote)
-            return None
-        if "${{" in node.value:
-            self.problem(
-                node, path, "an expression can't stand here", "expressions stand in `with`, `if` and `writeback`"
-            )
-            return None
-        return node.value
-
-    def named(self, pattern: str, hint: str) -> Reader:
-        def read(path: str, node: Node) -> str | None:
-            text = self.text(path, node)
-            if text is not None and not re.fullmatch(pattern, text):
-                self.problem(node, path, f"{short(text)} is not a name", hint)
-                return None
-            return text
-
-        return read
-
-    def chosen(self, *words: str) -> Reader:
-        def read(path: str, node: Node) -> str | None:
-            text = self.text(path, node)
-            if text is not None and text not in words:
-                known = "it is one of " + ", ".join(words)
-                self.problem(node, path, f"{short(text)} is not known here", did_you_mean(text, words, otherwise=known))
-                return None
-            return text
-
-        return read
-
-    def boolean(self, path: str, node: Node) -> bool | None:
-        if isinstance(node, Scalar) and isinstance(node.value, bool):
-            return node.value
-        self.problem(node, path, f"must be true or false, not {kind(node)}")
-        return None
-
-    def number(self, least: float, most: float, *, whole: bool = True) -> Reader:
-        def read(path: str, node: Node) -> float | None:
-            value = node.value if isinstance(node, Scalar) else None
-            what = "a whole number" if whole else "a number"
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                self.problem(node, path, f"must be {what}, not {kind(node)}")
-                return None
-            if not least <= value <= most:
-                self.problem(node, path, f"must be {what} from {least:g} to {most:g}, not {value}")
-                return None
-            return value
-
-        return read
-
-    def size(self, path: str, node: Node) -> int | None:
-        if isinstance(node, Scalar) and isinstance(node.value, str | int) and not isinstance(node.value, bool):
-            try:
-                size = parse_size(node.text)
-            except ValueError as error:
-                self.problem(node, path, *str(error).split("; ", 1))
-                return None
-            if size > 0:
-                return size
-        self.problem(node, path, f"must be a size, not {kind(node)}", SIZE_HINT)
-        return None
-
-    def duration(self, path: str, node: Node) -> float | None:
-        if not isinstance(node, Scalar) or not isinstance(node.value, str):
-            self.problem(node, path, f"must be a duration with its unit, not {kind(node)}", DURATION_HINT)
-            return None
-        try:
-            seconds = parse_duration(node.value)
-        except ValueError as error:
-            self.problem(node, path, *str(error).split("; ", 1))
-            return None
-        if seconds <= 0 or seconds > 366 * 86400:
-            self.problem(node, path, "must be longer than nothing and no longer than a year", DURATION_HINT)
-            return None
-        return seconds
-
-    # --- the pipeline ----------------------------------------------------------------------------------------
 
     def pipeline(self, root: Node | None) -> model.Pipeline | None:
         if root is None or (isinstance(root, Scalar) and root.value is None):
-            self._note(Problem("the document is empty", line=1, column=1, hint="a pipeline has a name and steps"))
+            self.note(Problem("the document is empty", line=1, column=1, hint="a pipeline has a name and steps"))
             return None
         values = self.fields(
             "",
@@ -219,7 +66,7 @@ class _Reader:
             },
             required=("name", "steps"),
         )
-        self._names(values)
+        check_names(self, values, references=self.expression_text <= MAX_EXPRESSION_TEXT)
         if self.problems:
             return None
         result = model.Pipeline.model_validate(values)
@@ -320,7 +167,7 @@ class _Reader:
         for name, mount in values.get("volumes", {}).items():
             if mount["path"] in paths:
                 line, column = self.places[f"{path}.volumes.{name}"]
-                self._note(
+                self.note(
                     Problem(
                         f"{mount['path']} is where {paths[mount['path']]} is mounted",
                         f"{path}.volumes.{name}",
@@ -468,113 +315,6 @@ class _Reader:
         )
         values.setdefault("value", None)
         return values
-
-    # --- names that must fit together ----------------------------------------------------------------------
-
-    def _names(self, values: dict[str, Any]) -> None:
-        """Names of steps, volumes and envs against one another; whatever could be read takes part."""
-        self._unique(values)
-        volumes = values.get("volumes", {})
-        for index, step in enumerate(values.get("steps", ())):
-            path = f"steps[{index}]"
-            for name in step.get("volumes", {}):
-                if name not in volumes:
-                    known = (
-                        f"it has {listing(volumes)}" if volumes else f"add `volumes: {{{name}: {{}}}}` to the pipeline"
-                    )
-                    self._at(
-                        f"{path}.volumes.{name}",
-                        f"the pipeline has no volume {name}",
-                        did_you_mean(name, volumes, otherwise=known),
-                    )
-        self._envs(values)
-        self._graph(values)
-
-    def _at(self, path: str, message: str, hint: str = "") -> None:
-        place, nearest = self.places.get(path), path
-        while place is None and nearest:
-            nearest = nearest[: max(nearest.rfind("."), nearest.rfind("["), 0)]
-            place = self.places.get(nearest)
-        line, column = place or (0, 0)
-        self._note(Problem(message, path, line, column, hint))
-
-    def _unique(self, values: dict[str, Any]) -> None:
-        seen: dict[str, int] = {}
-        for index, step in enumerate(values.get("steps", ())):
-            name = step.get("name")
-            if name in seen:
-                self._at(
-                    f"steps[{index}].name", f"steps[{seen[name]}] is called {name} too", "each step has its own name"
-                )
-            elif name:
-                seen[name] = index
-        envs: set[str] = set()
-        for index, env in enumerate(values.get("envs", ())):
-            name = f"set {env['set']}" if "set" in env else env.get("name", "")
-            if name in envs:
-                self._at(f"envs[{index}]", f"{name} stands here twice")
-            envs.add(name)
-
-    def _envs(self, values: dict[str, Any]) -> None:
-        """Give each env of a step its full name: "set.NAME", or "NAME" of a value in the pipeline."""
-        sets = [env["set"] for env in values.get("envs", ()) if "set" in env]
-        plain_names = [env["name"] for env in values.get("envs", ()) if "name" in env]
-        for index, step in enumerate(values.get("steps", ())):
-            for name, reference in step.get("envs", {}).items():
-                path = f"steps[{index}].envs.{name}"
-                set_name, dot, env_name = reference.rpartition(".")
-                if not re.fullmatch(model.ENV_NAME_PATTERN, env_name):
-                    self._at(path, f"{short(reference)} names no env", "it reads like NAME or set.NAME")
-                elif dot and set_name not in sets:
-                    hint = f"add `- set: {set_name}` to the pipeline's envs" if not sets else f"it has {listing(sets)}"
-                    self._at(
-                        path,
-                        f"the pipeline has no env set {short(set_name)}",
-                        did_you_mean(set_name, sets, otherwise=hint),
-                    )
-                elif not dot and env_name not in plain_names:
-                    if len(sets) == 1:
-                        step["envs"][name] = f"{sets[0]}.{env_name}"
-                    elif sets:
-                        self._at(
-                            path, f"{env_name} can be in any of the sets {listing(sets)}", f"write {sets[0]}.{env_name}"
-                        )
-                    else:
-                        hint = did_you_mean(
-                            env_name, plain_names, otherwise="add it, or its `set`, to the pipeline's envs"
-                        )
-                        self._at(path, f"the pipeline has no env {env_name}", hint)
-
-    def _graph(self, values: dict[str, Any]) -> None:
-        steps = values.get("steps", ())
-        names = [step["name"] for step in steps if "name" in step]
-        needs: dict[str, tuple[str, ...]] = {}
-        before: tuple[str, ...] = ()
-        for index, step in enumerate(steps):
-            for position, need in enumerate(step.get("needs", ())):
-                path = f"steps[{index}].needs[{position}]"
-                if need == step.get("name"):
-                    self._at(path, "a step can't need itself")
-                elif need not in names:
-                    self._at(
-                        path,
-                        f"there is no step {need}",
-                        did_you_mean(need, names, otherwise=f"there are {listing(names)}"),
-                    )
-                elif need in step["needs"][:position]:
-                    self._at(path, f"{need} stands here twice")
-            if "name" in step:
-                needs.setdefault(step["name"], tuple(step["needs"]) if "needs" in step else before)
-                before = (step["name"],)
-        closed = model.all_before(needs)
-        for index, step in enumerate(steps):
-            name = step.get("name")
-            if name in closed and name in closed[name] and name not in needs[name]:
-                cycle = sorted(other for other in closed[name] if name in closed.get(other, ()))
-                self._at(f"steps[{index}].needs", f"the steps {listing(cycle)} wait for one another in a circle")
-                break
-        if self.expression_text <= MAX_EXPRESSION_TEXT:
-            check_references(values, closed, self._at)
 
 
 def mount_problem(path: str) -> str:

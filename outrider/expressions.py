@@ -8,17 +8,16 @@ a panic included, becomes a sentence. See docs/decisions/0001-cel-library.md.
 
 from __future__ import annotations
 
-import datetime as dt
 import functools
 import json
 import logging
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from outrider._cel_lexer import MAX_DEPTH, MAX_LENGTH, MAX_TOKENS, Reference, Scan, Segment, scan, split
+from outrider._cel_lexer import MAX_DEPTH, MAX_LENGTH, MAX_TOKENS, Reference, Scan, Segment, quote, scan, split
+from outrider._cel_values import FUNCTIONS, MAX_RESULT, json_value, narrow
 from outrider._suggest import did_you_mean, listing
 from outrider.errors import InvalidInput, PermanentError, Problem
 
@@ -38,10 +37,6 @@ __all__ = [
     "references",
     "render",
 ]
-
-MAX_RESULT = 64 * 1024
-"""Characters of a text, and bytes of JSON of a list or mapping, that an expression may come to."""
-MAX_DATA_DEPTH = 64
 
 ROOTS = ("args", "node", "object", "run", "steps", "volumes")
 STATUS_FUNCTIONS = ("always", "failure", "success")
@@ -67,7 +62,7 @@ class Expression:
         ``outcomes`` are those of the steps that come before, for `success()` and `failure()`; ``None`` takes them
         from ``context["steps"]``. Raises PermanentError naming the expression.
         """
-        functions = dict(_FUNCTIONS)
+        functions = dict(FUNCTIONS)
         if not self.scan.functions.isdisjoint(STATUS_FUNCTIONS):
             known = list(_outcomes(context) if outcomes is None else outcomes)
             functions.update(
@@ -75,12 +70,12 @@ class Expression:
                 success=lambda: succeeded(known),
                 failure=lambda: "failed" in known,
             )
-        data = _narrow(context, self.scan.references, self.text)
+        data = narrow(context, self.scan.references, self.text)
         try:
             value = self.program.execute(_cel().Context(data, functions))
         except BaseException as error:
             raise _failed(self, error, context) from error
-        return _json_value(value, self.text)
+        return json_value(value, self.text)
 
 
 def succeeded(outcomes: Iterable[str]) -> bool:
@@ -105,8 +100,8 @@ def compile_expression(text: str) -> Expression:
     for call in sorted(found.functions):
         if call in _MACROS:
             raise _invalid(text, f"{call}() is not allowed", "expressions don't loop; let a step do that work")
-        if call not in _BUILT_IN and call not in _FUNCTIONS and call not in STATUS_FUNCTIONS:
-            known = {*_BUILT_IN, *_FUNCTIONS, *STATUS_FUNCTIONS}
+        if call not in _BUILT_IN and call not in FUNCTIONS and call not in STATUS_FUNCTIONS:
+            known = {*_BUILT_IN, *FUNCTIONS, *STATUS_FUNCTIONS}
             raise _invalid(
                 text, f"there is no function {call}()", did_you_mean(call, known, otherwise=listing(known, 40))
             )
@@ -151,7 +146,7 @@ def evaluate_condition(
     value = expression.evaluate(context, known)
     if not isinstance(value, bool):
         raise PermanentError(
-            f"the condition {_quote(text)} comes to {_short_json(value)}", code="bad_condition",
+            f"the condition {quote(text)} comes to {_short_json(value)}", code="bad_condition",
             hint="a condition comes to true or false",
         )  # fmt: skip
     return value
@@ -246,7 +241,7 @@ def _render_text(text: str, context: Mapping[str, Any]) -> Any:
         value = compile_expression(segment.text.strip()).evaluate(context)
         if value is None:
             raise PermanentError(
-                f"the expression {_quote(segment.text)} comes to null within a text", code="expression_failed",
+                f"the expression {quote(segment.text)} comes to null within a text", code="expression_failed",
                 hint="test it first, as in has(x) ? x : 'none'",
             )  # fmt: skip
         parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
@@ -257,148 +252,6 @@ def _outcomes(context: Mapping[str, Any]) -> Iterator[str]:
     for step in (context.get("steps") or {}).values():
         if isinstance(step, Mapping) and "outcome" in step:
             yield step["outcome"]
-
-
-# --- what goes in -----------------------------------------------------------------------------------------------
-
-
-def _narrow(context: Mapping[str, Any], wanted: Iterable[Reference], text: str) -> dict[str, Any]:
-    """The part of the context that the expression can reach, checked for what the library would get wrong:
-    it turns integers over 64 bits into floats without a word, and follows nesting on the machine's stack."""
-    data: dict[str, Any] = {}
-    for reference in wanted:
-        if context.get(reference.root) is None:
-            data.setdefault(reference.root, {})
-            continue
-        value = context[reference.root]
-        if len(reference) > 1 and isinstance(value, Mapping):
-            part = data.setdefault(reference.root, {})
-            if reference[1] in value and isinstance(part, dict):
-                part[reference[1]] = _checked(value[reference[1]], text)
-    # A bare root (`"x" in args`, `args[object.name]`) needs the whole of it, whatever was taken of it before.
-    for reference in wanted:
-        if context.get(reference.root) is not None and (
-            len(reference) == 1 or not isinstance(context[reference.root], Mapping)
-        ):
-            data[reference.root] = _checked(context[reference.root], text)
-    return data
-
-
-def _checked(value: Any, text: str, depth: int = 0) -> Any:
-    if depth > MAX_DATA_DEPTH:
-        raise PermanentError(
-            f"the expression {_quote(text)} reads data nested deeper than {MAX_DATA_DEPTH} levels",
-            code="expression_failed",
-        )
-    if value is None or isinstance(value, bool | float):
-        return value
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode() if not value.isascii() else value
-    if isinstance(value, int):
-        if not -(2**63) <= value < 2**63:
-            raise PermanentError(
-                f"the expression {_quote(text)} reads the number {str(value)[:40]}, which does not fit 64 bits",
-                code="expression_failed", hint="keep it as text",
-            )  # fmt: skip
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _checked(item, text, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_checked(item, text, depth + 1) for item in value]
-    raise PermanentError(
-        f"the expression {_quote(text)} reads a value of type {type(value).__name__}, which is not JSON",
-        code="expression_failed",
-    )
-
-
-# --- what comes out ---------------------------------------------------------------------------------------------
-
-
-def _json_value(value: Any, text: str) -> Any:
-    plain = _plain(value, text)
-    if isinstance(plain, str):
-        size = len(plain)
-    elif isinstance(plain, list | dict):
-        size = len(json.dumps(plain))
-    else:
-        return plain
-    if size > MAX_RESULT:
-        raise PermanentError(
-            f"the expression {_quote(text)} comes to {size:,} characters", code="expression_failed",
-            hint=f"{MAX_RESULT:,} is the most",
-        )  # fmt: skip
-    return plain
-
-
-def _plain(value: Any, text: str) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        raise PermanentError(f"the expression {_quote(text)} comes to {value}", code="expression_failed")
-    if isinstance(value, dt.datetime):
-        return value.isoformat().replace("+00:00", "Z")
-    if isinstance(value, dt.timedelta):
-        return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".") + "s"
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, text) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, text) for item in value]
-    raise PermanentError(
-        f"the expression {_quote(text)} comes to a value of type {type(value).__name__}, which is not JSON",
-        code="expression_failed",
-    )
-
-
-# --- functions that CEL's standard library lacks ------------------------------------------------------------------
-
-
-def _string(value: Any) -> str:
-    """What the library's own string() leaves out: booleans and null."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    raise TypeError("string() takes no list or mapping")
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}() takes texts, not {type(value).__name__}")
-    return value
-
-
-def _replace(text: str, old: str, new: str) -> str:
-    text, old, new = (_text("replace", value) for value in (text, old, new))
-    if len(text) + text.count(old) * len(new) > MAX_RESULT:
-        raise ValueError(f"replace() would make more than {MAX_RESULT:,} characters")
-    return text.replace(old, new)
-
-
-def _split(text: str, separator: str) -> list[str]:
-    if not _text("split", separator):
-        raise ValueError("split() needs something to split at")
-    return _text("split", text).split(separator)
-
-
-def _join(items: list[str], separator: str = "") -> str:
-    if not isinstance(items, list):
-        raise TypeError("join() takes a list of texts")
-    if sum(len(_text("join", item)) for item in items) + len(items) * len(_text("join", separator)) > MAX_RESULT:
-        raise ValueError(f"join() would make more than {MAX_RESULT:,} characters")
-    return separator.join(items)
-
-
-_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
-_UPPER = {code: code - 32 for code in range(ord("a"), ord("z") + 1)}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "string": _string,
-    "lowerAscii": lambda text: _text("lowerAscii", text).translate(_LOWER),
-    "upperAscii": lambda text: _text("upperAscii", text).translate(_UPPER),
-    "trim": lambda text: _text("trim", text).strip(),
-    "replace": _replace,
-    "split": _split,
-    "join": _join,
-}
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -434,7 +287,7 @@ def _failed(expression: Expression, error: BaseException, context: Mapping[str, 
         message = said.removeprefix("TypeError: ").removeprefix("ValueError: ")
         message = re.split(r" Check |\. CEL does|\. Convert |\n", message)[0].rstrip(".") or type(error).__name__
     return PermanentError(
-        f"the expression {_quote(expression.text)} fails: {message}", code="expression_failed", hint=hint
+        f"the expression {quote(expression.text)} fails: {message}", code="expression_failed", hint=hint
     )
 
 
@@ -462,18 +315,13 @@ def _root_hint(root: str, text: str) -> str:
     return did_you_mean(root, ROOTS, otherwise=f"expressions read {listing(ROOTS)}")
 
 
-def _quote(text: str) -> str:
-    text = " ".join(text.split())
-    return f"'{text if len(text) <= 120 else text[:120] + '…'}'"
-
-
 def _short_json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:60] + "…"
 
 
 def _invalid(text: str, message: str, hint: str) -> InvalidInput:
-    problem = Problem(f"the expression {_quote(text)}: {message}", hint=hint)
+    problem = Problem(f"the expression {quote(text)}: {message}", hint=hint)
     return InvalidInput(str(problem), [problem], code="bad_expression")
 
 

@@ -43,7 +43,7 @@ def test_each_key_is_described(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted({*expressions._BUILT_IN, *expressions._FUNCTIONS, *expressions.STATUS_FUNCTIONS, *expressions.ROOTS})
+    "name", sorted({*expressions._BUILT_IN, *expressions.FUNCTIONS, *expressions.STATUS_FUNCTIONS, *expressions.ROOTS})
 )
 def test_each_function_and_name_of_expressions_is_described(name: str) -> None:
     assert re.search(rf"`{name}[`(.]", PAGE)
