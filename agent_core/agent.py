@@ -57,7 +57,7 @@ _EVENTS = {"start": "container.started", "die": "container.exited", "oom": "cont
 
 
 class Agent:
-    """One agent. ``runtime``: an engine to use in place of the configured driver (for tests)."""
+    """One agent. ``runtime``: an engine to use in place of the configured driver; whoever gives it closes it."""
 
     def __init__(self, config: AgentConfig, *, runtime: Runtime | None = None) -> None:
         self.config = config
@@ -151,7 +151,8 @@ class Agent:
             await self._remote.stop_streams()
             with contextlib.suppress(OutriderError):
                 await netpool.aclose()
-            await runtime.aclose()
+            if self._given_runtime is None:
+                await runtime.aclose()
             spool.close()
             journal.close()
 

@@ -288,16 +288,20 @@ class RunExecution:
 
     async def step_env(self, step: Step, status: types.StepStatus) -> dict[str, str]:
         """The values allotted to ``step``. Waits for the server as long as the step's timeout lets it."""
-        if self._envs is not None:
+        values: dict[str, str] = {}
+        if self._envs is not None and (self._envs.done() or any("." in each for each in step.envs.values())):
             if not self._envs.done():
                 # On the way most of the time: only what takes a while is worth telling.
                 await asyncio.wait({self._envs}, timeout=0.5)
             if not self._envs.done():
                 await self.waiting(status, "envs")
-            values, secret_names = await self._with_deadline(step)
+            try:
+                values, secret_names = await self._with_deadline(step)
+            except PermanentError:
+                if step.envs:
+                    raise
+                secret_names = frozenset()
             self.secrets = tuple(sorted({values[name] for name in secret_names if values.get(name)}))
-        else:
-            values = {}
         values = {**plain_envs(self.pipeline), **values}
         missing = [reference for reference in step.envs.values() if reference not in values]
         if missing:
