@@ -21,6 +21,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NODE_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
 class Changing(Protocol):
@@ -68,12 +69,22 @@ def request_digest(method: str, request: Changing) -> bytes:
 
 
 def check_name(what: str, name: str) -> None:
-    """Raise InvalidInput unless ``name`` can name a node or an object."""
+    """Raise InvalidInput unless ``name`` can name an object or its kind."""
     if not _NAME.fullmatch(name):
         raise InvalidInput(
             f"{name!r} can't be the {what}" if name else f"the {what} is missing",
             code="bad_name",
             hint="letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit",
+        )
+
+
+def check_node_id(node_id: str) -> None:
+    """Raise InvalidInput unless an agent could have this id: it also becomes part of names on the node."""
+    if not _NODE_ID.fullmatch(node_id):
+        raise InvalidInput(
+            f"{node_id!r} can't be the id of a node" if node_id else "the id of the node is missing",
+            code="bad_name",
+            hint="lower-case letters, digits, '.', '_' and '-', at most 63, beginning and ending with a letter or digit",
         )
 
 

@@ -9,7 +9,7 @@ from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import types_pb2
 from server_core import dispatch
 from server_core.bus.base import EVENTS, NODES
-from server_core.control.common import Context, Part, check_name
+from server_core.control.common import Context, Part, check_node_id
 from server_core.security import tokens as token_digests
 from server_core.store import events, nodes, runs, tokens
 from server_core.store.common import stamp
@@ -27,7 +27,7 @@ class Nodes(Part):
         )
 
     async def AddNode(self, request: pb.AddNodeRequest, context: Context) -> pb.AddNodeResponse:
-        check_name("id of a node", request.node_id)
+        check_node_id(request.node_id)
         token = token_digests.mint(token_digests.NODE_PREFIX)
         caller = tokens.Caller(tokens.NODE, request.node_id, "node", token_digests.digest(token))
 
