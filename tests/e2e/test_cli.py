@@ -35,7 +35,8 @@ steps:
     uses: container.run
     with: {image: "outrider/base:1", args: ["python3", "-uc", "%s"]}
 """
-COUNT = "import signal,sys,time; signal.signal(15, lambda *_: sys.exit(9)); [(print(i), time.sleep(.1)) for i in range(600)]"
+STOP_AT_ONCE = "import signal,sys,time; signal.signal(15, lambda *_: sys.exit(9))"
+COUNT = f"{STOP_AT_ONCE}; [(print(i), time.sleep(.1)) for i in range(600)]"
 
 
 def step_log(dev: Dev, run_id: str, step: str) -> bytes:
