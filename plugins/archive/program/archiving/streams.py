@@ -78,12 +78,14 @@ class Decompressing:
 
     def read(self, size: int) -> bytes:
         while not self._over:
-            data = b""
+            data, exhausted = b"", False
             if getattr(self._current, "needs_input", True) or not self._started:
                 data = self._source.read(CHUNK)
+                exhausted = not data
             self._started = True
             produced = self._current.decompress(data, size)
-            if not data and not produced and not self._current.eof and getattr(self._current, "needs_input", True):
+            # Only a source that has been asked can be at its end: a decoder may have held back nothing but a block's mark.
+            if exhausted and not produced and not self._current.eof:
                 raise Truncated
             if self._current.eof:
                 self._next_frame()
