@@ -73,9 +73,11 @@ def staged_file(target: str | os.PathLike[str], *, mode: int = 0o644) -> Iterato
     _make_parents(path)
     _remove_leftovers(path.parent, path.name)
     stage = path.parent / _stage_name(path.name)
-    with _naming(path):
-        descriptor = os.open(stage, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    descriptor = None
     try:
+        # Within the try: a cancellation may come at any instant.
+        with _naming(path):
+            descriptor = os.open(stage, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Opened again by name for the sake of ``file.name``; the lock belongs to the first descriptor.
         with stage.open("r+b") as file:
@@ -89,7 +91,8 @@ def staged_file(target: str | os.PathLike[str], *, mode: int = 0o644) -> Iterato
             stage.unlink()
         raise
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -106,14 +109,17 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         _make_parents(path)
     _remove_leftovers(place, path.name)
     stage = place / _stage_name(path.name)
-    with _naming(path):
-        stage.mkdir(mode=0o755)
-    descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = None
     try:
+        # Within the try: a cancellation may come at any instant.
+        with _naming(path):
+            stage.mkdir(mode=0o755)
+        descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield stage
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
         remove_tree(stage)
 
 

@@ -36,6 +36,8 @@ def check() -> None:
     except subprocess.TimeoutExpired:
         raise BuildError("the container engine did not answer for 30 s: run scripts/engine.sh status") from None
     if answer.returncode != 0:
+        if "permission denied" in answer.stderr.lower():
+            raise BuildError("this user may not speak to the container engine: run the build with sudo")
         last = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise BuildError(f"the container engine does not answer ({last}): run scripts/engine.sh start")
 

@@ -176,7 +176,7 @@ def test_something_else_is_said_to_be_no_archive(step: Step, tmp_path: Path, vol
 def test_bomb_stops_at_the_limit(step: Step, tmp_path: Path, volume: Path, kind: str) -> None:
     source = tmp_path / "zeros"
     with source.open("wb") as file:
-        file.truncate(200_000_000)
+        file.truncate(60_000_000)
     assert step("create", **{"from": str(source)}, to=str(tmp_path / f"bomb.{kind}"), level=1).code == 0
     code, sentence = refused(step, tmp_path / f"bomb.{kind}", volume, max_bytes="10MB")
     assert code == "archive_too_large"
@@ -237,7 +237,7 @@ def test_cancelled_extraction_leaves_nothing(
 ) -> None:
     source = tmp_path / "zeros"
     with source.open("wb") as file:
-        file.truncate(3_000_000_000)
+        file.truncate(600_000_000)
     assert step("create", **{"from": str(source)}, to=str(tmp_path / "a.tar.zst"), level=1).code == 0
     process, directory = start("extract", **{"from": str(tmp_path / "a.tar.zst")}, to=str(volume / "t"))
     deadline = time.monotonic() + 20
@@ -256,7 +256,7 @@ def test_leftover_of_a_killed_attempt_is_removed_by_the_next(
 ) -> None:
     source = tmp_path / "zeros"
     with source.open("wb") as file:
-        file.truncate(1_000_000_000)
+        file.truncate(600_000_000)
     assert step("create", **{"from": str(source)}, to=str(tmp_path / "a.tar.zst"), level=1).code == 0
     process, _ = start("extract", **{"from": str(tmp_path / "a.tar.zst")}, to=str(volume / "t"))
     deadline = time.monotonic() + 20
