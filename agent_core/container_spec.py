@@ -83,6 +83,7 @@ class ManagedSpec(_Model):
     stop_signal: Annotated[str, StringConstraints(pattern=r"^(SIG)?[A-Z0-9+]{1,12}$")] | None = None
     stop_grace_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
     network: str = "egress"  # a class of the node's policy, "none", or "host"
+    init: bool = False
     writable_root: bool = False
     user: str | None = None
     capabilities: tuple[str, ...] = ()

@@ -180,6 +180,7 @@ class Containers:
                 log_max_bytes=self._policy.limits.managed_log_bytes,
                 log_files=self._policy.limits.managed_log_files,
                 stop_signal=spec.stop_signal,
+                init=spec.init,
             )
             await self._record(spec, scope, digest, "starting")
             container_id = ""

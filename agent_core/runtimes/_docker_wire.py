@@ -34,8 +34,11 @@ _EXIT_CODE = re.compile(r"Exited \((\d+)\)")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 
 
-def create_body(spec: ContainerSpec) -> Json:
-    """The body of a create call. The sandbox is here: what is not asked for by name is off."""
+def create_body(spec: ContainerSpec, *, has_init: bool = False) -> Json:
+    """The body of a create call. The sandbox is here: what is not asked for by name is off.
+
+    ``has_init``: the engine has its init program; without one it would refuse to start the container.
+    """
     host: Json = {
         "Privileged": False,
         "CapDrop": ["ALL"],
@@ -56,6 +59,7 @@ def create_body(spec: ContainerSpec) -> Json:
         ],
         "NetworkMode": spec.network,
         "IpcMode": "private",
+        "Init": spec.init and has_init,
         "GroupAdd": [str(group) for group in spec.groups],
         "Devices": [
             {"PathOnHost": device, "PathInContainer": device, "CgroupPermissions": "rwm"} for device in spec.devices

@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import re
+import shutil
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +46,7 @@ DEFAULT_SOCKET = "/var/run/docker.sock"
 _API_VERSIONS = ("1.40", "1.44")  # the oldest that has all we use; the oldest that engines from 29 on still speak
 _CALL_TIMEOUT_S = 60.0
 _PULL_SILENCE_S = 300.0
+_INIT_PATH = "/usr/local/bin:/usr/bin:/usr/local/libexec/docker:/usr/libexec/docker"
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,8 @@ class DockerRuntime:
         self._local = threading.local()
         self._clients: set[Client] = set()
         self._version = ""
+        # The engine looks for it in its own path, and does not say whether it found it.
+        self._has_init = shutil.which("docker-init", path=f"{os.environ.get('PATH', '')}:{_INIT_PATH}") is not None
         self._session: aiohttp.ClientSession | None = None
         self._exits = Exits(self._events, self.inspect, self._boot, self._alive)
         self._pulls: dict[str, asyncio.Task[str]] = {}
@@ -125,7 +130,7 @@ class DockerRuntime:
 
     async def create(self, spec: ContainerSpec) -> str:
         self._exits.start()
-        body = wire.create_body(spec)
+        body = wire.create_body(spec, has_init=self._has_init)
         answer = await self._call(
             "create", spec.name, lambda client: client.create_container_from_config(body, spec.name)
         )

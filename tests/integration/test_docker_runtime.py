@@ -71,6 +71,15 @@ async def test_exit_is_known_however_early_or_late_it_is_asked_for(node: Node) -
         await other.aclose()
 
 
+async def test_program_that_handles_no_signals_stops_at_once_under_the_init(node: Node) -> None:
+    container = await node.runtime.create(spec(node, "init", "sh", "-c", "sleep 60; true", init=True))
+    await node.runtime.start(container)
+    started = time.monotonic()
+    await node.runtime.stop(container, grace_s=10)
+    assert time.monotonic() - started < 5
+    assert (await node.runtime.exited(container)).exit_code == 143
+
+
 async def test_end_for_want_of_memory_is_told(node: Node) -> None:
     eat = "x = []\nwhile True: x.append(bytearray(1 << 20))"
     container = await node.runtime.create(spec(node, "oom", "python3", "-c", eat, memory_bytes=24 * 1024**2))

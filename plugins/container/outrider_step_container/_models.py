@@ -156,6 +156,7 @@ class StartParams(_Model):
     stop_signal: Annotated[str, StringConstraints(pattern=r"^(SIG)?[A-Z0-9+]{1,12}$")] | None = None
     stop_grace: Duration = 10.0
     network: str = Field(default="egress", description="a network class of the node, none, or host")
+    init: bool = Field(default=False, description="a small init as PID 1, for programs that handle no signals")
     writable_root: bool = False
     user: str | None = None
     capabilities: list[str] = Field(default_factory=list)
@@ -171,7 +172,7 @@ class StartParams(_Model):
             mode="json",
             include={
                 "name", "image", "args", "entrypoint", "workdir", "env", "restart", "stop_signal", "network",
-                "writable_root", "user", "capabilities", "devices", "replace",
+                "init", "writable_root", "user", "capabilities", "devices", "replace",
             },
         )  # fmt: skip
         request["ports"] = [port.model_dump(mode="json") for port in self.ports]
