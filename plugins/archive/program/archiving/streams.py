@@ -84,7 +84,7 @@ class Decompressing:
                 exhausted = not data
             self._started = True
             produced = self._current.decompress(data, size)
-            # Only a source that has been asked can be at its end: a decoder may have held back nothing but a block's mark.
+            # Only a source that was asked can be at its end: a decoder may have held back nothing but a block's mark.
             if exhausted and not produced and not self._current.eof:
                 raise Truncated
             if self._current.eof:
