@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help venv engine images demo test unit lint types protos protos-check bench clean
+.PHONY: help venv engine images locks demo test unit lint types protos protos-check bench clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -16,6 +16,9 @@ engine: ## a running container engine, installed if there is none
 
 images: venv engine ## the base image and the step images
 	@$(SUDO) $(PY) deploy/images/build.py
+
+locks: venv ## requirements.lock of every image, from its requirements.in
+	@$(PY) deploy/images/build.py lock
 
 # An engine that was started for these is stopped again; one that was there before is left as it is.
 WITH_ENGINE = code=0; $(SUDO) $(1) || code=$$?; $(SUDO) scripts/engine.sh stop 2>/dev/null; exit $$code
@@ -34,6 +37,9 @@ lint: venv ## style: ruff
 
 types: venv ## types: mypy --strict
 	@$(PY) -m mypy
+	@MYPYPATH=stepkit:deploy/images $(PY) -m mypy --explicit-package-bases stepkit/outrider_stepkit deploy/images/imagebuild
+	@for plugin in plugins/*; do MYPYPATH=stepkit:$$plugin:$$plugin/program $(PY) -m mypy --explicit-package-bases \
+		$$plugin/program $$plugin/outrider_step_* || exit 1; done
 
 protos: venv ## generate outrider/v1 from proto/
 	@scripts/protos.sh

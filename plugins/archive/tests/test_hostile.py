@@ -132,8 +132,13 @@ def packed(kind: str, path: Path) -> Path:
             seven.writestr(b"a" * 5000, "a")
             seven.writestr(noise, "b/c")
     else:
-        compress = {"tar": bytes, "tar.gz": gzip.compress, "tar.xz": lzma.compress, "tar.zst": zstd.compress}[kind]
-        path.write_bytes(compress(data))
+        compressors: dict[str, Callable[[bytes], bytes]] = {
+            "tar": bytes,
+            "tar.gz": gzip.compress,
+            "tar.xz": lzma.compress,
+            "tar.zst": zstd.compress,
+        }
+        path.write_bytes(compressors[kind](data))
     return path
 
 
