@@ -133,7 +133,8 @@ class Exits:
                     if item:
                         await self._heard(item)
             except OutriderError as error:
-                log.warning("the engine's events are cut off: %s", error)
+                # Once: it is tried again for as long as it takes.
+                log.log(logging.WARNING if retry == 0 else logging.DEBUG, "no events from the engine: %s", error)
             self._up.clear()
             retry += 1
             await asyncio.sleep(self._retry.wait_s(retry))

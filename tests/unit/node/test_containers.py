@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from agent_core.container_spec import ManagedSpec, substitute
+from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec
+from outrider.errors import Conflict, EngineUnavailable, InvalidInput, NotFound, PermanentError, PolicyViolation
+
+if TYPE_CHECKING:
+    from conftest import Parts
+
+
+def spec(**more: Any) -> ManagedSpec:
+    return ManagedSpec.parse({"name": "arena", "image": "game:1", "ready": {"log": "is up"}} | more)
+
+
+async def test_leased_ports_are_known_to_the_container_before_it_exists(parts: Parts) -> None:
+    wanted = spec(
+        ports=[{"name": "game", "protocol": "udp", "container": 27960}, {"name": "same"}],
+        env={"SV_PORT": "$(ports.game)", "LITERAL": "$$(ports.game)"},
+        args=["+port", "$(ports.same)"],
+    )
+    started = await parts.containers.start(wanted, parts.scope)
+    made = parts.runtime.spec_of("arena")
+    assert made.env == {"SV_PORT": str(started.ports["game"]), "LITERAL": "$(ports.game)"}
+    assert made.args == ("+port", str(started.ports["same"]))
+    assert [(p.container, p.host, p.protocol) for p in made.ports] == [
+        (27960, started.ports["game"], "udp"),
+        (started.ports["same"], started.ports["same"], "tcp"),
+    ]
+    assert made.user == "200001:200001"
+    assert made.cap_add == ()
+    assert made.read_only_root
+
+
+async def test_step_started_twice_starts_one_container(parts: Parts) -> None:
+    both = await asyncio.gather(*(parts.containers.start(spec(), parts.scope) for _ in range(2)))
+    assert both[0].id == both[1].id
+    assert [call for call in parts.runtime.calls if call[0] == "create"] == [("create", "arena")]
+
+
+async def test_agent_killed_between_create_and_start_starts_what_is_there(parts: Parts) -> None:
+    """The journal says "starting", the container exists: its name is ours, so it is adopted and started."""
+    started = await parts.containers.start(spec(), parts.scope)
+    await parts.runtime.stop("arena", grace_s=1)
+    await parts.journal.execute("UPDATE managed SET state = 'starting'")
+    again = await parts.containers.start(spec(), parts.scope)
+    assert (again.id, again.adopted) == (started.id, True)
+    assert (await parts.containers.inspect("arena")).state == "running"
+
+
+async def test_failed_start_leaves_nothing_behind(parts: Parts) -> None:
+    with pytest.raises(PermanentError, match=r"ended with exit code 7 before it was ready(.|\n)*no such map"):
+        await parts.containers.start(
+            spec(image="crash:1", ports=[{"name": "game"}], volumes={"saves": "/data"}), parts.scope
+        )
+    with pytest.raises(NotFound, match="image gone:1"):
+        await parts.containers.start(spec(image="gone:1", ports=[{"name": "game"}]), parts.scope)
+    assert await parts.runtime.list() == []
+    for table in ("port_leases", "volume_uses", "managed"):
+        assert await parts.journal.query(f"SELECT * FROM {table}") == []
+
+
+async def test_game_that_was_ready_once_is_not_removed_for_failing_to_start_again(parts: Parts) -> None:
+    wanted = spec(ready={"log": "is up", "timeout_s": 0.2})
+    await parts.containers.start(wanted, parts.scope)
+    await parts.containers.stop("arena")
+    parts.runtime.spec_of("arena")
+
+    async def broken(process: Any) -> int:
+        process.log.clear()
+        return 3
+
+    parts.runtime.programs["game:1"] = broken
+    with pytest.raises(PermanentError):
+        await parts.containers.start(wanted, parts.scope)
+    assert (await parts.containers.inspect("arena")).name == "arena"
+
+
+async def test_attempt_that_is_over_takes_its_unfinished_start_with_it(parts: Parts) -> None:
+    never = spec(ready={"log": "never", "timeout_s": 60}, ports=[{"name": "game"}])
+    start = asyncio.create_task(parts.containers.start(never, parts.scope))
+    while not any(call[0] == "logs" for call in parts.runtime.calls):
+        await asyncio.sleep(0.01)
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    assert len(await parts.runtime.list()) == 1  # the agent may only be stopping
+    await parts.containers.end_attempt(parts.scope)
+    assert await parts.runtime.list() == []
+    assert parts.ports.held("arena") == {}
+
+
+async def test_no_more_volumes_than_the_step_has(parts: Parts) -> None:
+    with pytest.raises(PolicyViolation, match=r"volume other, which its step was not given \(the step has: saves\)"):
+        await parts.containers.start(spec(volumes={"other": "/data"}), parts.scope)
+    with pytest.raises(PolicyViolation, match="which its step has read-only"):
+        await parts.containers.start(spec(volumes={"saves": "/data:rw"}), parts.scope)
+    for target in ("data", "/", "/proc/x", "/a/../b", "/outrider", "/data:rx", "//x"):
+        with pytest.raises(InvalidInput):
+            await parts.containers.start(spec(volumes={"saves": target}), parts.scope)
+    assert await parts.runtime.list() == []
+
+
+async def test_containers_of_the_agent_are_not_the_operators(parts: Parts) -> None:
+    labels = {LABEL_NODE: "n1", LABEL_KIND: "step"}
+    step = await parts.runtime.create(ContainerSpec(name="step", image="game:1", labels=labels))
+    await parts.runtime.start(step)
+    with pytest.raises(PolicyViolation, match="cancel its run instead"):
+        await parts.containers.stop("step")
+    foreign = await parts.runtime.create(ContainerSpec(name="arena", image="game:1"))
+    with pytest.raises(Conflict, match="not Outrider's to use"):
+        await parts.containers.start(spec(), parts.scope)
+    assert (await parts.runtime.inspect(foreign)).state == "created"
+
+
+async def test_engine_that_is_away_is_said_so(parts: Parts) -> None:
+    parts.runtime.stop_engine()
+    with pytest.raises(EngineUnavailable):
+        await parts.containers.start(spec(), parts.scope)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"ports": [{"name": "a"}, {"name": "a"}]},
+        {"ready": {"tcp": {"port": "nope"}}},
+        {"ready": {"log": "x", "tcp": {"port": "a"}}},
+        {"env": {"X": "$(ports.nope)"}},
+        {"env": {"1X": ""}},
+        {"name": "a/b"},
+        {"unknown": 1},
+        {"privileged": True},
+        {"network": "none", "ports": [{"name": "a"}]},
+    ],
+)
+def test_wrong_specifications_are_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="specification is not valid"):
+        spec(**more)
+
+
+def test_substitution_touches_nothing_else() -> None:
+    assert substitute("a $(ports.x) $$(ports.x) $HOME ${Y} $(", {"x": 5}) == "a 5 $(ports.x) $HOME ${Y} $("

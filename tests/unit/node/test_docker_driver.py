@@ -1,0 +1,238 @@
+"""What of the Docker driver needs no engine: frames, create bodies, errors, and ends known from events."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
+from typing import Any
+
+import docker.errors
+import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent_core.runtimes._docker_exits import Exits
+from agent_core.runtimes._docker_streams import Demultiplexer
+from agent_core.runtimes._docker_wire import create_body, moment, translate
+from agent_core.runtimes.base import ContainerInfo, ContainerSpec, Mount, PortBinding
+from outrider.errors import Conflict, EngineUnavailable, NotFound, OperationTimeout, OutriderError, TemporaryError
+from outrider.retry import RetryPolicy
+
+FRAMES = st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=50)), max_size=20)
+
+
+@given(FRAMES, st.lists(st.integers(1, 30), min_size=1, max_size=50))
+def test_frames_are_put_together_however_they_are_cut(frames: list[tuple[int, bytes]], cuts: list[int]) -> None:
+    wire = b"".join(struct.pack(">BxxxI", number, len(data)) + data for number, data in frames)
+    demultiplexer = Demultiplexer()
+    got: dict[str, bytes] = {"stdout": b"", "stderr": b""}
+    position = 0
+    index = 0
+    while position < len(wire):
+        size = cuts[index % len(cuts)]
+        for stream, data in demultiplexer.feed(wire[position : position + size]):
+            got[stream] += data
+        position, index = position + size, index + 1
+    assert got["stdout"] == b"".join(data for number, data in frames if number == 1)
+    assert got["stderr"] == b"".join(data for number, data in frames if number == 2)
+
+
+def test_defaults_are_the_sandbox() -> None:
+    body = create_body(ContainerSpec(name="x", image="i", mounts=(Mount("/s", "/t"),), memory_bytes=10**7, cpus=0.5))
+    host = body["HostConfig"]
+    assert not host["Privileged"]
+    assert (host["CapDrop"], host["CapAdd"]) == (["ALL"], [])
+    assert host["SecurityOpt"] == ["no-new-privileges"]  # and so the engine's default seccomp profile
+    assert host["ReadonlyRootfs"]
+    assert host["NetworkMode"] == "none"
+    assert host["Mounts"][0]["ReadOnly"]
+    assert "size=67108864" in host["Tmpfs"]["/tmp"]
+    assert (host["Memory"], host["MemorySwap"], host["NanoCpus"]) == (10**7, 10**7, 500_000_000)
+    assert host["LogConfig"]["Type"] == "local"
+    assert "Binds" not in host
+    assert not {"PidMode", "UTSMode", "UsernsMode", "Cgroup"} & set(host)
+
+
+def test_two_ports_of_one_number_in_both_protocols() -> None:
+    ports = (PortBinding(1, 27000, "udp"), PortBinding(1, 27000, "tcp"))
+    body = create_body(ContainerSpec(name="x", image="i", ports=ports))
+    assert set(body["HostConfig"]["PortBindings"]) == {"1/udp", "1/tcp"}
+
+
+def api_error(status: int, message: str, kind: Any = docker.errors.APIError) -> Exception:
+    response = requests.Response()
+    response.status_code = status
+    error: Exception = kind(message, response=response, explanation=message)
+    return error
+
+
+PORT = "driver failed programming external connectivity: Bind for 0.0.0.0:27000 failed: port is already allocated"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [
+        (api_error(500, PORT), Conflict, "port 27000 is taken"),
+        (api_error(500, "listen tcp4 0.0.0.0:27001: bind: address already in use"), Conflict, "port 27001"),
+        (api_error(404, "No such image: a/b:1", docker.errors.ImageNotFound), NotFound, "image a/b:1"),
+        (api_error(404, "No such container: x", docker.errors.NotFound), NotFound, "no container game"),
+        (api_error(409, 'The container name "/game" is already in use by container "1"'), Conflict, "named game"),
+        (api_error(500, "write /x: no space left on device"), TemporaryError, "disk is full"),
+        (api_error(409, "cannot join network of a non running container: 1"), TemporaryError, "namespace"),
+        (requests.exceptions.ReadTimeout(), OperationTimeout, "in time"),
+        (requests.exceptions.ConnectionError(ConnectionRefusedError(111, "Connection refused")), EngineUnavailable,
+         "unix:///e.sock can't be reached: Connection refused"),
+    ],
+)  # fmt: skip
+def test_errors_are_translated(error: Exception, expected: type[OutriderError], words: str) -> None:
+    translated = translate(error, url="unix:///e.sock", doing="start", subject="game")
+    assert type(translated) is expected
+    assert words in str(translated)
+
+
+def test_moments() -> None:
+    assert moment("2026-01-02T03:04:05.123456789Z") == datetime(2026, 1, 2, 3, 4, 5, 123456, UTC)
+    assert moment("2026-01-02T03:04:05Z") == datetime(2026, 1, 2, 3, 4, 5, 0, UTC)
+    assert moment("0001-01-01T00:00:00Z") is None
+    assert moment("") is None
+
+
+class Engine:
+    """The side of the engine that `Exits` sees, played by a test."""
+
+    def __init__(self) -> None:
+        self.items: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self.states: dict[str, ContainerInfo] = {}
+        self.inspected: list[str] = []
+        self.boot = "one"
+        self.up = True
+        self.exits = Exits(
+            self.stream, self.inspect, self.identity, self.alive, retry=RetryPolicy(0.01, max_wait_s=0.01)
+        )
+
+    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+        if not self.up:
+            raise EngineUnavailable("away")
+        yield {}
+        while (item := await self.items.get()) is not None:
+            yield item
+
+    async def inspect(self, container: str) -> ContainerInfo:
+        self.inspected.append(container)
+        if not self.up:
+            raise EngineUnavailable("away")
+        if container not in self.states:
+            raise NotFound(f"no {container}")
+        return self.states[container]
+
+    async def identity(self) -> tuple[str, bool]:
+        return self.boot, False
+
+    async def alive(self) -> bool:
+        return self.up
+
+    def state(self, container: str, state: Any, code: int | None = None) -> None:
+        started = None if state == "created" else datetime.now(UTC)
+        self.states[container] = ContainerInfo(container, container, "i", state, {}, exit_code=code, started_at=started)
+
+    def event(self, container: str, action: str, code: int | None = None) -> None:
+        attributes = {} if code is None else {"exitCode": str(code)}
+        self.items.put_nowait({"Action": action, "Actor": {"ID": container, "Attributes": attributes}, "timeNano": 1})
+
+
+@pytest.fixture
+async def engine() -> AsyncGenerator[Engine, None]:
+    engine = Engine()
+    engine.exits.start()
+    await asyncio.sleep(0.02)
+    yield engine
+    await engine.exits.aclose()
+
+
+async def test_end_on_the_stream_needs_no_further_call(engine: Engine) -> None:
+    engine.exits.created("a")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    engine.event("a", "start")
+    engine.event("a", "die", 3)
+    assert (await asyncio.wait_for(waiting, 1)).exit_code == 3
+    assert (await engine.exits.wait("a", "")).exit_code == 3  # asked for later
+    assert engine.inspected == []
+
+
+async def test_end_missed_while_the_stream_was_down_is_found_by_asking(engine: Engine) -> None:
+    engine.state("a", "running")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    await asyncio.sleep(0.02)
+    engine.state("a", "exited", 9)
+    engine.items.put_nowait(None)  # cut off, and at once back: the same engine
+    end = await asyncio.wait_for(waiting, 1)
+    assert (end.exit_code, end.engine_stopped) == (9, False)
+
+
+async def test_end_found_after_another_boot_says_nothing_about_the_program(engine: Engine) -> None:
+    engine.state("a", "running")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    await asyncio.sleep(0.02)
+    engine.up = False
+    engine.event("a", "die", 143)  # told by an engine that takes no calls any more
+    engine.items.put_nowait(None)
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    engine.state("a", "exited", 143)
+    engine.boot, engine.up = "two", True
+    assert (await asyncio.wait_for(waiting, 1)).engine_stopped
+
+
+async def test_waiting_survives_an_engine_that_is_away_from_the_start() -> None:
+    engine = Engine()
+    engine.up = False
+    waiting = asyncio.create_task(engine.exits.wait("a", "one"))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    engine.state("a", "exited", 0)
+    engine.up = True
+    end = await asyncio.wait_for(waiting, 1)
+    assert (end.exit_code, end.engine_stopped) == (0, False)
+    await engine.exits.aclose()
+
+
+async def test_created_is_not_ended_and_a_restarted_one_is_waited_for_anew(engine: Engine) -> None:
+    engine.state("a", "created")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    engine.event("a", "die", 1)
+    await asyncio.wait_for(waiting, 1)
+    engine.state("a", "running")
+    engine.event("a", "start")
+    await asyncio.sleep(0.02)
+    again = asyncio.create_task(engine.exits.wait("a", ""))
+    await asyncio.sleep(0.02)
+    assert not again.done()
+    engine.event("a", "die", 2)
+    assert (await asyncio.wait_for(again, 1)).exit_code == 2
+
+
+async def test_removed_container_is_not_waited_for(engine: Engine) -> None:
+    engine.exits.created("a")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    await asyncio.sleep(0.02)
+    engine.event("a", "destroy")
+    with pytest.raises(NotFound):
+        await asyncio.wait_for(waiting, 1)
+
+
+async def test_subscriber_that_does_not_keep_up_is_told_to_look_again(engine: Engine) -> None:
+    events = engine.exits.events()
+    first = asyncio.create_task(anext(events))
+    await asyncio.sleep(0.02)
+    for number in range(10_050):
+        engine.event(f"c{number}", "create")
+    while not engine.items.empty():
+        await asyncio.sleep(0.01)
+    seen = [(await first).action, *[(await anext(events)).action for _ in range(40)]]
+    assert "resync" in seen
+    await events.aclose()

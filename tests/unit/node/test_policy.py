@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent_core.policy import NodePolicy, registry_of
+from outrider.errors import InvalidInput, PolicyViolation
+from outrider.steps import Resources, StepPlan
+
+
+def load(tmp_path: Path, text: str) -> NodePolicy:
+    file = tmp_path / "policy.yaml"
+    file.write_text(text)
+    return NodePolicy.load(file)
+
+
+def test_without_a_file_the_defaults_are_safe() -> None:
+    policy = NodePolicy.load(None)
+    policy.check_plan(StepPlan(image="anything:1", network="egress"))
+    assert policy.network_of("none") == "none"
+    assert not policy.control_foreign
+    for addition in (
+        {"capabilities": ("NET_ADMIN",)},
+        {"devices": ("/dev/kvm",)},
+        {"host_network": True},
+        {"user": "0:0"},
+    ):
+        with pytest.raises(PolicyViolation):
+            check(policy, **addition)
+
+
+def check(policy: NodePolicy, **addition: object) -> None:
+    nothing = {"capabilities": (), "devices": (), "host_network": False, "writable_root": False, "user": None}
+    policy.check_additions(**(nothing | addition))  # type: ignore[arg-type]
+
+
+def test_images_and_registries_are_limited(tmp_path: Path) -> None:
+    policy = load(
+        tmp_path, "images: {allow: ['outrider/*', 'reg.example:5000/*'], registries: [docker.io, reg.example:5000]}"
+    )
+    policy.check_image("outrider/base:1")
+    policy.check_image("reg.example:5000/game:1")
+    with pytest.raises(PolicyViolation, match=r"does not allow the image evil/x:1 \(images.allow: outrider/\*"):
+        policy.check_image("evil/x:1")
+    assert registry_of("a.example/b/c:1") == "a.example"
+    assert registry_of("library/c") == "docker.io"
+    assert registry_of("localhost/c") == "localhost"
+
+
+def test_what_is_allowed_by_name_is_allowed(tmp_path: Path) -> None:
+    policy = load(tmp_path, "managed: {capabilities: [cap_net_admin], devices: [/dev/kvm], users: ['0:*']}")
+    check(policy, capabilities=("NET_ADMIN",), devices=("/dev/kvm",), user="0:0")
+    with pytest.raises(PolicyViolation, match="capability SYS_ADMIN"):
+        check(policy, capabilities=("SYS_ADMIN",))
+
+
+def test_limits_are_filled_in_and_held(tmp_path: Path) -> None:
+    policy = load(tmp_path, "limits: {memory_bytes: 536870912, max_memory_bytes: 1073741824, max_cpus: 1}")
+    assert policy.limits_for(Resources()) == Resources(memory_bytes=512 * 1024**2, cpus=1, pids=512)
+    with pytest.raises(PolicyViolation, match="over this node's limit of 1073741824"):
+        policy.limits_for(Resources(memory_bytes=2 * 1024**3))
+
+
+def test_unknown_network_class_names_those_there_are() -> None:
+    with pytest.raises(PolicyViolation, match=r"no network class 'lan' \(it has: none, egress\)"):
+        NodePolicy().check_plan(StepPlan(image="x", network="lan"))
+
+
+def test_step_never_runs_as_root() -> None:
+    for user in ("0", "0:0", "root", "root:users", "00"):
+        with pytest.raises(PolicyViolation, match="as root"):
+            NodePolicy().check_plan(StepPlan(image="x", user=user))
+
+
+def test_every_problem_of_the_file_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load(tmp_path, "ports: {range: 5-2}\nimage: {}\nnetworks: {none: {network: x}}\nlimits: {cpus: -1}")
+    assert len(caught.value.problems) == 4
+    assert {problem.path.split(".")[0] for problem in caught.value.problems} == {"ports", "image", "networks", "limits"}
+    for text in ("- a list", "{", "ports: {range: many}"):
+        with pytest.raises(InvalidInput):
+            load(tmp_path, text)
+    with pytest.raises(InvalidInput, match="does not exist"):
+        NodePolicy.load(tmp_path / "none.yaml")

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent_core.identities import Identities, owner_of
+from agent_core.journal import Journal
+from agent_core.volumes import Volumes, _parts
+from outrider.errors import Conflict, InvalidInput, OutriderError, TemporaryError
+
+
+@pytest.fixture
+def volumes(tmp_path: Path, journal: Journal) -> Volumes:
+    return Volumes(journal, tmp_path / "volumes", Identities(journal), reserve_bytes=0)
+
+
+async def test_volumes_of_one_owner_belong_to_one_user_and_of_two_to_two(volumes: Volumes) -> None:
+    build = await volumes.allot("r1", "game/a", "build", "run", False, None)
+    saves = await volumes.allot("r1", "game/a", "saves", "object", True, None)
+    other = await volumes.allot("r2", "game/b", "saves", "object", True, None)
+    users = [os.stat(volume.host_path).st_uid for volume in (build, saves, other)]
+    assert users[0] == users[1]
+    assert (users[1] != users[2]) is (os.geteuid() == 0)
+    assert os.stat(saves.host_path).st_mode & 0o777 == 0o750
+
+
+async def test_the_same_volume_is_found_again(volumes: Volumes) -> None:
+    first = await volumes.allot("r1", "game/a", "saves", "object", True, None)
+    Path(first.host_path, "world").write_text("x")
+    again = await volumes.allot("r2", "game/a", "saves", "object", True, None)
+    assert again.host_path == first.host_path
+    assert Path(again.host_path, "world").exists()
+
+
+async def test_volumes_of_a_run_go_with_it_and_others_stay(volumes: Volumes) -> None:
+    build = await volumes.allot("r1", "game/a", "build", "run", False, None)
+    kept = await volumes.allot("r1", "game/a", "kept", "run", True, None)
+    saves = await volumes.allot("r1", "game/a", "saves", "object", False, None)
+    cache = await volumes.allot("r1", "game/a", "cache", "node", False, None)
+    Path(build.host_path, "dir").mkdir()
+    Path(build.host_path, "dir", "link").symlink_to(saves.host_path)
+    Path(saves.host_path, "world").write_text("x")
+    await volumes.release_run("r1")
+    assert [Path(v.host_path).exists() for v in (build, kept, saves, cache)] == [False, True, True, True]
+    assert Path(saves.host_path, "world").exists()  # the link was removed, not followed
+    await volumes.release_object("game/a")
+    assert not Path(saves.host_path).exists()
+
+
+async def test_volume_in_use_by_a_container_is_kept_until_it_is_gone(volumes: Volumes) -> None:
+    build = await volumes.allot("r1", None, "build", "run", False, None)
+    await volumes.use("game", [build.host_path])
+    await volumes.release_run("r1")
+    assert Path(build.host_path).exists()
+    await volumes.unuse("game")
+    assert not Path(build.host_path).parent.exists()
+
+
+async def test_identity_of_a_run_is_given_back_with_its_last_volume(volumes: Volumes, journal: Journal) -> None:
+    await volumes.allot("r1", None, "build", "run", False, None)
+    await volumes.release_run("r1")
+    assert journal.query_now("SELECT * FROM identities WHERE owner = ?", (owner_of("r1", None),)) == []
+
+
+async def test_link_in_the_place_of_a_directory_is_not_followed(volumes: Volumes, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "volumes" / "object").mkdir()
+    (tmp_path / "volumes" / "object" / "game").symlink_to(outside)
+    with pytest.raises(Conflict, match="not a directory"):
+        await volumes.allot("r1", "game/a", "saves", "object", True, None)
+    assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("run_id", "object_ref", "name", "scope"),
+    [
+        ("r1", "game/a", "../x", "run"),
+        ("r1", "game/a", "a/b", "run"),
+        ("r1", "game/..", "a", "object"),
+        ("r1", "../a", "a", "object"),
+        ("..", None, "a", "run"),
+        ("r1", None, "a", "object"),
+        ("r1", "game/a\n", "a", "object"),
+    ],
+)
+async def test_names_that_are_none_are_refused(
+    volumes: Volumes, tmp_path: Path, run_id: str, object_ref: str | None, name: str, scope: str
+) -> None:
+    with pytest.raises(InvalidInput):
+        await volumes.allot(run_id, object_ref, name, scope, False, None)  # type: ignore[arg-type]
+    assert list((tmp_path / "volumes").iterdir()) == []
+
+
+@given(st.text(max_size=20), st.text(max_size=20), st.text(max_size=20), st.sampled_from(["run", "object", "node"]))
+def test_no_name_leads_out_of_the_root(run_id: str, object_ref: str, name: str, scope: str) -> None:
+    try:
+        parts = _parts(run_id, object_ref, name, scope)  # type: ignore[arg-type]
+    except OutriderError:
+        return
+    assert os.path.normpath("/root/" + "/".join(parts)) == "/root/" + "/".join(parts)
+    assert not any(part.startswith(".") for part in parts)
+
+
+async def test_usage_is_measured_and_what_grew_too_large_is_told(volumes: Volumes) -> None:
+    small = await volumes.allot("r1", None, "small", "run", False, 64 * 1024)
+    large = await volumes.allot("r1", None, "large", "run", False, 64 * 1024**2)
+    assert {small.quota, large.quota} == {"watch"}
+    for volume in (small, large):
+        Path(volume.host_path, "data").write_bytes(b"x" * 256 * 1024)
+        os.link(Path(volume.host_path, "data"), Path(volume.host_path, "again"))
+    usage = {item.name: item for item in await volumes.usage("r1")}
+    assert 256 * 1024 <= usage["large"].used_bytes < 400 * 1024  # a second name takes nothing up
+    assert [item.name for item in await volumes.over_quota()] == ["small"]
+
+
+async def test_reserve_of_free_disk_is_not_given_out(tmp_path: Path, journal: Journal) -> None:
+    full = Volumes(journal, tmp_path / "volumes", Identities(journal), reserve_bytes=2**60)
+    with pytest.raises(TemporaryError, match="less than the reserve"):
+        await full.allot("r1", None, "build", "run", False, None)
+    assert full.free_bytes() == 0
