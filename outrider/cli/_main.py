@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
         say_error(error.format_message())
         return INVALID if isinstance(error, click.FileError) else FAILED
     except (click.Abort, KeyboardInterrupt):
-        say_error("interrupted")
+        # Ctrl-C is how one leaves `logs -f` and `events -f`: there is nothing to explain.
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has read enough. Python would complain again when it flushes at exit.

@@ -43,7 +43,7 @@ def nothing_was_started(dev: Dev, request: pytest.FixtureRequest) -> Iterator[No
     ("name", "text", "words"),
     [
         ("not a pipeline", "- just\n- a list\n", ("mapping",)),
-        ("not YAML", "name: [unclosed\nsteps: {", ("line",)),
+        ("not YAML", "name: [unclosed\nsteps: {", ("not valid YAML",)),
         ("unknown key", HELLO + "stepz: []\n", ("stepz", "steps")),
         ("duplicate key", HELLO + "name: again\n", ("name", "twice")),
         ("alias bomb", "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -116,7 +116,7 @@ def test_an_unknown_node_and_one_that_is_offline(dev: Dev) -> None:
     refused(dev.outrider("run", dev.pipeline(HELLO), "--node", "n99"), INVALID, "n99")
     dev.ok("node", "add", "never-there")
     done = dev.outrider("run", dev.pipeline(HELLO), "--node", "never-there")
-    refused(done, FAILED, "never-there", "never been online")
+    refused(done, FAILED, "never-there", "never connected")
     dev.ok("node", "rm", "never-there")
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,3 +189,22 @@ def test_events(cli: Cli, arguments: list[str], after: int) -> None:
     assert done.stdout.split()[2:] == ["n1", "run.finished", "r1", "state=failed"]
     request = cli.script.last(pb.SubscribeEventsRequest)
     assert (list(request.filter.types), request.filter.node_id, request.after) == (["run."], "n1", after)
+
+
+def test_ctrl_c_leaves_what_is_followed_without_a_word(cli: Cli) -> None:
+    def stream(_request: pb.SubscribeEventsRequest) -> Iterator[types.Event]:
+        yield types.Event(sequence=1, node_id="n1", type="node.online")
+        assert over.wait(20)
+
+    over = threading.Event()
+    cli.script["SubscribeEvents"] = stream
+    process = cli.start("events", "-f")
+    assert process.stdout is not None
+    assert "node.online" in process.stdout.readline()
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    over.set()
+    assert time.monotonic() - started < 3
+    assert process.returncode == 130
+    assert errors.strip() == ""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
@@ -124,3 +126,11 @@ def test_wrong_usage_is_a_sentence_and_exit_code_2(cli: Cli, arguments: list[str
     assert "hunter2" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+@pytest.mark.parametrize("path", [path for path, _ in every_command(root, ())], ids="-".join)
+def test_every_command_stands_in_the_documentation(path: tuple[str, ...]) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith(f"| `{path[0]}")]
+    assert rows, path
+    assert len(path) == 1 or re.search(rf"[ `]{path[1]}[ `]", rows[0]), path
