@@ -1,66 +1,74 @@
-"""Decompression in pieces, against the one promise that decoders make about `needs_input`."""
+"""The decompressing stream gives what went in, whatever sizes it is asked for; and knows each place where it is cut."""
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import io
+import lzma
+import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from backports import zstd
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-PROGRAM = Path(__file__).resolve().parents[1] / "program"
-
-
-class Hesitant:
-    """A decoder that wants no input, gives nothing, and only then wants some: what zstd does between two blocks."""
-
-    def __init__(self) -> None:
-        self.eof = False
-        self.unused_data = b""
-        self.needs_input = True
-        self._hesitated = False
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        if data == b"first":
-            self.needs_input = False
-            return b"1"
-        if not self._hesitated:
-            self._hesitated = True
-            self.needs_input = True
-            return b""
-        self.eof = data == b"second"
-        return b"2" if data else b""
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "tar.gz": gzip.compress,
+    "tar.xz": lzma.compress,
+    "tar.zst": zstd.compress,
+}
 
 
-class Source(io.BytesIO):
-    """Two reads with something in them, then the end, or the end at once."""
-
-    def __init__(self, *pieces: bytes) -> None:
-        super().__init__()
-        self._pieces = list(pieces)
-
-    def read(self, size: int | None = -1) -> bytes:
-        return self._pieces.pop(0) if self._pieces else b""
-
-
-@pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.syspath_prepend(str(PROGRAM))
-    from archiving import streams  # type: ignore[import-not-found]
-
-    monkeypatch.setitem(streams._KINDS, "hesitant", (Hesitant, b"magic"))
-    yield streams
-    for name in [name for name in sys.modules if name.split(".")[0] == "archiving"]:
-        del sys.modules[name]
+@pytest.fixture(scope="module")
+def streams() -> ModuleType:
+    program = str(Path(__file__).parents[1] / "program")
+    sys.path.insert(0, program)
+    try:
+        return importlib.import_module("archiving.streams")
+    finally:
+        sys.path.remove(program)
 
 
-def test_a_decoder_that_gives_nothing_for_once_is_not_taken_for_the_end(streams: object) -> None:
-    stream = streams.Decompressing(Source(b"first", b"second"), "hesitant")  # type: ignore[attr-defined]
-    assert stream.read(10) + stream.read(10) == b"12"
+def content(seed: int, size: int) -> bytes:
+    """Noise, text and zeros in turn: blocks that are stored, compressed and repeated."""
+    source = random.Random(seed)
+    pieces = [source.randbytes(size // 3), b"the same again " * (size // 45), bytes(size // 3)]
+    source.shuffle(pieces)
+    return b"".join(pieces)
 
 
-def test_a_source_that_ends_within_a_frame_is_truncated(streams: object) -> None:
-    stream = streams.Decompressing(Source(b"first"), "hesitant")  # type: ignore[attr-defined]
-    assert stream.read(10) == b"1"
-    with pytest.raises(streams.Truncated):  # type: ignore[attr-defined]
-        stream.read(10)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kind=st.sampled_from(sorted(COMPRESS)),
+    sizes=st.lists(st.integers(0, 1_500_000), min_size=1, max_size=3),
+    asked=st.sampled_from([512, 10_240, 262_144, 1_000_003]),
+    seed=st.integers(0, 1000),
+)
+def test_what_went_in_comes_out(streams: ModuleType, kind: str, sizes: list[int], asked: int, seed: int) -> None:
+    parts = [content(seed, size) for size in sizes]
+    source = io.BytesIO(b"".join(COMPRESS[kind](part) for part in parts))
+    stream = streams.Decompressing(source, kind)
+    found = bytearray()
+    while data := stream.read(asked):
+        assert len(data) <= asked
+        found += data
+    assert bytes(found) == b"".join(parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(sorted(COMPRESS)), seed=st.integers(0, 1000), part=st.floats(0, 1, exclude_max=True))
+def test_every_cut_is_noticed(streams: ModuleType, kind: str, seed: int, part: float) -> None:
+    whole = COMPRESS[kind](content(seed, 400_000))
+    stream = streams.Decompressing(io.BytesIO(whole[: int(len(whole) * part)]), kind)
+
+    def read_all() -> None:
+        while stream.read(65_536):
+            pass
+
+    with pytest.raises(streams.Truncated):
+        read_all()
