@@ -13,6 +13,7 @@ import secrets
 import sqlite3
 from collections import defaultdict
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from agent_core.journal import Journal
@@ -58,6 +59,7 @@ class NetPool:
         self._runs: dict[str, _Held] = defaultdict(_Held)
         self._tasks: set[asyncio.Task[None]] = set()
         self._refilling: dict[str, asyncio.Task[None]] = {}
+        self._urgent: dict[str, asyncio.Event] = {}
         self._networks: set[str] = set()
         self._closed = False
 
@@ -180,15 +182,19 @@ class NetPool:
     def _refill(self, network_class: str, *, delay_s: float) -> None:
         if self._closed:
             return
-        running = self._refilling.get(network_class)
-        if running is not None:
+        urgent = self._urgent.setdefault(network_class, asyncio.Event())
+        if delay_s == 0:
+            urgent.set()
+        if network_class in self._refilling:
             return
-        task = asyncio.create_task(self._fill(network_class, delay_s), name=f"netpool-{network_class}")
+        task = asyncio.create_task(self._fill(network_class, urgent, delay_s), name=f"netpool-{network_class}")
         self._refilling[network_class] = task
         task.add_done_callback(lambda _: self._refilling.pop(network_class, None))
 
-    async def _fill(self, network_class: str, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
+    async def _fill(self, network_class: str, urgent: asyncio.Event, delay_s: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(urgent.wait(), delay_s or None)
+        urgent.clear()
         try:
             while not self._closed and len(self._warm[network_class]) < self._wanted(network_class):
                 container = await self._make(network_class, self._policy.network_of(network_class))

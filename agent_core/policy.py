@@ -104,7 +104,7 @@ class NodePolicy(_Section):
     networks: dict[str, NetworkClass] = Field(
         default_factory=lambda: {"egress": NetworkClass(network=DEFAULT_NETWORK, warm=1)}
     )
-    warm_none: Annotated[int, Field(ge=0, le=64)] = 3  # namespaces kept warm for steps without network
+    warm_none: Annotated[int, Field(ge=0, le=64)] = 4  # namespaces kept warm for steps without network
     managed: ManagedPolicy = ManagedPolicy()
     control_foreign: bool = False  # whether containers that Outrider did not start may be stopped and the like
     limits: LimitPolicy = LimitPolicy()
