@@ -36,7 +36,7 @@ from agent_core.ports import Ports
 from agent_core.remote import RemoteContainers
 from agent_core.runner import RunEngine
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, EngineEvent, Runtime
-from agent_core.services import Background, Services
+from agent_core.services import Background, Removals, Services
 from agent_core.session import Credentials, Session
 from agent_core.spool import Spool
 from agent_core.state import State
@@ -53,6 +53,7 @@ from outrider.wire import dump_json
 
 log = structlog.get_logger(__name__)
 
+_LAST_REMOVALS_S = 5.0
 _EVENTS = {"start": "container.started", "die": "container.exited", "oom": "container.out_of_memory"}
 
 
@@ -130,6 +131,7 @@ class Agent:
             containers=containers,
             envs=self._session,
             background=background,
+            removals=Removals(),
             facts=facts,
             live=self._session.send_progress,
         )
@@ -146,8 +148,11 @@ class Agent:
         )
         try:
             async with background:
+                for number in (1, 2):
+                    background.start(services.removals.run(), f"removals {number}")
                 yield services
         finally:
+            await services.removals.drain(_LAST_REMOVALS_S)
             await self._remote.stop_streams()
             with contextlib.suppress(OutriderError):
                 await netpool.aclose()
@@ -308,7 +313,7 @@ class Agent:
 def load_runtime(name: str) -> Runtime:
     """The container engine's driver called ``name``. Raises InvalidInput if none is installed."""
     try:
-        manager: Any = DriverManager("outrider.runtimes", name, invoke_on_load=True, warn_on_missing_entrypoint=False)
+        manager: Any = DriverManager("outrider.runtimes", name, invoke_on_load=True)
     except NoMatches as error:
         raise InvalidInput(
             f"no driver for a container engine is called {name!r}", code="unknown_runtime", hint="docker is built in"

@@ -227,6 +227,11 @@ def guarded(call: Callable[[], Any], what: str) -> Any:
 
 def _import(name: str, entry_point: importlib.metadata.EntryPoint) -> object:
     problems: list[BaseException] = []
+
+    def note(_manager: object, failed: importlib.metadata.EntryPoint, error: BaseException) -> None:
+        if failed.value == entry_point.value:
+            problems.append(error)
+
     what = f"plugin {name!r} ({entry_point.value}) can't be imported"
     fix = f"reinstall or upgrade its distribution, or disable it: disabled_plugins: [{name}]"
     try:
@@ -234,8 +239,8 @@ def _import(name: str, entry_point: importlib.metadata.EntryPoint) -> object:
             lambda: NamedExtensionManager(
                 PROJECT,
                 names=[name],
-                on_load_failure_callback=lambda _manager, _ep, error: problems.append(error),
-                warn_on_missing_entrypoint=False,
+                on_load_failure_callback=note,
+                on_missing_entrypoints_callback=lambda _names: None,
             ),
             what,
         )
@@ -245,8 +250,13 @@ def _import(name: str, entry_point: importlib.metadata.EntryPoint) -> object:
         if extension.entry_point.value == entry_point.value:
             plugin: object = extension.plugin
             return plugin
-    reason = f"{type(problems[0]).__name__}: {problems[0]}" if problems else "its entry point can't be found"
-    raise PluginError(f"{what}: {reason}; {fix}")
+    try:
+        if problems:
+            raise PluginError(f"{what}: {type(problems[0]).__name__}: {problems[0]}")
+        # stevedore remembers entry points, on disk too, and may not know of one that was installed just now.
+        return guarded(entry_point.load, what)
+    except PluginError as error:
+        raise PluginError(f"{error}; {fix}") from error
 
 
 def _distribution(entry_point: importlib.metadata.EntryPoint) -> tuple[str, str]:

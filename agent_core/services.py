@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,10 +66,41 @@ class Background:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def settle(self) -> None:
-        """Until nothing runs."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+
+class Removals:
+    """Containers and directories of attempts that are over, removed a little later and never many at once.
+
+    Removing takes the engine as long as a step's own work often does; the next step goes first.
+    """
+
+    DELAY_S = 2.0
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[float, Coroutine[Any, Any, object]]] = asyncio.Queue()
+
+    def add(self, removal: Coroutine[Any, Any, object]) -> None:
+        """Have ``removal`` done."""
+        self._queue.put_nowait((asyncio.get_running_loop().time() + self.DELAY_S, removal))
+
+    async def run(self) -> None:
+        """For ever; start it twice for two at a time."""
+        while True:
+            due, removal = await self._queue.get()
+            try:
+                await asyncio.sleep(due - asyncio.get_running_loop().time())
+            except asyncio.CancelledError:
+                self._queue.put_nowait((due, removal))
+                raise
+            await _logged(removal, "removal")
+
+    async def drain(self, within_s: float) -> None:
+        """Do what is left, now; what takes too long is left to the next agent's clean-up."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not self._queue.empty():
+                    await _logged(self._queue.get_nowait()[1], "removal")
+        while not self._queue.empty():
+            self._queue.get_nowait()[1].close()
 
 
 async def _logged(work: Coroutine[Any, Any, object], name: str) -> None:
@@ -96,6 +128,7 @@ class Services:
     containers: Containers
     envs: EnvSource
     background: Background
+    removals: Removals
     facts: Mapping[str, Any] = field(default_factory=dict)
     live: Callable[[pb.RunReport], None] = lambda _report: None  # progress, if anybody listens
 

@@ -67,8 +67,6 @@ class StepLog:
                 data = data[: max(0, room)]
             if data:
                 await self._take(stream, self._streams[stream].masker.feed(data), patient)
-        for name, each in self._streams.items():
-            await self._take(name, each.masker.flush(), patient)
 
     @property
     def complete(self) -> bool:
@@ -81,10 +79,13 @@ class StepLog:
         Returns changes for `State.commit`.
         """
         unknown = False
+        if ended:
+            await self._flush()
         if not (ended and self.complete):
             try:
                 async with asyncio.timeout(60), aclosing(engine_log()) as chunks:  # type: ignore[type-var]
                     await self.pump(chunks, patient=True)
+                    await self._flush()
             except (OutriderError, TimeoutError) as error:
                 log.warning("a step's log can't be completed from the engine's", error=str(error))
                 unknown = True
@@ -104,6 +105,11 @@ class StepLog:
     async def sync(self) -> None:
         """On the disk: the engine's copy may go."""
         await self._spool.sync(self._files.values())
+
+    async def _flush(self) -> None:
+        # Only at the very end: before it, what the masker holds back may be the beginning of a secret.
+        for name, each in self._streams.items():
+            await self._take(name, each.masker.flush(), patient=False)
 
     def _begin(self) -> None:
         self._raw = 0

@@ -53,7 +53,7 @@ class StepRunner:
             adopted = None
             tried_again = self._is_to_be_tried_again(number, result)
             await self._settle(number, result, tried_again)
-            self._services.background.start(attempt.discard(), f"removal of {step.name} of {run.run_id}")
+            self._services.removals.add(attempt.discard())
             if not tried_again:
                 return
             wait_s = retries.wait_s(number)
