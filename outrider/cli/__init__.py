@@ -21,8 +21,14 @@ def main() -> int:
     if arguments in ([], ["--help"], ["-h"], ["help"]) and not _completing():
         sys.stdout.write(help_text())
         return 0
-    from outrider.cli._main import run
-
+    try:
+        from outrider.cli._main import run
+    except ModuleNotFoundError as error:
+        if error.name != "click":
+            raise
+        # The base of the distribution is for step authors, and light.
+        sys.stderr.write("error: the command line is not installed (pip install 'outrider[cli]')\n")
+        return 1
     return run(arguments)
 
 

@@ -24,6 +24,7 @@ DONE, FAILED, USAGE, SOME_FAILED, INVALID, TIMED_OUT = range(6)
 """The exit codes."""
 
 INTERRUPTED = 130
+OURS = ("outrider", "agent_core", "server_core")
 
 
 @dataclass(slots=True)
@@ -105,6 +106,12 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         print_error(error)
         return exit_code(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if app_debug or package in OURS:
+            return _unexpected(error, app_debug)
+        say_error(f"this command needs the package {package!r}, which is not installed (pip install 'outrider[all]')")
+        return FAILED
     except Exception as error:
         return _unexpected(error, app_debug)
 

@@ -134,3 +134,19 @@ def test_every_command_stands_in_the_documentation(path: tuple[str, ...]) -> Non
     rows = [line for line in text.splitlines() if line.startswith(f"| `{path[0]}")]
     assert rows, path
     assert len(path) == 1 or re.search(rf"[ `]{path[1]}[ `]", rows[0]), path
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "words"),
+    [
+        ("click", ["node", "list"], "error: the command line is not installed (pip install 'outrider[cli]')"),
+        ("stevedore", ["plugin", "list"], "error: this command needs the package 'stevedore'"),
+    ],
+)
+def test_a_light_installation_says_what_to_install(missing: str, arguments: list[str], words: str) -> None:
+    hide = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['outrider', *{arguments!r}]"
+    script = f"{hide}\nfrom outrider.cli import main\nsys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(words)
+    assert done.stderr.count("\n") == 1
