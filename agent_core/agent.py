@@ -33,6 +33,7 @@ from agent_core.outbox import Outbox
 from agent_core.plugins import PluginHost
 from agent_core.policy import NodePolicy
 from agent_core.ports import Ports
+from agent_core.quota import VolumeWatch
 from agent_core.remote import RemoteContainers
 from agent_core.runner import RunEngine
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, EngineEvent, Runtime
@@ -174,6 +175,7 @@ class Agent:
                     ("engine", services.engine.run()),
                     ("events", self._watch_events()),
                     ("cleanup", cleanup.run()),
+                    ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
                     ("session", self._session.run()),
                 )
             ]

@@ -494,6 +494,7 @@ class Attempt:
             cpus=order.resources.cpus,
             pids=order.resources.pids,
             log_max_bytes=self._services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
+            init=True,
         )
 
 

@@ -158,6 +158,7 @@ class Volumes:
             "UPDATE volumes SET released = 1 WHERE scope = 'run' AND owner = ? AND keep = 0", (run_id,)
         )
         await self.collect()
+        await self._forget_run(run_id)  # also of a run that had no volume
 
     async def release_object(self, object_ref: str) -> None:
         """The object is gone: remove its volumes, but for kept ones and those still in use. Idempotent."""
