@@ -46,10 +46,14 @@ def content(seed: int, size: int) -> bytes:
 @given(
     kind=st.sampled_from(sorted(COMPRESS)),
     sizes=st.lists(st.integers(0, 1_500_000), min_size=1, max_size=3),
-    asked=st.sampled_from([512, 10_240, 262_144, 1_000_003]),
+    asked=st.sampled_from([512, 10_240, 131_072, 262_144, 1_000_003]),
+    chunk=st.sampled_from([1_000, 131_072, 131_075, 131_078, 262_144]),
     seed=st.integers(0, 1000),
 )
-def test_what_went_in_comes_out(streams: ModuleType, kind: str, sizes: list[int], asked: int, seed: int) -> None:
+def test_what_went_in_comes_out(
+    streams: ModuleType, kind: str, sizes: list[int], asked: int, chunk: int, seed: int
+) -> None:
+    streams.CHUNK = chunk  # where the source's pieces end matters as much as where the blocks do
     parts = [content(seed, size) for size in sizes]
     source = io.BytesIO(b"".join(COMPRESS[kind](part) for part in parts))
     stream = streams.Decompressing(source, kind)
@@ -58,6 +62,19 @@ def test_what_went_in_comes_out(streams: ModuleType, kind: str, sizes: list[int]
         assert len(data) <= asked
         found += data
     assert bytes(found) == b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", sorted(COMPRESS))
+@pytest.mark.parametrize("asked", [512, 131_072])
+def test_decoder_that_gives_nothing_for_once_is_not_at_its_end(streams: ModuleType, kind: str, asked: int) -> None:
+    """A piece of the source that ends with a block leaves the decoder nothing but that block's mark to give."""
+    noise = random.Random(1).randbytes(300_000)
+    for data in (noise, bytes(300_000) + noise):
+        packed = COMPRESS[kind](data)
+        for chunk in (1_003, *range(131_069, 131_110)):
+            streams.CHUNK = chunk
+            stream = streams.Decompressing(io.BytesIO(packed), kind)
+            assert sum(map(len, iter(lambda stream=stream: stream.read(asked), b""))) == len(data), chunk
 
 
 @settings(max_examples=60, deadline=None)
