@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 LOST_GRACE_S = 10.0
 """How long a run that its node no longer holds may still be told of by the node's outbox."""
 REPORT_DUE_S = 10.0
+PROGRESS_EVERY_S = 0.1
 
 _Ended = tuple[str, types_pb2.ObjectRef | None]
 
@@ -48,6 +49,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self.progress: defaultdict[str, dict[str, types_pb2.Progress]] = defaultdict(dict)
         """The latest progress by run and step; it is shown and never stored."""
+        self._progress_due: set[str] = set()
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -118,7 +120,7 @@ class Dispatcher:
         if report.sequence == 0:
             for step in report.steps:
                 self.progress[report.run_id][step.name] = step.progress
-            self._bus.publish(run_topic(report.run_id))
+            self._show_progress_soon(report.run_id)
             return
         node_id = channel.node_id
 
@@ -243,6 +245,16 @@ class Dispatcher:
             self._bus.publish(EVENTS)
             if ref is not None:
                 self._spawn(self._next_of(ref))
+        self._bus.publish(run_topic(run_id))
+
+    def _show_progress_soon(self, run_id: str) -> None:
+        """Ten times a second is enough for people, however often a step reports."""
+        if run_id not in self._progress_due:
+            self._progress_due.add(run_id)
+            asyncio.get_running_loop().call_later(PROGRESS_EVERY_S, self._show_progress, run_id)
+
+    def _show_progress(self, run_id: str) -> None:
+        self._progress_due.discard(run_id)
         self._bus.publish(run_topic(run_id))
 
     async def _next_of(self, ref: types_pb2.ObjectRef) -> None:

@@ -67,6 +67,7 @@ class ControlChannel:
         self._outgoing: asyncio.Queue[node_service_pb2.ServerMessage] = asyncio.Queue(_QUEUED_MESSAGES)
         # A list, because two callers may ask for the same command: it is done once and answers both.
         self._answers: list[tuple[str, Answer]] = []
+        self.detached = asyncio.Event()
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._error: OutriderError | None = None
 
@@ -233,6 +234,7 @@ class Fleet:
     def detach(self, channel: ControlChannel) -> None:
         """The channel ended. The node is offline, unless another channel has taken its place."""
         channel.close(None)
+        channel.detached.set()
         if self._channels.get(channel.node_id) is channel:
             del self._channels[channel.node_id]
             self._offline(channel.node_id, "its connection was closed")
@@ -266,11 +268,13 @@ class Fleet:
 
     async def close_channels(self, error: OutriderError, within_s: float) -> None:
         """The server stops: every agent is told, and will look for it again."""
+        leaving = [asyncio.ensure_future(channel.detached.wait()) for channel in self._channels.values()]
         for channel in self._channels.values():
             channel.close(error)
-        ends = time.monotonic() + within_s
-        while self._channels and time.monotonic() < ends:
-            await asyncio.sleep(0.01)
+        if leaving:
+            _, late = await asyncio.wait(leaving, timeout=within_s)
+            for waiter in late:
+                waiter.cancel()
 
     def is_online(self, node_id: str) -> bool:
         presence = self._presence.get(node_id)

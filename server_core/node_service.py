@@ -17,7 +17,7 @@ from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, Una
 from outrider.pipeline import load_pipeline, plain_envs
 from outrider.v1 import node_service_pb2, node_service_pb2_grpc, types_pb2
 from server_core.access import current_caller
-from server_core.bus.base import EVENTS, NODES, run_topic
+from server_core.bus.base import EVENTS, NODES, log_topic, run_topic
 from server_core.fleet import ControlChannel
 from server_core.security import tokens
 from server_core.security.vault import env_purpose
@@ -116,7 +116,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
                 positions[(position.run_id, position.step, position.attempt, position.stream)] = position
             await self._acknowledge_logs(node_id, node_service_pb2.RunLogAck(positions=appended.positions))
             for run_id in {position.run_id for position in appended.positions}:
-                self._s.bus.publish(run_topic(run_id))
+                self._s.bus.publish(log_topic(run_id))
             if appended.foreign:
                 raise NotFound(f"node {node_id} has no run {', '.join(appended.foreign)}", code="unknown_run")
             if appended.loose:

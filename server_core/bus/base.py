@@ -14,8 +14,13 @@ NODES = "nodes"
 
 
 def run_topic(run_id: str) -> str:
-    """Changes of a run and its log."""
+    """Changes of a run."""
     return f"run.{run_id}"
+
+
+def log_topic(run_id: str) -> str:
+    """News in a run's log."""
+    return f"log.{run_id}"
 
 
 class Subscription(Protocol):

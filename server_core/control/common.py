@@ -84,7 +84,7 @@ def check_node_id(node_id: str) -> None:
         raise InvalidInput(
             f"{node_id!r} can't be the id of a node" if node_id else "the id of the node is missing",
             code="bad_name",
-            hint="lower-case letters, digits, '.', '_' and '-', at most 63, beginning and ending with a letter or digit",
+            hint="at most 63 of a-z, 0-9, '.', '_' and '-', beginning and ending with a letter or digit",
         )
 
 

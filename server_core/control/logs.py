@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from outrider.errors import NotFound
 from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import types_pb2
-from server_core.bus.base import Subscription, run_topic
+from server_core.bus.base import Subscription, log_topic, run_topic
 from server_core.control.common import Context, Part
 from server_core.store import logs, runs
 from server_core.store.nodes import listing
@@ -39,7 +39,7 @@ class Logs(Part):
             )
             for chunk in chunks:
                 yield chunk
-        with self._s.bus.subscribe(run_topic(run.run_id)) as subscription:
+        with self._s.bus.subscribe(run_topic(run.run_id), log_topic(run.run_id)) as subscription:
             heard_at = time.monotonic()
             while True:
                 over, complete = await self._s.db.read(lambda c: _state(c, run.run_id))

@@ -26,7 +26,6 @@ from server_core.store import events, nodes, objects, runs
 
 _MAX_LISTED = 1000
 _MAX_TIMEOUT_S = 30 * 24 * 3600.0
-_PROGRESS_EVERY_S = 0.1
 
 
 class Runs(Part):
@@ -153,8 +152,6 @@ class Runs(Part):
                     last = run
                 if runs.is_over(run.state):
                     return
-                # Steps that report progress often are shown ten times a second at most.
-                await asyncio.sleep(_PROGRESS_EVERY_S)
                 await subscription.wait()
 
     async def _problems(
