@@ -10,11 +10,9 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import cast
 
 import grpc
 import structlog
@@ -54,11 +52,11 @@ _SERVICES = (
     (health_pb2.DESCRIPTOR.services_by_name["Health"], access.HEALTH),
     (reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"], access.REFLECTION),
 )
-_Fetch = Callable[[], grpc.ServerCertificateConfiguration]
 _FAREWELL_S = 0.5
 """How long agents have to hear that the server stops, also when there is no grace for calls."""
 _STUCK_S = 2.0
 _HOUSEKEEPING_EVERY = timedelta(hours=6)
+_RENEWAL_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +140,11 @@ class Server:
             dispatcher = Dispatcher(db, bus, fleet)
             guard = access.Access(table, db, fleet)
             services = Services(config, db, bus, fleet, dispatcher, vault_, Pipes(), guard, server_id, now_us())
-            server = grpc.aio.server(interceptors=[guard], options=tls.SERVER_OPTIONS)
-            self._health = _add_services(server, services)
-            self.port = _listen(server, config.listen, _credentials(config, certificate))
-            await server.start()
-            self._server, self._services = server, services
+            self._services = services
+            await self._open(certificate, config.listen)
             stack.push_async_callback(fleet.flush)
             stack.push_async_callback(dispatcher.stop)
-            for work in (fleet.run(), _housekeeping(services)):
+            for work in (fleet.run(), self._housekeeping()):
                 task = asyncio.get_running_loop().create_task(work)
                 stack.push_async_callback(_end, task)
             self._stack = stack.pop_all()
@@ -161,9 +156,36 @@ class Server:
         if not self._started:
             return
         self._started = False
-        await self._health.enter_graceful_shutdown()
         self._services.bus.close()
-        farewell = Unavailable("the server is stopping", code="server_stopping")
+        await self._close(Unavailable("the server is stopping", code="server_stopping"), grace)
+        await self._stack.aclose()
+        log.info("server stopped")
+
+    async def renew_certificate(self) -> bool:
+        """Serve with the certificate on disk, made anew if it is due; returns whether it is another one.
+
+        The listener is opened anew for it: agents and watchers are cut off for a moment and come back. gRPC could ask
+        for the certificate at every handshake, but it holds a lock of its own while it waits for the interpreter's,
+        which the thread that stops the server holds while it waits for that one.
+        """
+        certificate = await asyncio.to_thread(_certificate, self.config)
+        if certificate == self._certificate:
+            return False
+        log.info("the certificate is renewed, and the listener opened anew")
+        await self._close(Unavailable("the server renews its certificate", code="server_stopping"), _RENEWAL_GRACE_S)
+        host = self.config.listen.rpartition(":")[0]
+        await self._open(certificate, f"{host}:{self.port}")
+        return True
+
+    async def _open(self, certificate: certs.Certificate, listen: str) -> None:
+        server = grpc.aio.server(interceptors=[self._services.access], options=tls.SERVER_OPTIONS)
+        self._health = _add_services(server, self._services)
+        self.port = _listen(server, listen, grpc.ssl_server_credentials([(certificate.key, certificate.chain)]))
+        await server.start()
+        self._server, self._certificate = server, certificate
+
+    async def _close(self, farewell: OutriderError, grace: float) -> None:
+        await self._health.enter_graceful_shutdown()
         await self._services.fleet.close_channels(farewell, max(grace, _FAREWELL_S))
         began = time.monotonic()
         try:
@@ -173,8 +195,16 @@ class Server:
             log.warning("gRPC did not finish stopping; it is left behind", waited_s=grace + _STUCK_S)
         if time.monotonic() - began >= grace > 0:
             log.warning("calls were cut off, because they took longer than the grace", grace_s=grace)
-        await self._stack.aclose()
-        log.info("server stopped")
+
+    async def _housekeeping(self) -> None:
+        """Now and then: renew the certificate, forget old answers."""
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_EVERY.total_seconds())
+            try:
+                await self.renew_certificate()
+                await self._services.db.write(requests.forget_old)
+            except OutriderError as error:
+                log.error("housekeeping failed", error=str(error))
 
 
 class _Lock:
@@ -227,30 +257,6 @@ def _certificate(config: ServerConfig) -> certs.Certificate:
     return certs.ensure(config.ca_file.parent, config.names)
 
 
-def _credentials(config: ServerConfig, first: certs.Certificate) -> grpc.ServerCredentials:
-    """Credentials that follow a renewed certificate without a restart."""
-    cert_file = config.tls_cert_file or config.ca_file.with_name("server.pem")
-    key_file = config.tls_key_file or config.ca_file.with_name("server.key")
-    seen = [cert_file.stat().st_mtime_ns]
-
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        # Called by gRPC for each handshake, in a thread of its own: no more than a stat while nothing changes.
-        try:
-            changed = cert_file.stat().st_mtime_ns
-            if changed == seen[0]:
-                return None
-            found = certs.read(cert_file, key_file)
-        except (OutriderError, OSError) as error:
-            log.warning("the certificate on disk can't be used, the former one is kept", error=str(error))
-            return None
-        seen[0] = changed
-        return grpc.ssl_server_certificate_configuration([(found.key, found.chain)])
-
-    configuration = grpc.ssl_server_certificate_configuration([(first.key, first.chain)])
-    # gRPC takes None for "as before"; the stubs don't know that.
-    return grpc.dynamic_ssl_server_credentials(configuration, cast("_Fetch", fetch))
-
-
 def _add_services(server: grpc.aio.Server, services: Services) -> health_aio.HealthServicer:
     control_service_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(services), server)
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(services), server)
@@ -294,17 +300,6 @@ def _taken(listen: str, error: OSError | None) -> OutriderError:
             hint="stop that program, or give another port with `listen`",
         )
     return InvalidInput(f"{listen} can't be listened on: {error.strerror}", code="bad_address")
-
-
-async def _housekeeping(services: Services) -> None:
-    """Now and then: renew the certificate (nobody has to restart for it), forget old answers."""
-    while True:
-        await asyncio.sleep(_HOUSEKEEPING_EVERY.total_seconds())
-        try:
-            await asyncio.to_thread(_certificate, services.config)
-            await services.db.write(requests.forget_old)
-        except OutriderError as error:
-            log.error("housekeeping failed", error=str(error))
 
 
 async def _end(task: asyncio.Task[None]) -> None:

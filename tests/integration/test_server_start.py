@@ -178,11 +178,13 @@ async def test_method_without_a_permission_stops_the_start(
         await Server(config).start()
 
 
-async def test_renewed_certificate_is_served_without_a_restart(tmp_path: Path) -> None:
+async def test_renewed_certificate_is_served_on_the_same_port(tmp_path: Path) -> None:
     async with served(tmp_path / "server") as rig:
         before = await asyncio.to_thread(_served_expiry, rig.address, rig.config.ca_file)
         later = datetime.now(UTC) + timedelta(days=330)
+        assert not await rig.server.renew_certificate()
         certs.ensure(rig.config.ca_file.parent, [], now=later)
+        assert await rig.server.renew_certificate()
         after = await asyncio.to_thread(_served_expiry, rig.address, rig.config.ca_file)
     assert after > before
 
