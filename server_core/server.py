@@ -165,8 +165,8 @@ class Server:
         """Serve with the certificate on disk, made anew if it is due; returns whether it is another one.
 
         The listener is opened anew for it: agents and watchers are cut off for a moment and come back. gRPC could ask
-        for the certificate at every handshake, but it holds a lock of its own while it waits for the interpreter's,
-        which the thread that stops the server holds while it waits for that one.
+        for the certificate at every handshake instead, but then its threads call into the interpreter while they hold
+        what a stopping server needs; a test run under load hung once with that, and the cause was not proven.
         """
         certificate = await asyncio.to_thread(_certificate, self.config)
         if certificate == self._certificate:
