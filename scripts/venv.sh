@@ -21,7 +21,7 @@ if ! "$python" -c 'import ensurepip' 2>/dev/null; then
         "$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >/dev/null
 fi
 echo "==> making the virtual environment .venv" >&2
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+"$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
 set -- -e '.[all]' -e stepkit
 for plugin in plugins/*/; do set -- "$@" -e "$plugin"; done
