@@ -55,6 +55,7 @@ from outrider.wire import dump_json
 log = structlog.get_logger(__name__)
 
 _LAST_REMOVALS_S = 5.0
+_FIRST_LOOK_S = 2.0
 _EVENTS = {"start": "container.started", "die": "container.exited", "oom": "container.out_of_memory"}
 
 
@@ -176,13 +177,20 @@ class Agent:
                     ("events", self._watch_events()),
                     ("cleanup", cleanup.run()),
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
-                    ("session", self._session.run()),
+                    ("session", self._link()),
                 )
             ]
             await self._stopping.wait()
             log.info("agent stops", runs=len(self._runs.active))
             for task in tasks:
                 task.cancel()
+
+    async def _link(self) -> None:
+        # What the node says of its engine is true from the first word on; an engine that hangs delays it by little.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_LOOK_S):
+                await self._services.engine.asked.wait()
+        await self._session.run()
 
     def _refused(self, error: OutriderError) -> None:
         # A node that takes care of something stays: only its link waits for another credential.

@@ -27,6 +27,7 @@ class EngineWatch:
         self._on_return = on_return
         self._up = asyncio.Event()
         self._doubt = asyncio.Event()
+        self.asked = asyncio.Event()  # it has answered, or not, for the first time
         self.info: EngineInfo | None = None
         self.error = "the container engine has not been asked yet"
 
@@ -72,6 +73,7 @@ class EngineWatch:
                 if was_up is not False:
                     was_up = False
                     await self._outbox.emit("engine.lost", self.info.name if self.info else "", {"error": str(error)})
+            self.asked.set()
             if self._up.is_set():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_CHECK_S):

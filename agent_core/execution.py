@@ -20,7 +20,7 @@ from agent_core.services import Services
 from agent_core.state import TERMINAL_STEPS, Cancellation, Change, RunRecord
 from agent_core.stepping import StepRunner
 from agent_core.volumes import AllottedVolume
-from outrider.errors import InvalidInput, NotFound, OperationTimeout, OutriderError, PermanentError
+from outrider.errors import NotFound, OperationTimeout, OutriderError, PermanentError
 from outrider.expressions import evaluate_condition, references, render
 from outrider.pipeline import (
     Pipeline,
@@ -30,7 +30,6 @@ from outrider.pipeline import (
     graph,
     load_pipeline,
     plain_envs,
-    writeback_needs,
 )
 from outrider.steps import ObjectContext
 from outrider.v1 import node_service_pb2 as pb
@@ -382,16 +381,12 @@ class RunExecution:
         for status in open_steps:  # only of a run that was refused before any step
             status.state, status.reason = types.STEP_STATE_SKIPPED, "the run could not begin"
             changes.append(state.step_status(self.run_id, status))
-        failure = refused
         if refused is None:
-            try:
-                changes += self._write_back()
-            except OutriderError as error:
-                failure = error
+            changes += self._write_back()
         report = self._report(*open_steps)
-        report.state, step_failure = self._outcome(failure)
-        if failure is not None:
-            report.failure.CopyFrom(failure_of(failure))
+        report.state, step_failure = self._outcome(refused)
+        if refused is not None:
+            report.failure.CopyFrom(failure_of(refused))
         elif step_failure is not None:
             report.failure.CopyFrom(step_failure)
         report.finished_at.GetCurrentTime()
@@ -399,15 +394,12 @@ class RunExecution:
         changes += [
             state.run_state(self.run_id, report.state, failure=report.failure, finished_at=time.time()),
             services.outbox.run_report(report),
-            services.outbox.event(
-                "run.finished", self.run_id, {"state": types.RunState.Name(report.state)}, run_id=self.run_id
-            ),
         ]
         await state.commit(*changes)
         services.outbox.notify()
         log.info("run finished", run=self.run_id, state=types.RunState.Name(report.state), error=report.failure.message)
 
-    def _outcome(self, failure: OutriderError | None) -> tuple[types.RunState.ValueType, types.Failure | None]:
+    def _outcome(self, refused: OutriderError | None) -> tuple[types.RunState.ValueType, types.Failure | None]:
         by_state: dict[int, list[types.StepStatus]] = {}
         for status in self.statuses.values():
             by_state.setdefault(status.state, []).append(status)
@@ -418,7 +410,7 @@ class RunExecution:
             reason = self.cancellation.reason if self.cancellation else ""
             message = f"the run was cancelled: {reason}" if reason else "the run was cancelled"
             return types.RUN_STATE_CANCELLED, failure_of(OutriderError(message, code="cancelled"))
-        if failure is not None or types.STEP_STATE_FAILED in by_state:
+        if refused is not None or types.STEP_STATE_FAILED in by_state:
             failed = by_state.get(types.STEP_STATE_FAILED)
             return types.RUN_STATE_FAILED, failed[0].failure if failed else None
         if types.STEP_STATE_UNKNOWN in by_state:
@@ -432,16 +424,12 @@ class RunExecution:
         request = pb.WriteBackRequest(
             request_id=f"{self.run_id}:{self.lease_id}", run=pb.RunRef(run_id=self.run_id, lease_id=self.lease_id)
         )
-        for item, needs in zip(self.pipeline.writeback, writeback_needs(self.pipeline), strict=True):
+        for item in self.pipeline.writeback:
             try:
                 if not evaluate_condition(item.if_, context, outcomes, implied_success=False):
                     continue
                 value = render(item.value, context)
             except OutriderError as error:
-                if all(self.statuses[each].state == types.STEP_STATE_SUCCEEDED for each in needs):
-                    raise InvalidInput(
-                        f"write-back of {item.attribute}: {error.message}", code="writeback_failed", hint=error.hint
-                    ) from error
                 log.info(
                     "an attribute is not written back", run=self.run_id, attribute=item.attribute, error=str(error)
                 )

@@ -100,7 +100,8 @@ class Exits:
         try:
             if container in self._ended:
                 return self._ended[container]
-            if self._watched.get(container) != self._generation or not self._up.is_set():
+            # Before the engine's identity is known nothing can be said of an end: it is asked when the stream stands.
+            if self._current_boot and (self._watched.get(container) != self._generation or not self._up.is_set()):
                 await self._look(container)
             return await waiter.future
         finally:

@@ -103,8 +103,11 @@ async def test_too_much_in_outrider_fails_the_step(agent: Rig) -> None:
 
 async def test_nothing_is_left_of_a_finished_run(agent: Rig, runtime: DockerRuntime) -> None:
     run = await agent.run(pipeline({"name": "a"}, {"name": "b"}))
-    await agent.services.removals.drain(30)
-    assert not await runtime.list(labels={LABEL_RUN: run.run_id})
+
+    async def nothing_left() -> bool:
+        return not await runtime.list(labels={LABEL_RUN: run.run_id})
+
+    await agent.until(nothing_left)
 
 
 CHILD = """
@@ -163,3 +166,17 @@ async def test_killed_agent_adopts_its_running_container(
         assert {name: each.attempt for name, each in run.steps.items()} == {"a": 1, "b": 1}
         assert agent.log(run_id, "a") == b"".join(b"line %d\n" % i for i in range(20))
         assert agent.log(run_id, "b") == b"ran\nran\n", "each step ran once"
+
+
+async def test_a_step_that_ended_while_no_agent_was_there_has_its_own_outcome(
+    tmp_path: Path, runtime: DockerRuntime, node_id: str
+) -> None:
+    run_id = f"r{secrets.token_hex(8)}"
+    text = pipeline({"name": "a", "sh": "sleep 1; echo done; echo '{\"x\": 1}' >> /outrider/outputs"}, {"name": "b"})
+    await begin_and_kill(tmp_path, node_id, run_id, text, 0.9)
+    await asyncio.sleep(2)
+    async with rig(tmp_path / "state", runtime, node_id=node_id) as agent:
+        run = await agent.end(run_id)
+        assert run.state == "succeeded", run.failure
+        assert (run.outputs["a"], run.steps["a"].attempt) == ({"x": 1}, 1)
+        assert agent.log(run_id, "a") == b"done\n"

@@ -349,10 +349,13 @@ async def test_a_finished_run_leaves_nothing_but_what_the_server_must_learn(
     text = pipeline({"name": "a", "volumes": {"v": "/v:rw"}}, volumes={"v": {}})
     run = await agent.run(text)
     assert run.state == "succeeded", run.failure
-    await agent.services.removals.drain(10)
     await agent.services.netpool.settle()
-    assert not await runtime.list()
-    assert not list((tmp_path / "state" / "attempts").rglob("*"))
+
+    async def nothing_left() -> bool:
+        return not await runtime.list()
+
+    await agent.until(nothing_left)
+    await agent.until(lambda: not list((tmp_path / "state" / "attempts").rglob("*")))
     assert not list((tmp_path / "state" / "volumes").rglob(run.run_id))
 
 
