@@ -22,7 +22,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from sqlalchemy import Connection
 
 from outrider import tls
-from outrider.errors import Conflict, InvalidInput, OutriderError, Unavailable
+from outrider.errors import Conflict, InvalidInput, OutriderError, TemporaryError, Unavailable
+from outrider.retry import FOREVER
 from outrider.v1 import (
     control_service_pb2,
     control_service_pb2_grpc,
@@ -174,8 +175,16 @@ class Server:
         log.info("the certificate is renewed, and the listener opened anew")
         await self._close(Unavailable("the server renews its certificate", code="server_stopping"), _RENEWAL_GRACE_S)
         host = self.config.listen.rpartition(":")[0]
-        await self._open(certificate, f"{host}:{self.port}")
+        # A server without a listener is of no use to anybody: whatever holds the port, it is tried again.
+        await FOREVER.run(lambda: self._reopen(certificate, f"{host}:{self.port}"))
         return True
+
+    async def _reopen(self, certificate: certs.Certificate, listen: str) -> None:
+        try:
+            await self._open(certificate, listen)
+        except Conflict as error:
+            log.error("the listener can't be opened again yet", error=str(error))
+            raise TemporaryError(error.message, code=error.code) from error
 
     async def _open(self, certificate: certs.Certificate, listen: str) -> None:
         server = grpc.aio.server(interceptors=[self._services.access], options=tls.SERVER_OPTIONS)
