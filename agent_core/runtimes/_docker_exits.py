@@ -166,6 +166,12 @@ class Exits:
         except OutriderError:
             return  # asked again when the stream stands
         if info.state in ("exited", "dead") and info.started_at is not None:
+            if not self._up.is_set():
+                # Which engine has just been asked is not known yet, or not any more.
+                try:
+                    self._current_boot, self._survives = await self._boot()
+                except OutriderError:
+                    return
             end = Exit(info.id, info.exit_code or 0, info.oom_killed)
             for waiter in self._waiters.get(container, ()):
                 stopped = bool(waiter.boot) and waiter.boot != self._current_boot and not self._survives

@@ -186,6 +186,20 @@ async def test_end_found_after_another_boot_says_nothing_about_the_program(engin
     assert (await asyncio.wait_for(waiting, 1)).engine_stopped
 
 
+async def test_engine_not_asked_yet_is_not_another_engine() -> None:
+    """An agent that comes back asks for an end before its event stream stands."""
+    engine = Engine()
+    engine.state("a", "exited", 4)
+    end = await asyncio.wait_for(engine.exits.wait("a", "one"), 1)
+    assert (end.exit_code, end.engine_stopped) == (4, False)
+    await engine.exits.aclose()
+    engine = Engine()
+    engine.state("a", "exited", 137)
+    engine.boot = "two"
+    assert (await asyncio.wait_for(engine.exits.wait("a", "one"), 1)).engine_stopped
+    await engine.exits.aclose()
+
+
 async def test_waiting_survives_an_engine_that_is_away_from_the_start() -> None:
     engine = Engine()
     engine.up = False
