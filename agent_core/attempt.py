@@ -8,34 +8,20 @@ agent may still be on its way; within one agent's life there is no such request.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import structlog
 
 from agent_core.container_spec import ContainerScope, GrantedVolume
 from agent_core.control import ControlSocket
-from agent_core.runtimes.base import (
-    LABEL_ATTEMPT,
-    LABEL_KIND,
-    LABEL_LEASE,
-    LABEL_NODE,
-    LABEL_OBJECT,
-    LABEL_PLAN,
-    LABEL_RUN,
-    LABEL_STEP,
-    ContainerInfo,
-    ContainerSpec,
-    Exit,
-    Mount,
-)
+from agent_core.orders import AttemptOrder, AttemptResult
+from agent_core.runtimes.base import LABEL_PLAN, ContainerInfo, Exit
 from agent_core.services import Services
-from agent_core.state import Change, Phase
+from agent_core.state import Phase
 from agent_core.stepfiles import MAX_DIRECTORY_BYTES, ProgressLine, StepDirectory
 from agent_core.steplog import StepLog
-from agent_core.volumes import AllottedVolume
 from outrider.errors import (
     Conflict,
     EngineUnavailable,
@@ -47,7 +33,7 @@ from outrider.errors import (
 )
 from outrider.masking import mask_text
 from outrider.retry import RetryPolicy
-from outrider.steps import CONTRACT_VERSION, EXIT_DONE, EXIT_TEMPORARY, Resources, StepPlan
+from outrider.steps import EXIT_DONE, EXIT_TEMPORARY
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -57,46 +43,6 @@ _PROGRESS_S = 0.25
 _ENGINE_LOG_FACTOR = 16  # its file has a record around each write: short lines take that much more room
 
 Why = Literal["cancelled", "timeout", "output_limit", "directory_limit"]
-
-
-@dataclass(frozen=True)
-class AttemptOrder:
-    """All that one attempt is made from."""
-
-    run_id: str
-    lease_id: str
-    step: str
-    number: int
-    plan: StepPlan
-    plan_sha256: str
-    inputs: bytes
-    env: Mapping[str, str] = field(repr=False)
-    secrets: tuple[str, ...] = field(repr=False)
-    volumes: Mapping[str, tuple[AllottedVolume, str, bool]]  # volume, path inside, writable
-    uid: int
-    gid: int
-    resources: Resources
-    object_ref: str | None
-    timeout_s: float  # what is left of it
-    engine_boot: str = ""  # of the engine that the journal says it was started by; "": the present one
-
-    @property
-    def container(self) -> str:
-        """The container's name."""
-        return f"outrider-{self.run_id}-{self.step}-{self.number}"
-
-
-@dataclass
-class AttemptResult:
-    """How it ended. ``error`` is None if it succeeded; ``uncertain``: whether its work was done can't be known."""
-
-    exit_code: int | None = None
-    error: OutriderError | None = None
-    cancelled: bool = False
-    uncertain: bool = False
-    outputs: dict[str, Any] = field(default_factory=dict)
-    changes: list[Change] = field(default_factory=list)
-    log_bytes: tuple[int, int] = (0, 0)
 
 
 class _Uncertain(Exception):
@@ -227,7 +173,12 @@ class Attempt:
         await RetryPolicy().run(lambda: services.runtime.ensure_image(order.plan.image, pull=pull))
         if self._pause is None:
             self._pause = await services.netpool.lease(order.run_id, order.plan.network)
-        spec = self._spec(f"container:{self._pause}")
+        spec = order.spec(
+            node_id=services.config.node_id,
+            directory=self._directory.path,
+            network=f"container:{self._pause}",
+            log_max_bytes=services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
+        )
         try:
             container = await services.runtime.create(spec)
         except Conflict:
@@ -249,7 +200,11 @@ class Attempt:
             info = await runtime.inspect(order.container)
         except NotFound:
             return None
-        if any(info.labels.get(label) != value for label, value in self._labels().items() if label != LABEL_PLAN):
+        if any(
+            info.labels.get(label) != value
+            for label, value in self._order.labels(self._services.config.node_id).items()
+            if label != LABEL_PLAN
+        ):
             raise Conflict(
                 f"the container name {order.container} is taken by a container that Outrider did not make",
                 code="name_taken",
@@ -450,52 +405,6 @@ class Attempt:
             await control.aclose(attempt_over=self._over or isinstance(error, Exception))
 
         stack.push_async_exit(close)
-
-    def _labels(self) -> dict[str, str]:
-        order = self._order
-        labels = {
-            LABEL_NODE: self._services.config.node_id,
-            LABEL_KIND: "step",
-            LABEL_RUN: order.run_id,
-            LABEL_STEP: order.step,
-            LABEL_ATTEMPT: str(order.number),
-            LABEL_LEASE: order.lease_id,
-            LABEL_PLAN: order.plan_sha256,
-        }
-        return labels | ({LABEL_OBJECT: order.object_ref} if order.object_ref else {})
-
-    def _spec(self, network: str) -> ContainerSpec:
-        order, plan = self._order, self._order.plan
-        env = dict(plan.env) | dict(order.env)
-        env |= {
-            "OUTRIDER_CONTRACT": str(CONTRACT_VERSION),
-            "OUTRIDER_RUN_ID": order.run_id,
-            "OUTRIDER_STEP": order.step,
-            "OUTRIDER_ATTEMPT": str(order.number),
-        }
-        env.setdefault("HOME", "/tmp")  # noqa: S108 - the container's own tmpfs
-        if plan.control is not None:
-            env["OUTRIDER_CONTROL"] = "/outrider/control.sock"
-        mounts = [Mount(str(self._directory.path), "/outrider", writable=True)]
-        mounts += [Mount(volume.host_path, path, writable) for volume, path, writable in order.volumes.values()]
-        return ContainerSpec(
-            name=order.container,
-            image=plan.image,
-            args=plan.args,
-            entrypoint=plan.entrypoint,
-            env=env,
-            labels=self._labels(),
-            mounts=tuple(mounts),
-            user=plan.user or f"{order.uid}:{order.gid}",
-            groups=tuple(sorted({each.group for each, _, _ in order.volumes.values() if each.group is not None})),
-            workdir=plan.workdir,
-            network=network,
-            memory_bytes=order.resources.memory_bytes,
-            cpus=order.resources.cpus,
-            pids=order.resources.pids,
-            log_max_bytes=self._services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
-            init=True,
-        )
 
 
 @asynccontextmanager

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from agent_core.attempt import Attempt, AttemptOrder, AttemptResult
+from agent_core.attempt import Attempt
+from agent_core.orders import AttemptOrder, AttemptResult
 from agent_core.planning import PlannedStep
 from agent_core.state import AttemptRecord
 from agent_core.stepfiles import ProgressLine
