@@ -56,6 +56,7 @@ log = structlog.get_logger(__name__)
 
 _LAST_REMOVALS_S = 5.0
 _FIRST_LOOK_S = 2.0
+_ENGINE_ANSWERS_S = 3.0
 _EVENTS = {"start": "container.started", "die": "container.exited", "oom": "container.out_of_memory"}
 
 
@@ -266,8 +267,11 @@ class Agent:
         brief = load(self.config.state_dir)
         brief.engine_ok, brief.engine_error = services.engine.ok, services.engine.error
         if services.engine.ok:
-            with contextlib.suppress(OutriderError):
-                for state, count in Counter(info.state for info in await services.runtime.list()).items():
+            # A heartbeat never waits for an engine that hangs.
+            with contextlib.suppress(OutriderError, TimeoutError):
+                async with asyncio.timeout(_ENGINE_ANSWERS_S):
+                    found = await services.runtime.list()
+                for state, count in Counter(info.state for info in found).items():
                     brief.containers[state] = count
         brief.runs.extend(self._runs.active)
         brief.outbox_depth = services.outbox.depth
@@ -278,8 +282,10 @@ class Agent:
         """Everything that the node holds."""
         report = types.FullReport(runs=self.held_runs(), brief=await self.brief())
         if self._services.engine.ok:
-            with contextlib.suppress(OutriderError):
-                for info in await self._services.containers.list():
+            with contextlib.suppress(OutriderError, TimeoutError):
+                async with asyncio.timeout(_ENGINE_ANSWERS_S):
+                    found = await self._services.containers.list()
+                for info in found:
                     if self._services.containers.owner(info) != "foreign":
                         report.containers.append(self._remote.describe(info))
         return report
