@@ -18,6 +18,7 @@ import secrets
 import shutil
 import sqlite3
 import stat
+import struct
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -221,6 +222,10 @@ class Volumes:
             elif shared:
                 os.fchown(volume, 0, SHARED_GID)
                 os.fchmod(volume, 0o2770)
+                # Whoever makes a file there has a umask that leaves its group out, but for this. Where the
+                # filesystem has no ACLs, owners that share files have to open them to the group themselves.
+                with suppress(OSError):
+                    os.setxattr(volume, "system.posix_acl_default", _GROUP_ACL)
             else:
                 os.fchown(volume, uid, gid)
                 os.fchmod(volume, 0o750)
@@ -347,6 +352,14 @@ def _walk(top: int) -> tuple[int, bool]:
                 seen.add(found.st_ino)
             total += found.st_blocks * 512
     return total, True
+
+
+def _acl(*entries: tuple[int, int]) -> bytes:
+    """A POSIX ACL as the kernel takes it (linux/posix_acl_xattr.h): version 2, then tag, rights, and no id."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, rights, 0xFFFFFFFF) for tag, rights in entries)
+
+
+_GROUP_ACL = _acl((0x01, 7), (0x04, 7), (0x20, 0))  # the owning user and group everything, others nothing
 
 
 def _mib(size: int) -> int:

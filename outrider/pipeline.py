@@ -7,7 +7,7 @@ questions about a loaded pipeline. Checks against step types are in ``outrider.s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
@@ -248,13 +248,8 @@ def resolve_args(
     An optional argument that nothing was given for is absent (`has(args.x)` tells). Raises InvalidInput with every
     problem: unknown names, wrong types, required ones missing.
     """
-    problems: list[Problem] = []
+    problems = _unknown_args(pipeline, given)
     values: dict[str, Any] = {}
-    for name in given:
-        if name not in pipeline.args:
-            known = f"it takes {listing(pipeline.args)}" if pipeline.args else "it takes none"
-            hint = did_you_mean(str(name), pipeline.args, otherwise=known)
-            problems.append(Problem(f"pipeline {pipeline.name} has no such argument", f"args.{name}", hint=hint))
     for name, arg in pipeline.args.items():
         attribute = arg.from_ or name
         if name in given:
@@ -291,17 +286,31 @@ def resolve_args(
     return frozen
 
 
+def _unknown_args(pipeline: Pipeline, given: Iterable[str]) -> list[Problem]:
+    known = f"it takes {listing(pipeline.args)}" if pipeline.args else "it takes none"
+    return [
+        Problem(
+            f"pipeline {pipeline.name} has no such argument",
+            f"args.{name}",
+            hint=did_you_mean(str(name), pipeline.args, otherwise=known),
+        )
+        for name in given
+        if name not in pipeline.args
+    ]
+
+
 def args_from_text(pipeline: Pipeline, pairs: Mapping[str, str]) -> dict[str, Any]:
     """Arguments as the command line gives them (`--arg slots=16`), each read as the type that the pipeline declares.
 
-    Text stays text; the others are read as JSON. Raises InvalidInput with every problem; unknown names pass, for
-    ``resolve_args`` to name.
+    Text stays text; the others are read as JSON. Raises InvalidInput with every problem, unknown names among them.
     """
-    problems: list[Problem] = []
+    problems = _unknown_args(pipeline, pairs)
     values: dict[str, Any] = {}
     for name, text in pairs.items():
         arg = pipeline.args.get(name)
-        if arg is None or arg.type == "string":
+        if arg is None:
+            continue
+        if arg.type == "string":
             values[name] = text
             continue
         try:

@@ -346,4 +346,4 @@ def test_args_of_the_command_line_take_their_declared_types() -> None:
     assert args_from_text(pipeline, pairs) == {"s": "1", "i": 1, "n": 1, "b": True, "l": [1], "o": {"a": 1}}
     with pytest.raises(InvalidInput) as caught:
         args_from_text(pipeline, {"i": "x", "b": "1", "unknown": "1"})
-    assert [problem.path for problem in caught.value.problems] == ["args.i", "args.b"]
+    assert [problem.path for problem in caught.value.problems] == ["args.unknown", "args.i", "args.b"]
