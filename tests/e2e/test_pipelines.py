@@ -89,16 +89,16 @@ def test_conditions_decide_which_steps_run_and_what_is_written_back(dev: Dev) ->
     text = pipeline(
         python("early", "out(port=1)"),
         python("work", "print('before'); sys.exit(3 if sys.argv[1] == 'true' else 0)", "${{ string(args.broken) }}"),
-        python("verify", "out(ok=True)", **{"if": "args.verify"}),
+        python("verify", "out(ok=True)", when="args.verify"),
         python("after", ""),
-        python("clean-up", "print('cleaned')", **{"if": "failure()"}),
+        python("clean-up", "print('cleaned')", when="failure()"),
         python(
             "tell",
             "print(*sys.argv[1:])",
             "${{ steps.work.outcome }}",
             "${{ has(steps.verify.outputs) ? 'verified' : 'unverified' }}",
             '${{ steps["clean-up"].outcome }}',
-            **{"if": "${{ always() }}"},
+            when="${{ always() }}",
         ),
         args={"broken": {"type": "boolean", "default": False}, "verify": {"type": "boolean", "default": True}},
         writeback=[
@@ -125,8 +125,8 @@ def test_conditions_decide_which_steps_run_and_what_is_written_back(dev: Dev) ->
     }  # fmt: skip
     assert steps_of(run)["after"]["reason"] == "step work failed"
     assert run["writeback"] == {"port": 1, "bad": "failed"}
-    shown = dev.ok("object", "get", "test/conditions")
-    written = {line.split()[0]: line.split()[1:3] for line in shown.partition("STATUS")[2].splitlines()[1:]}
+    rows = dev.ok("object", "get", "test/conditions").partition("STATUS")[2].splitlines()[1:]
+    written = {row.split()[0]: row.split()[1:3] for row in rows}
     assert set(written) == {"port", "good", "bad"}
     assert written["bad"][1] == run["run_id"] != written["good"][1]
     # Of several steps, each line says which step wrote it.
@@ -405,7 +405,7 @@ def test_runs_of_one_object_queue_and_a_cancelled_one_leaves_nothing_running(dev
     text = pipeline(
         python("wait", "print('waiting'); time.sleep(300)"),
         python("never", ""),
-        python("tidy", "print('tidied')", **{"if": "always()"}),
+        python("tidy", "print('tidied')", when="always()"),
         name="long",
     )
     first = dev.ok("run", dev.pipeline(text, "long.yaml"), "--object", "test/queue", "--detach").strip()
