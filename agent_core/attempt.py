@@ -31,7 +31,6 @@ from outrider.errors import (
     StepFailed,
     TemporaryError,
 )
-from outrider.masking import mask_text
 from outrider.retry import RetryPolicy
 from outrider.steps import EXIT_DONE, EXIT_TEMPORARY
 
@@ -316,10 +315,8 @@ class Attempt:
 
     def _look(self) -> None:
         with suppress(OSError):
-            if self._directory.read_progress() and self._directory.progress is not None:
-                line = self._directory.progress
-                message = mask_text(line.message, self._order.secrets)
-                self._on_progress(ProgressLine(line.done, line.total, line.unit, message))
+            if self._directory.read_progress(self._order.secrets) and self._directory.progress is not None:
+                self._on_progress(self._directory.progress)
         if self._directory.size() > MAX_DIRECTORY_BYTES:
             self.stop("directory_limit", 0)
 
@@ -340,7 +337,7 @@ class Attempt:
                 code="out_of_memory",
                 hint="raise the step's resources.memory",
             )
-        cause = mask_text(said.message, self._order.secrets) if said else ""
+        cause = said.message if said else ""
         message = f"step {step} failed: {cause}" if cause else f"step {step} ended with exit code {end.exit_code}"
         code = said.code if said else "step_failed"
         if end.exit_code == EXIT_TEMPORARY:

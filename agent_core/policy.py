@@ -6,6 +6,7 @@ with outgoing traffic only, managed containers without added capabilities, forei
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ from outrider.steps import Resources, StepPlan
 
 DEFAULT_NETWORK = "outrider"
 _MIB = 1024**2
+# Digits alone: the engine takes "+0" for 0, too.
+_STEP_USER = re.compile(r"[1-9][0-9]{0,9}(:[1-9][0-9]{0,9})?", re.ASCII)
 
 
 class _Section(BaseModel):
@@ -151,9 +154,10 @@ class NodePolicy(_Section):
         self.check_image(plan.image)
         self.network_of(plan.network)
         self.limits_for(plan.resources)
-        if plan.user is not None and _is_root(plan.user):
+        if plan.user is not None and not _STEP_USER.fullmatch(plan.user):
             raise PolicyViolation(
-                "the step asks to run as root, and steps never do", hint="leave `user` out, or name another one"
+                f"the step asks to run as {plan.user!r}, and steps never run as root",
+                hint="leave `user` out, or write it as UID or UID:GID: a name may mean root in its image",
             )
 
     def check_image(self, image: str) -> None:
@@ -240,11 +244,6 @@ def registry_of(image: str) -> str:
 
 def _at_most(value: Any, most: Any) -> Any:
     return value if most is None else min(value, most)
-
-
-def _is_root(user: str) -> bool:
-    name, _, _ = user.partition(":")
-    return name in ("", "root") or (name.isdigit() and int(name) == 0)
 
 
 def _not_allowed(what: str, where: str, allowed: tuple[str, ...]) -> PolicyViolation:

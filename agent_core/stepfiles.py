@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from outrider.errors import StepFailed
+from outrider.masking import contains_secret, mask_text
 
 MAX_DIRECTORY_BYTES = 16 * 1024**2
 MAX_OUTPUTS_BYTES = 64 * 1024
 _MAX_FILE_BYTES = 1024**2
 _MAX_PROGRESS_READ = 256 * 1024
 _MAX_LINE = 16 * 1024
+_MAX_ENTRIES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,11 @@ class StepDirectory:
         self._rest = b""
 
     def prepare(self, inputs: bytes, uid: int, gid: int) -> None:
-        """Make it, with inputs.json and empty outputs and progress; what an interrupted try left is kept out."""
+        """Make it, with inputs.json and empty outputs and progress; what an interrupted try left is kept out.
+
+        The directory itself stays the agent's: a step that could make files in it would have a place of any size
+        (an unlinked file that it holds open is seen by nobody), and could put others in place of the agent's.
+        """
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
@@ -73,8 +79,6 @@ class StepDirectory:
                 finally:
                     os.close(descriptor)
             os.fchmod(directory, 0o755)
-            if os.geteuid() == 0:
-                os.fchown(directory, uid, gid)
         finally:
             os.close(directory)
 
@@ -101,18 +105,20 @@ class StepDirectory:
         return self.path.with_name(self.path.name + ".fenced")
 
     def size(self) -> int:
-        """Bytes in its files, the first thousand of them."""
-        total = 0
-        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
-            for count, entry in enumerate(entries):
-                if count == 1000:
-                    return MAX_DIRECTORY_BYTES + 1
-                with contextlib.suppress(OSError):
-                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+        """Bytes of everything in it; more than is allowed also where there are too many files to count."""
+        total = count = 0
+        with contextlib.suppress(OSError):
+            for _, directories, files, descriptor in os.fwalk(self.path, follow_symlinks=False):
+                for name in (*directories, *files):
+                    count += 1
+                    if count > _MAX_ENTRIES:
+                        return MAX_DIRECTORY_BYTES + 1
+                    with contextlib.suppress(OSError):
+                        total += os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_blocks * 512
         return total
 
-    def read_progress(self) -> bool:
-        """Take what has been added to `progress`; whether there was anything new in it."""
+    def read_progress(self, secrets: tuple[str, ...] = ()) -> bool:
+        """Take what has been added to `progress`, masked; whether there was anything new in it."""
         data = self._read("progress", self._offset, _MAX_PROGRESS_READ)
         if not data:
             return False
@@ -122,7 +128,7 @@ class StepDirectory:
             self._rest = b""
         changed = False
         for line in lines:
-            changed = self._progress_line(line) or changed
+            changed = self._progress_line(line, secrets) or changed
         return changed
 
     def read_outputs(self) -> dict[str, Any]:
@@ -143,10 +149,12 @@ class StepDirectory:
                 raise _refused(f"line {number} of /outrider/outputs is not JSON") from error
             if not isinstance(value, dict):
                 raise _refused(f"line {number} of /outrider/outputs is not a JSON object")
+            if not _is_text(value):
+                raise _refused(f"line {number} of /outrider/outputs has half a surrogate pair, which is no character")
             merged.update(value)
         return merged
 
-    def _progress_line(self, line: bytes) -> bool:
+    def _progress_line(self, line: bytes, secrets: tuple[str, ...]) -> bool:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -154,13 +162,15 @@ class StepDirectory:
         if not isinstance(value, dict):
             return False
         if isinstance(value.get("error"), str):
-            self.error = ErrorLine(" ".join(value["error"].split())[:2000], _word(value.get("code")))
+            self.error = ErrorLine(
+                _text(" ".join(value["error"].split()), 2000, secrets), _word(value.get("code"), secrets)
+            )
             return False
         self.progress = ProgressLine(
             _count(value.get("done")),
             _count(value.get("total")),
-            str(value.get("unit") or "")[:32],
-            str(value.get("message") or "")[:200],
+            _text(value.get("unit"), 32, secrets),
+            _text(value.get("message"), 200, secrets),
         )
         return True
 
@@ -201,6 +211,19 @@ def _count(value: object) -> int:
         return 0
 
 
-def _word(value: object) -> str:
-    text = value if isinstance(value, str) else ""
+def _text(value: object, limit: int, secrets: tuple[str, ...]) -> str:
+    """Masked before it is cut: half a secret would not be found."""
+    return mask_text(str(value or ""), secrets).encode("utf-8", "replace").decode()[:limit]
+
+
+def _is_text(value: dict[str, Any]) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
+
+
+def _word(value: object, secrets: tuple[str, ...]) -> str:
+    text = value if isinstance(value, str) and not contains_secret(value.encode("utf-8", "replace"), secrets) else ""
     return text if text.replace("_", "").isalnum() and text.isascii() and len(text) <= 64 else "step_failed"

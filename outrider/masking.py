@@ -26,6 +26,9 @@ MIN_ENCODED = 6
 MANY_FORMS = 400
 """From so many on, one pass with the pattern is faster than a search for each form."""
 
+_LONE_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""What no encoding has room for; the others stand for bytes that are no UTF-8."""
+
 _WRAPPED = (57, 48)
 """Bytes behind a line of `base64` (76 characters) and of `openssl base64` (64)."""
 
@@ -102,6 +105,7 @@ class Masker:
 def mask_text(text: str, secrets: Iterable[str | bytes]) -> str:
     """One whole text masked, for messages and other short things."""
     masker = Masker(secrets)
+    text = _LONE_SURROGATES.sub("\ufffd", text)
     return (masker.feed(text.encode("utf-8", "surrogateescape")) + masker.flush()).decode("utf-8", "surrogateescape")
 
 
