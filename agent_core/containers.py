@@ -11,8 +11,8 @@ import contextlib
 import logging
 import socket
 import sqlite3
-from collections import defaultdict
-from collections.abc import AsyncGenerator
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -90,7 +90,8 @@ class Containers:
         self._volumes = volumes
         self._policy = policy
         self._node_id = node_id
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # Held by whoever works on that name, and gone with the last of them: any name can be asked for.
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     # -- looking
 
@@ -141,7 +142,7 @@ class Containers:
         mounts = mounts_of(spec, scope)
         user = spec.user or f"{scope.uid}:{scope.gid}"
         digest = digest_of(spec, mounts, user)
-        async with self._locks[spec.name]:
+        async with self._alone(spec.name):
             existing = await self._find(spec.name)
             if existing is not None:
                 self._check_adoptable(existing, spec, scope)
@@ -198,7 +199,7 @@ class Containers:
 
     async def start_existing(self, name: str, scope: ContainerScope | None = None) -> ContainerInfo:
         """Start one that was stopped. Starting a running one does nothing."""
-        async with self._locks[name]:
+        async with self._alone(name):
             info = await self._controlled(name, scope)
             await self._runtime.start(info.id)
             return await self.inspect(info.id)
@@ -209,7 +210,7 @@ class Containers:
         self, name: str, *, grace_s: float | None = None, scope: ContainerScope | None = None
     ) -> ContainerInfo:
         """Stop signal, then kill after the grace (default: its own, else 10 s). It stays, and keeps its ports."""
-        async with self._locks[name]:
+        async with self._alone(name):
             info = await self._controlled(name, scope)
             await self._runtime.stop(info.id, grace_s=self._grace(info.name) if grace_s is None else grace_s)
             return await self.inspect(info.id)
@@ -218,7 +219,7 @@ class Containers:
         self, name: str, *, grace_s: float | None = None, scope: ContainerScope | None = None
     ) -> ContainerInfo:
         """Restart in place: the same container, the same ports."""
-        async with self._locks[name]:
+        async with self._alone(name):
             info = await self._controlled(name, scope)
             await self._runtime.restart(info.id, grace_s=self._grace(info.name) if grace_s is None else grace_s)
             return await self.inspect(info.id)
@@ -226,7 +227,7 @@ class Containers:
     async def remove(self, name: str, *, force: bool = False, scope: ContainerScope | None = None) -> None:
         """Remove it and give its ports back. Conflict if it runs and not ``force``. One that is gone is no error
         for a scope that could have had it."""
-        async with self._locks[name]:
+        async with self._alone(name):
             info = await self._find(name)
             if info is None:
                 if self._known(name) is None:
@@ -253,12 +254,18 @@ class Containers:
         )
         for row in rows:
             name = str(row["name"])
-            async with self._locks[name]:
+            async with self._alone(name):
                 info = await self._find(name)
                 ours = info is not None and self.owner(info) == "managed" and info.labels.get(LABEL_RUN) == scope.run_id
                 await self._clean_up(name, info.id if info is not None and ours else "")
 
     # -- inside
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, name: str) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        async with lock:
+            yield
 
     async def _adopt(self, info: ContainerInfo, spec: ManagedSpec, scope: ContainerScope, digest: str) -> Started:
         known = self._known(spec.name)

@@ -9,7 +9,7 @@ and idempotent, so that a program may simply ask again when its connection break
     DELETE /v1/containers/{name}?force=1
     POST   /v1/containers/{name}/stop|restart    body {"grace_s": 10}
     POST   /v1/containers/{name}/wait            answers when it has ended
-    GET    /v1/containers/{name}/logs?tail=100   the log, as bytes
+    GET    /v1/containers/{name}/logs?tail=100   the log, as bytes; the last 4 MiB of it at most
 
 Errors have the body ``{"error": "one sentence", "code", "hint", "temporary", "problems"}``.
 """
@@ -45,6 +45,8 @@ from outrider.errors import (
 SOCKET_NAME = "control.sock"
 _MAX_BODY = 1024**2
 _MAX_LOG_TAIL = 10_000
+_MAX_LOG_BYTES = 4 * 1024**2
+_MAX_CONNECTIONS = 32  # of one attempt; each takes one of the agent's descriptors
 
 _STATUS: tuple[tuple[type[OutriderError], int], ...] = (
     (InvalidInput, 400),
@@ -65,6 +67,7 @@ class ControlSocket:
         self._scope = scope
         self._directory = directory
         self._runner: web.AppRunner | None = None
+        self._listening: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Bind; a socket left by a former agent in the same directory is replaced."""
@@ -85,7 +88,13 @@ class ControlSocket:
         await runner.setup()
         listener = await asyncio.to_thread(self._bind)
         try:
-            await web.SockSite(runner, listener).start()
+            served = runner.server
+            assert served is not None
+
+            def accept() -> asyncio.BaseProtocol:
+                return _Refusal() if len(served.connections) >= _MAX_CONNECTIONS else served()
+
+            self._listening = await asyncio.get_running_loop().create_unix_server(accept, sock=listener, backlog=16)
         except BaseException:
             listener.close()
             await runner.cleanup()
@@ -95,6 +104,9 @@ class ControlSocket:
     async def aclose(self, *, attempt_over: bool) -> None:
         """Stop serving. With ``attempt_over``, undo what the attempt began to start and did not finish; without
         (the agent stops), everything is left for the next agent."""
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -176,9 +188,15 @@ class ControlSocket:
         tail = request.query.get("tail", "100")
         if not tail.isdigit() or int(tail) > _MAX_LOG_TAIL:
             raise InvalidInput(f"tail={tail}: a number of lines up to {_MAX_LOG_TAIL}")
-        logs = self._containers.logs(_name(request), tail=int(tail), scope=self._scope)
-        data = b"".join([chunk async for _, chunk in logs])
-        return web.Response(body=data, content_type="application/octet-stream")
+        data = bytearray()
+        async with contextlib.aclosing(
+            self._containers.logs(_name(request), tail=int(tail), scope=self._scope)
+        ) as pieces:
+            async for _, piece in pieces:
+                data += piece
+                if len(data) > 2 * _MAX_LOG_BYTES:
+                    del data[:-_MAX_LOG_BYTES]
+        return web.Response(body=bytes(data[-_MAX_LOG_BYTES:]), content_type="application/octet-stream")
 
 
 def describe(info: ContainerInfo) -> dict[str, Any]:
@@ -201,12 +219,13 @@ def _name(request: web.Request) -> str:
 
 
 async def _body(request: web.Request) -> dict[str, Any]:
-    text = await request.text()
-    if not text:
+    data = await request.read()
+    if not data:
         return {}
     try:
-        body = json.loads(text)
-    except ValueError as error:
+        body = json.loads(data.decode())  # UTF-8, whatever the client says: JSON has no other
+        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise InvalidInput("the body must be a JSON object")
@@ -220,6 +239,14 @@ async def _grace(request: web.Request) -> float | None:
     if isinstance(grace_s, bool) or not isinstance(grace_s, int | float) or not 0 <= grace_s <= 3600:
         raise InvalidInput("grace_s must be a number of seconds from 0 to 3600")
     return float(grace_s)
+
+
+class _Refusal(asyncio.Protocol):
+    """A connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.abort()
 
 
 @web.middleware

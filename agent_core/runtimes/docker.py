@@ -48,6 +48,7 @@ _CALL_TIMEOUT_S = 60.0
 _PULL_SILENCE_S = 300.0
 _INIT_PATH = "/usr/local/bin:/usr/bin:/usr/local/libexec/docker:/usr/libexec/docker"
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
+_CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,9 @@ class DockerRuntime:
         await self._call("remove", container, remove, slow=True)
 
     async def inspect(self, container: str) -> ContainerInfo:
+        if not _CONTAINER_NAME.fullmatch(container):
+            # It becomes part of a path, where ".." would lead to other things than containers.
+            raise NotFound(f"there is no container {container[:255]} on this node", code="container_not_found")
         answer = await self._call("inspect", container, lambda client: client.inspect_container(container))
         return wire.info_from_inspect(answer)
 
@@ -327,6 +331,8 @@ class DockerRuntime:
             raise wire.unavailable(self._url, error) from error
 
     async def _image_id(self, image: str) -> str:
+        if any(part in ("", ".", "..") for part in image.split("/")):
+            raise InvalidInput(f"{image!r} is not the name of an image", hint="it reads like name:tag or host/name:tag")
         answer = await self._call("find the image", image, lambda client: client.inspect_image(image))
         return str(answer["Id"])
 

@@ -15,7 +15,7 @@ import pytest
 
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec
 from agent_core.runtimes.docker import DockerRuntime
-from outrider.errors import Conflict, EngineUnavailable, NotFound, OutriderError, PermanentError
+from outrider.errors import Conflict, EngineUnavailable, InvalidInput, NotFound, OutriderError, PermanentError
 
 if TYPE_CHECKING:
     from conftest import Node
@@ -217,3 +217,12 @@ async def test_boot_identity_is_steady(runtime: DockerRuntime) -> None:
     first, second = await runtime.info(), await runtime.info()
     assert first.boot == second.boot
     assert str(os.getpid()) not in first.boot.split("/")
+
+
+async def test_a_name_leads_to_no_other_thing_of_the_engines(runtime: DockerRuntime) -> None:
+    for name in ("../images/outrider/base:1", "../networks/bridge", "..", "a/b", ""):
+        with pytest.raises(NotFound, match="no container"):
+            await runtime.inspect(name)
+    for image in ("../networks/bridge", "../images/outrider/base:1", "a//b"):
+        with pytest.raises(InvalidInput, match="not the name of an image"):
+            await runtime.ensure_image(image, pull="never")

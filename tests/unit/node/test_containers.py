@@ -143,3 +143,10 @@ def test_wrong_specifications_are_refused(more: dict[str, Any]) -> None:
 
 def test_substitution_touches_nothing_else() -> None:
     assert substitute("a $(ports.x) $$(ports.x) $HOME ${Y} $(", {"x": 5}) == "a 5 $(ports.x) $HOME ${Y} $("
+
+
+async def test_asking_for_names_that_are_none_leaves_nothing_behind(parts: Parts) -> None:
+    for number in range(100):
+        with pytest.raises(NotFound):
+            await parts.containers.remove(f"nobody-{number}", scope=parts.scope)
+    assert len(parts.containers._locks) == 0

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+import yarl
 
 from agent_core.control import SOCKET_NAME, ControlSocket
+from agent_core.runtimes.fake import FakeProcess
 
 if TYPE_CHECKING:
     from conftest import Parts
@@ -81,3 +84,58 @@ async def test_socket_is_only_the_steps(client: Client, parts: Parts) -> None:
     assert found.st_mode & 0o777 == 0o600
     if os.geteuid() == 0:
         assert (found.st_uid, found.st_gid) == (parts.scope.uid, parts.scope.gid)
+
+
+async def test_bodies_that_are_no_json_text_get_a_sentence(client: Client, parts: Parts) -> None:
+    for data, content_type in (
+        (b"{}", "application/json; charset=no-such"),
+        (b"\xff\xfe{", "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b'{"name": "\\ud800", "image": "game:1"}', "application/json"),
+    ):
+        headers = {"Content-Type": content_type}
+        async with client.post("/v1/containers", data=data, headers=headers) as answer:
+            assert answer.status == 400, (data[:20], await answer.text())
+            assert (await answer.json())["code"] == "invalid_input"
+
+
+async def test_a_name_is_never_a_path(client: Client, parts: Parts) -> None:
+    for name in ("..%2F..%2Fimages%2Fgame", "%2E%2E%2Fx", "a%3Fall=1", "%20"):
+        url = yarl.URL(f"http://control/v1/containers/{name}", encoded=True)
+        async with client.get(url) as answer:
+            assert answer.status in (400, 404), name
+            assert (await answer.json())["code"]
+
+
+async def test_connections_of_one_step_are_few(client: Client, parts: Parts) -> None:
+    """Each costs the agent a descriptor, and it has only so many for all its steps."""
+    directory = os.open(parts.root / ("d" * 100) / "outrider", os.O_RDONLY)
+    before = len(os.listdir("/proc/self/fd"))
+    hostile = []
+    for _ in range(300):
+        with contextlib.suppress(OSError):
+            hostile.append(await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/{SOCKET_NAME}"))
+    await asyncio.sleep(0.1)
+    served = len(os.listdir("/proc/self/fd")) - before - len(hostile)
+    assert served <= 64
+    for _, writer in hostile:
+        writer.close()
+    await asyncio.sleep(0.1)
+    assert (await call(client, "GET", "/v1/containers"))[0] == 200
+    os.close(directory)
+
+
+async def test_the_log_that_one_answer_holds_is_bounded(parts: Parts, client: Client) -> None:
+    async def chatter(process: FakeProcess) -> int:
+        for _ in range(40):
+            process.write(b"x" * 1_000_000 + b"\n")
+        process.write(b"the end\n")
+        await process.signalled.wait()
+        return 0
+
+    parts.runtime.programs["chatter:1"] = chatter
+    assert (await call(client, "POST", "/v1/containers", {"name": "c", "image": "chatter:1"}))[0] == 200
+    async with client.get("/v1/containers/c/logs?tail=10000") as answer:
+        data = await answer.read()
+    assert len(data) <= 4 * 1024**2
+    assert data.endswith(b"the end\n")
