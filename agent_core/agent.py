@@ -104,7 +104,7 @@ class Agent:
         for report in plugins.plugins:
             if not report.ok:
                 log.warning("a plugin is not used", plugin=report.name, reason=report.error)
-        runtime = self._given_runtime or load_runtime(config.runtime)
+        runtime = self._given_runtime or load_runtime(config.runtime, config.engine_socket)
         journal = Journal(config.state_dir / "journal.db", state_module.migrations())
         state, outbox = State(journal), Outbox(journal)
         spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
@@ -326,10 +326,11 @@ class Agent:
         }
 
 
-def load_runtime(name: str) -> Runtime:
+def load_runtime(name: str, socket_path: Path | None = None) -> Runtime:
     """The container engine's driver called ``name``. Raises InvalidInput if none is installed."""
+    given = {} if socket_path is None else {"socket_path": str(socket_path)}
     try:
-        manager: Any = DriverManager("outrider.runtimes", name, invoke_on_load=True)
+        manager: Any = DriverManager("outrider.runtimes", name, invoke_on_load=True, invoke_kwds=given)
     except NoMatches as error:
         raise InvalidInput(
             f"no driver for a container engine is called {name!r}", code="unknown_runtime", hint="docker is built in"

@@ -28,6 +28,7 @@ class AgentConfig(BaseModel):
     ca_file: Path | None = None  # None: the CAs of the system
     state_dir: Path = Path("/var/lib/outrider")
     runtime: str = "docker"  # an entry point of the group outrider.runtimes
+    engine_socket: Path | None = None  # the engine's Unix socket; None: the driver's own default
     plugins: list[str] | None = None  # step plugins by name; None: all that are installed
     disabled_plugins: list[str] = Field(default_factory=list)
     policy_file: Path | None = None

@@ -56,8 +56,10 @@ class Containers(Part):
         _check_container(request.name)
         channel = await self._channel(request.node_id)
         with self._s.pipes.make(request.node_id) as pipe:
+            # An operator who does not speak of lines means all of them, as with the logs of runs.
+            tail = request.tail if request.tail > 0 else -1
             body = node_service_pb2.StreamContainerLogsCommand(
-                stream_id=pipe.stream_id, name=request.name, follow=request.follow, tail=request.tail
+                stream_id=pipe.stream_id, name=request.name, follow=request.follow, tail=tail
             )
             order = command(_new_id(), stream_container_logs=body)
             with channel.expect(order.command_id) as answer:

@@ -4,78 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
-import shutil
-import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 
 from agent_core.runtimes.base import ContainerSpec
 from agent_core.runtimes.docker import DockerRuntime
 from outrider.errors import EngineUnavailable
+from tests.second_engine import Engine, second_engine
 
 BASE = "outrider/base:1"
 
 
-class Engine:
-    """A second dockerd, cut off from the machine's networks."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.socket = str(root / "engine.sock")
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        name = self.root.name
-        self.process = subprocess.Popen(
-            [
-                # In a network namespace of its own: an engine with `--bridge none` removes docker0 where it runs.
-                "unshare",
-                "--net",
-                "dockerd", "--data-root", self.root / "data", "--exec-root", self.root / "exec",
-                "--pidfile", self.root / "engine.pid", "-H", f"unix://{self.socket}", "--bridge", "none",
-                "--iptables=false", "--ip-forward=false", "--containerd-namespace", name,
-                "--containerd-plugins-namespace", f"{name}-plugins",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while subprocess.run(["docker", "-H", f"unix://{self.socket}", "version"], capture_output=True).returncode:
-            assert self.process.poll() is None, "the second engine ended"
-            assert time.monotonic() < deadline, "the second engine does not answer"
-            time.sleep(0.2)
-
-    def stop(self, *, kill: bool = False) -> None:
-        if self.process is not None:
-            self.process.kill() if kill else self.process.terminate()
-            self.process.wait(60)
-            self.process = None
-
-
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    root = Path("/var/tmp") / f"outrider-engine-{secrets.token_hex(4)}"
-    root.mkdir()
-    engine = Engine(root)
-    try:
-        engine.start()
-        saved = subprocess.Popen(["docker", "save", BASE], stdout=subprocess.PIPE)
-        load = ["docker", "-H", f"unix://{engine.socket}", "load"]
-        subprocess.run(load, stdin=saved.stdout, check=True, capture_output=True)
-        assert saved.stdout is not None
-        saved.stdout.close()
-        assert saved.wait() == 0
-        yield engine
-    finally:
-        engine.stop()
-        for mount in reversed(Path("/proc/self/mounts").read_text().splitlines()):
-            if mount.split()[1].startswith(str(root)):
-                subprocess.run(["umount", "-l", mount.split()[1]], check=False)
-        shutil.rmtree(root, ignore_errors=True)
+    with second_engine() as made:
+        yield made
 
 
 @pytest.fixture
