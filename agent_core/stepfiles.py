@@ -150,7 +150,7 @@ class StepDirectory:
             if not isinstance(value, dict):
                 raise _refused(f"line {number} of /outrider/outputs is not a JSON object")
             if not _is_text(value):
-                raise _refused(f"line {number} of /outrider/outputs has half a surrogate pair, which is no character")
+                raise _refused(f"line {number} of /outrider/outputs has an infinite number, or half a surrogate pair")
             merged.update(value)
         return merged
 
@@ -218,8 +218,8 @@ def _text(value: object, limit: int, secrets: tuple[str, ...]) -> str:
 
 def _is_text(value: dict[str, Any]) -> bool:
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -318,6 +318,10 @@ def seconds(message: Duration) -> float:
     return message.seconds + message.nanos / 1e9
 
 
+# What json reads without a word and nobody can write again: half a surrogate pair, and 1e999, which is infinite.
+_SUSPICIOUS = re.compile(rb"\\u[dD][89a-fA-F]|[0-9][eE]")
+
+
 def dump_json(value: Any) -> bytes:
     """A free-form value (JSON: any type) as compact UTF-8 JSON; NaN and infinities are refused with ValueError."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
@@ -328,7 +332,10 @@ def load_json(data: bytes, default: Any = None) -> Any:
     if not data:
         return default
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        value = json.loads(data, parse_constant=_refuse_constant)
+        if _SUSPICIOUS.search(data):
+            dump_json(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"this is not JSON: {error}", code="invalid_json") from error
 

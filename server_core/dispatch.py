@@ -118,6 +118,8 @@ class Dispatcher:
     async def take_report(self, channel: ControlChannel, report: node_service_pb2.RunReport) -> None:
         """Record what a node says of a run, and acknowledge it once it is stored."""
         if report.sequence == 0:
+            if not await self._db.read(lambda c: runs.is_carried_out_by(c, channel.node_id, report)):
+                return
             for step in report.steps:
                 self.progress[report.run_id][step.name] = step.progress
             self._show_progress_soon(report.run_id)

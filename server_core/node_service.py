@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,7 +15,7 @@ from sqlalchemy import Connection
 
 from outrider import __version__, wire
 from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, Unauthenticated
-from outrider.pipeline import load_pipeline, plain_envs
+from outrider.pipeline import ATTRIBUTE_PATTERN, load_pipeline, plain_envs
 from outrider.v1 import node_service_pb2, node_service_pb2_grpc, types_pb2
 from server_core.access import current_caller
 from server_core.bus.base import EVENTS, NODES, log_topic, run_topic
@@ -28,6 +29,8 @@ from server_core.store.runs import RunRow
 
 log = structlog.get_logger(__name__)
 
+_ATTRIBUTE = re.compile(ATTRIBUTE_PATTERN)
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -40,6 +43,9 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
     ) -> node_service_pb2.RegisterResponse:
         node_id = current_caller().name
         wire.load_json_object(request.facts_json, "facts_json")
+        for info in request.step_types:
+            wire.load_json_object(info.params_schema_json, f"params_schema_json of step type {info.name}")
+            wire.load_json_object(info.outputs_schema_json, f"outputs_schema_json of step type {info.name}")
         new_id = "s" + secrets.token_hex(16)
         session = await self._s.db.write(lambda c: nodes.begin_session(c, node_id, request, new_id, context.peer()))
         self._s.fleet.began_session(node_id, session)
@@ -185,8 +191,8 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         node_id = current_caller().name
         values = {}
         for attribute in request.attributes:
-            if not attribute.name or len(attribute.name) > 128:
-                raise InvalidInput("an attribute to write back has no name, or too long a one", code="bad_attribute")
+            if not _ATTRIBUTE.fullmatch(attribute.name):
+                raise InvalidInput(f"{attribute.name!r} can't be the name of an attribute", code="bad_attribute")
             values[attribute.name] = wire.load_json(attribute.value_json)
 
         def write(connection: Connection) -> int:

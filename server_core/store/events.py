@@ -11,6 +11,15 @@ from outrider.v1 import control_service_pb2, types_pb2
 from server_core.store import schema
 from server_core.store.common import dump, micros, now_us, stamp
 
+OWN = frozenset(
+    {
+        "run.accepted", "run.finished", "run.cancel_requested", "run.unrecognised", "run.report_refused",
+        "node.online", "node.offline", "node.added", "node.removed",
+        "object.changed", "object.removed", "env.changed", "env.removed",
+    }
+)  # fmt: skip
+"""What only the server itself says: from a node it would be a forgery."""
+
 
 def add(connection: Connection, type_: str, subject: str, *, node_id: str = "", data: Any = None) -> None:
     """An event of the server's own."""
@@ -27,11 +36,14 @@ def add(connection: Connection, type_: str, subject: str, *, node_id: str = "", 
 
 
 def add_reported(connection: Connection, node_id: str, events: Iterable[types_pb2.Event]) -> int:
-    """Events of a node; those that were stored before are passed over. Returns the greatest of their numbers."""
+    """Events of a node; those that were stored before, and those that are the server's to tell, are
+    passed over. Returns the greatest of their numbers."""
     greatest = 0
     table = schema.events.c
     for event in events:
         greatest = max(greatest, event.sequence)
+        if event.type in OWN:
+            continue
         time = micros(event.time) or 0
         known = select(table.sequence).where(
             table.node_id == node_id, table.node_sequence == event.sequence, table.time == time, table.node_sequence > 0

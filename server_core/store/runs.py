@@ -135,6 +135,15 @@ def row_of(connection: Connection, run_id: str) -> RunRow | None:
     return connection.execute(select(schema.runs).where(_RUNS.run_id == run_id)).first()
 
 
+def is_carried_out_by(connection: Connection, node_id: str, report: node_service_pb2.RunReport) -> bool:
+    """Whether the run of ``report`` is this node's under this lease, and not over."""
+    query = select(_RUNS.state).where(
+        _RUNS.run_id == report.run_id, _RUNS.node_id == node_id, _RUNS.lease_id == report.lease_id
+    )
+    state = connection.execute(query).scalar()
+    return state is not None and not is_over(state)
+
+
 def get(connection: Connection, run_id: str) -> types_pb2.Run:
     """The run with this id, or the one whose id begins so. Raises NotFound, or InvalidInput if several begin so."""
     if not run_id:

@@ -53,9 +53,10 @@ def test_half_a_surrogate_pair_in_progress_and_errors_is_replaced(tmp_path: Path
         assert text.encode(), text
 
 
-def test_half_a_surrogate_pair_in_outputs_is_refused_in_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ['["\\ud800"]', "1e999", "NaN"])
+def test_outputs_that_nobody_can_write_again_are_refused_in_one_sentence(tmp_path: Path, value: str) -> None:
     directory = prepared(tmp_path)
-    (directory.path / "outputs").write_text('{"a": ["\\ud800"]}\n')
+    (directory.path / "outputs").write_text(f'{{"a": {value}}}\n')
     with pytest.raises(StepFailed, match="line 1 of /outrider/outputs"):
         directory.read_outputs()
 
