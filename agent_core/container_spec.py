@@ -24,7 +24,7 @@ from outrider.steps import Resources
 PortName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 PortNumber = Annotated[int, Field(ge=1, le=65535)]
 
-_PLACEHOLDER = re.compile(r"\$?\$\(([^()]*)\)")
+_PLACEHOLDER = re.compile(r"\$\$\(|\$\(([^()]*)\)")
 _RESERVED_TARGETS = ("/proc", "/sys", "/dev", "/outrider")
 
 
@@ -116,7 +116,7 @@ class ManagedSpec(_Model):
         for text in (*self.env.values(), *self.args, *(self.entrypoint or ())):
             for match in _PLACEHOLDER.finditer(text):
                 reference = match[1]
-                if not match[0].startswith("$$") and reference.removeprefix("ports.") not in names:
+                if reference is not None and reference.removeprefix("ports.") not in names:
                     raise ValueError(f"$({reference}): there is no such port; write $(ports.NAME), or $$( for $(")
         if self.ports and self.network == "none":
             raise ValueError("ports can't be published with network 'none'")
@@ -215,8 +215,8 @@ def substitute(text: str, ports: Mapping[str, int]) -> str:
     """``text`` with each ``$(ports.<name>)`` replaced by the host port."""
 
     def value(match: re.Match[str]) -> str:
-        if match[0].startswith("$$"):
-            return match[0][1:]
+        if match[1] is None:
+            return "$("
         return str(ports[match[1].removeprefix("ports.")])
 
     return _PLACEHOLDER.sub(value, text)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from agent_core.plugins import PluginError, PluginHost, RegisteredStepType, guarded
 from agent_core.policy import NodePolicy
 from outrider.errors import InvalidInput, NotFound, OutriderError, PermanentError, Problem, StepFailed
-from outrider.expressions import render
+from outrider.expressions import render_params
 from outrider.masking import contains_secret
 from outrider.pipeline import Pipeline, Step
 from outrider.schema import check_params, check_steps
@@ -86,7 +86,7 @@ class Planner:
     def plan(self, step: Step, context: Mapping[str, Any]) -> PlannedStep:
         """The plan of ``step`` with the values that its expressions have now."""
         step_type = self.step_type(step)
-        rendered = render(step.with_, context)
+        rendered = render_params(step.with_, step_type.params_schema, context)
         problems = check_params(step, rendered, step_type)
         if problems:
             raise InvalidInput(_sentence(f"the parameters of step {step.name} are wrong", problems), problems)

@@ -18,6 +18,7 @@ from typing import Any
 
 from outrider._cel_lexer import MAX_DEPTH, MAX_LENGTH, MAX_TOKENS, Reference, Scan, Segment, quote, scan, split
 from outrider._cel_values import FUNCTIONS, MAX_RESULT, json_value, narrow
+from outrider._placeholders import protect_data, protected, walk
 from outrider._suggest import did_you_mean, listing
 from outrider.errors import InvalidInput, PermanentError, Problem
 
@@ -36,6 +37,7 @@ __all__ = [
     "reference_paths",
     "references",
     "render",
+    "render_params",
 ]
 
 ROOTS = ("args", "node", "object", "run", "steps", "volumes")
@@ -168,6 +170,21 @@ def render(value: Any, context: Mapping[str, Any]) -> Any:
     return value
 
 
+def render_params(params: Any, schema: Mapping[str, Any], context: Mapping[str, Any]) -> Any:
+    """`render` for a step's parameters: where their schema says that the program replaces `$(…)`, what comes out of
+    an expression is written so that it is not replaced."""
+
+    def text(value: str, held: bool, schemas: list[Mapping[str, Any]]) -> Any:
+        if "${{" not in value:
+            return value
+        segments = split(value)
+        if len(segments) == 1:
+            return protect_data(_render_text(value, context), schemas, schema)
+        return protected(_parts(segments, context)) if held else _render_text(value, context)
+
+    return walk(params, schema, text)
+
+
 def references(value: Any) -> set[str]:
     """What the expressions in ``value`` (JSON-like) refer to: "args.version", "steps.fetch", "object.attributes".
 
@@ -233,10 +250,13 @@ def _render_text(text: str, context: Mapping[str, Any]) -> Any:
     segments: list[Segment] = split(text)
     if len(segments) == 1:
         return compile_expression(segments[0].text.strip()).evaluate(context)
-    parts = []
+    return "".join(part for part, _ in _parts(segments, context))
+
+
+def _parts(segments: list[Segment], context: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     for segment in segments:
         if not segment.is_expression:
-            parts.append(segment.text)
+            yield segment.text, False
             continue
         value = compile_expression(segment.text.strip()).evaluate(context)
         if value is None:
@@ -244,8 +264,7 @@ def _render_text(text: str, context: Mapping[str, Any]) -> Any:
                 f"the expression {quote(segment.text)} comes to null within a text", code="expression_failed",
                 hint="test it first, as in has(x) ? x : 'none'",
             )  # fmt: skip
-        parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    return "".join(parts)
+        yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), True
 
 
 def _outcomes(context: Mapping[str, Any]) -> Iterator[str]:

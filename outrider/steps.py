@@ -52,6 +52,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 # without having the plugin: "x-outrider-path": "read" | "write", "x-outrider-volumes": true. And
 # "x-outrider-message" is a sentence for a person, said instead of a pattern, `not`, `oneOf` or `anyOf` of the
 # same schema that does not fit; "{value}" in it is replaced by what was given.
+# "x-outrider-placeholders": true says that the program replaces `$(…)` in this text, and `$$(` by `$(`: a `$(` that an
+# expression brings in is doubled, so that data is never replaced.
 _PATH = r"^/"
 
 ReadPath = Annotated[

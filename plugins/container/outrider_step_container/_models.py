@@ -71,6 +71,7 @@ ContainerName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-
 PortName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 PortNumber = Annotated[int, Field(ge=1, le=65535)]
+Text = Annotated[str, WithJsonSchema({"type": "string", "x-outrider-placeholders": True})]  # with $(ports.NAME)
 Image = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
@@ -139,10 +140,10 @@ class StartParams(_Model):
 
     name: ContainerName
     image: Image
-    args: list[str] = Field(default_factory=list)
-    entrypoint: list[str] | None = None
+    args: list[Text] = Field(default_factory=list)
+    entrypoint: list[Text] | None = None
     workdir: str | None = None
-    env: dict[EnvName, str] = Field(
+    env: dict[EnvName, Text] = Field(
         default_factory=dict, description="rests in the engine's configuration for as long as the container exists"
     )
     env_from: list[EnvName] = Field(

@@ -16,7 +16,10 @@ _LONGEST_WAIT_S = 5.0
 def start(step: Step) -> None:
     """Ask for the container; give its ports back to the pipeline."""
     request = dict(step.params["request"])
-    request["env"] = {**request["env"], **{name: step.secret(name) for name in step.params["env_from"]}}
+    request["env"] = {
+        **request["env"],
+        **{name: step.secret(name).replace("$(", "$$(") for name in step.params["env_from"]},
+    }
     patience_s = _PATIENCE_S + (request.get("ready") or {}).get("timeout_s", 0)
     step.progress(0, None, unit="containers", message=f"starting {request['name']} from {request['image']}")
     answer = _ask(step, "POST", "/v1/containers", request, patience_s)
