@@ -393,6 +393,7 @@ class Attempt:
             volumes=volumes,
             uid=order.uid,
             gid=order.gid,
+            secrets=order.secrets,
         )
         control = ControlSocket(self._services.containers, scope, self._directory.path)
         await control.start()

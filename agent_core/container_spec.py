@@ -161,6 +161,7 @@ class ContainerScope:
     volumes: Mapping[str, GrantedVolume] = field(default_factory=dict)
     uid: int = 65534
     gid: int = 65534
+    secrets: tuple[str, ...] = field(default=(), repr=False)  # values of the run; a container may be given some
 
 
 def mounts_of(spec: ManagedSpec, scope: ContainerScope) -> tuple[Mount, ...]:

@@ -12,6 +12,7 @@ import logging
 import socket
 import sqlite3
 import weakref
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -35,6 +36,7 @@ from agent_core.runtimes.base import (
     LABEL_NODE,
     LABEL_OBJECT,
     LABEL_RUN,
+    LABEL_SECRETS,
     LABEL_SPEC,
     LABEL_STEP,
     ContainerInfo,
@@ -46,6 +48,7 @@ from agent_core.runtimes.base import (
 )
 from agent_core.volumes import Volumes
 from outrider.errors import Conflict, NotFound, OutriderError, PermissionDenied, PolicyViolation
+from outrider.masking import Masker, contains_secret
 
 MIGRATION = """
 CREATE TABLE managed (
@@ -119,11 +122,16 @@ class Containers:
     async def logs(
         self, name: str, *, follow: bool = False, tail: int | None = None, scope: ContainerScope | None = None
     ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
-        """Its log, from the engine's own; the container is never attached to."""
+        """Its log, from the engine's own, with the secrets masked that it was given; it is never attached to."""
         info = await self.inspect(name, scope)
+        maskers: dict[StreamName, Masker] = defaultdict(lambda: Masker(info.secrets))
         async with contextlib.aclosing(self._runtime.logs(info.id, follow=follow, tail=tail)) as items:
-            async for item in items:
-                yield item
+            async for stream, data in items:
+                if masked := maskers[stream].feed(data):
+                    yield stream, masked
+        for stream, masker in maskers.items():
+            if rest := masker.flush():
+                yield stream, rest
 
     async def wait(self, name: str, scope: ContainerScope | None = None) -> Exit:
         """How it ended, once it has."""
@@ -364,6 +372,10 @@ class Containers:
         }
         if scope.object_ref:
             labels[LABEL_OBJECT] = scope.object_ref
+        secret = [name for name, value in spec.env.items() if contains_secret(value.encode(), scope.secrets)]
+        if secret:
+            # Its log outlives the run, which alone knows what is secret: the names rest with the container.
+            labels[LABEL_SECRETS] = ",".join(sorted(secret))
         return labels
 
     def _bindings(self, spec: ManagedSpec, ports: dict[str, int]) -> tuple[PortBinding, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import docker.errors
 import requests.exceptions
 
-from agent_core.runtimes.base import ContainerInfo, ContainerSpec, Mount, PortBinding
+from agent_core.runtimes.base import ContainerInfo, ContainerSpec, Mount, PortBinding, secrets_in
 from outrider.errors import (
     Conflict,
     EngineUnavailable,
@@ -124,7 +124,8 @@ def info_from_inspect(answer: Json) -> ContainerInfo:
     network: Json = answer.get("NetworkSettings") or {}
     status = _state(state.get("Status", ""))
     ended = status in ("exited", "dead")
-    raw = {**answer, "Config": {**config, "Env": [env.partition("=")[0] for env in config.get("Env") or ()]}}
+    env = dict(item.split("=", 1) for item in config.get("Env") or () if "=" in item)
+    raw = {**answer, "Config": {**config, "Env": list(env)}}
     return ContainerInfo(
         id=answer["Id"],
         name=answer["Name"].removeprefix("/"),
@@ -147,6 +148,7 @@ def info_from_inspect(answer: Json) -> ContainerInfo:
         health=(state.get("Health") or {}).get("Status", ""),
         ip_address=_address(network),
         raw=raw,
+        secrets=secrets_in(env, config.get("Labels") or {}),
     )
 
 

@@ -20,6 +20,7 @@ LABEL_LEASE = "outrider.lease"
 LABEL_PLAN = "outrider.plan"  # SHA-256 of the journalled plan
 LABEL_OBJECT = "outrider.object"  # "kind/name"
 LABEL_SPEC = "outrider.spec"  # SHA-256 of a managed container's specification
+LABEL_SECRETS = "outrider.secrets"  # names of the environment variables that hold secrets, comma-separated
 LABEL_NAME = "outrider.name"  # a managed container's name as the pipeline gave it
 
 
@@ -98,6 +99,13 @@ class ContainerInfo:
     health: str = ""
     ip_address: str = ""
     raw: Mapping[str, object] = field(default_factory=dict)  # inspect only
+    # Inspect only: the values in its environment that its label LABEL_SECRETS names, so that its log can be masked.
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+
+
+def secrets_in(env: Mapping[str, str], labels: Mapping[str, str]) -> tuple[str, ...]:
+    """The values in a container's environment that its labels say are secrets."""
+    return tuple(env[name] for name in labels.get(LABEL_SECRETS, "").split(",") if env.get(name))
 
 
 @dataclass(frozen=True, slots=True)

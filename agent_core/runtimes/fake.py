@@ -28,6 +28,7 @@ from agent_core.runtimes.base import (
     Exit,
     PullProgress,
     StreamName,
+    secrets_in,
 )
 from outrider.errors import Conflict, EngineUnavailable, NotFound
 
@@ -130,6 +131,7 @@ class FakeRuntime:
             ports=spec.ports,
             mounts=spec.mounts,
             restart_policy=spec.restart_policy,
+            secrets=secrets_in(spec.env, spec.labels),
         )
         self._containers[container_id] = _Container(info, FakeProcess(spec))
         return container_id

@@ -209,18 +209,21 @@ def test_managed_containers_are_stopped_started_restarted_and_removed_by_name(si
     start = {
         "name": "start",
         "uses": "container.start",
+        "envs": ["managed.TOKEN"],
         "with": {
             "name": name,
             "image": BASE,
-            "args": ["python3", "-um", "http.server", "$(ports.http)"],
+            "args": ["sh", "-c", "echo token $TOKEN; exec python3 -um http.server $(ports.http)"],
+            "env_from": ["TOKEN"],
             "ports": [{"name": "http"}],
-            "ready": {"http": {"port": "http"}, "timeout": "20s"},
+            "ready": {"tcp": "http", "timeout": "20s"},
             "stop_grace": "1s",
             "init": True,
         },
     }
     cli = site.cli
-    run = cli.json("run", cli.pipeline(pipeline(start)), "--node", "two")
+    cli.ok("env", "set", "managed", "TOKEN=token-of-the-game")
+    run = cli.json("run", cli.pipeline(pipeline(start, envs=[{"set": "managed"}])), "--node", "two")
     port = steps_of(run)["start"]["outputs"]["ports"]["http"]
     try:
         assert answers(port)
@@ -233,7 +236,10 @@ def test_managed_containers_are_stopped_started_restarted_and_removed_by_name(si
         until(lambda: answers(port), 10)
         cli.ok("container", "restart", "two", name, "--grace", "1s")
         until(lambda: answers(port), 10)
-        assert "GET / " in cli.ok("logs", "container", "two", name)
+        log = cli.ok("logs", "container", "two", name)
+        assert log.count("token ***") == 3  # what it said at each of its starts
+        assert "GET / " in log
+        assert "token-of-the-game" not in log + cli.ok("container", "inspect", "two", name, "-o", "json")
         refused = cli.outrider("container", "rm", "two", name)
         assert refused.returncode == FAILED
         assert name in refused.stderr

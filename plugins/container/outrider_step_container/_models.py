@@ -12,7 +12,6 @@ from pydantic import (
     Field,
     StringConstraints,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
 
@@ -94,6 +93,31 @@ class TcpProbe(_Model):
     port: PortName
 
 
+def _probe(value: Any) -> Any:
+    return {"port": value} if isinstance(value, str) else value
+
+
+_PORT_NAME = {"type": "string", "pattern": r"^[a-z][a-z0-9_-]{0,31}$"}
+ShortTcpProbe = Annotated[
+    TcpProbe,
+    BeforeValidator(_probe),
+    # The server has the schema alone: what the validator takes has to stand in it, too.
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _PORT_NAME,
+                {
+                    "type": "object",
+                    "properties": {"port": _PORT_NAME},
+                    "required": ["port"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+
 class HttpProbe(_Model):
     port: PortName
     path: Annotated[str, StringConstraints(pattern=r"^/[^\s]*$")] = "/"
@@ -105,17 +129,12 @@ class HttpProbe(_Model):
 class Ready(_Model):
     """When the container counts as started: exactly one of tcp, http, log."""
 
-    tcp: TcpProbe | None = Field(default=None, description="a connection to this port is accepted")
+    tcp: ShortTcpProbe | None = Field(default=None, description="a connection to this port is accepted")
     http: HttpProbe | None = Field(default=None, description="a GET is answered")
     log: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
         default=None, description="this text appears in its log"
     )
     timeout: Duration = 30.0
-
-    @field_validator("tcp", mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"port": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one(self) -> Ready:

@@ -4,6 +4,7 @@ from typing import Any
 
 import outrider_step_container as plugin
 import pytest
+from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from agent_core.container_spec import ManagedSpec
@@ -46,6 +47,9 @@ def test_start_asks_for_control_and_says_what_the_agent_understands() -> None:
 @pytest.mark.parametrize("tcp", ["http", {"port": "http"}])
 def test_probe_by_connection_is_written_either_way(tcp: Any) -> None:
     made = plan("container.start", START | {"ready": {"tcp": tcp}})
+    Draft202012Validator(TYPES["container.start"].params.model_json_schema()).validate(
+        START | {"ready": {"tcp": tcp}}  # all that the server has
+    )
     assert made.inputs is not None
     assert made.inputs["request"]["ready"] == {"tcp": {"port": "http"}, "timeout_s": 30.0}
 
