@@ -20,8 +20,8 @@ images: venv engine ## the base image and the step images
 locks: venv ## requirements.lock of every image, from its requirements.in
 	@$(PY) deploy/images/build.py lock
 
-# An engine that was started for these is stopped again; one that was there before is left as it is.
-WITH_ENGINE = code=0; $(SUDO) $(1) || code=$$?; $(SUDO) scripts/engine.sh stop 2>/dev/null; exit $$code
+# An engine that was started for these is stopped again, also after Ctrl-C; one that was there before is left as it is.
+WITH_ENGINE = trap '$(SUDO) scripts/engine.sh stop 2>/dev/null' EXIT; $(SUDO) $(1)
 
 demo: images ## the main job on real input: a game server deployed, played, backed up and stopped
 	@$(call WITH_ENGINE,$(PY) examples/arena/demo.py)

@@ -16,9 +16,15 @@ python=${PYTHON:-python3}
 if ! "$python" -c 'import ensurepip' 2>/dev/null; then
     echo "==> installing python3-venv" >&2
     sudo=; [ "$(id -u)" = 0 ] || sudo=sudo
-    $sudo apt-get update -qq
-    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-        "$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >/dev/null
+    package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+    out=$(mktemp)
+    { $sudo apt-get update -q && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -yq "$package"; } >"$out" 2>&1 || {
+        tail -n 15 "$out" >&2
+        rm -f "$out"
+        echo "error: $package could not be installed; the reason stands above" >&2
+        exit 1
+    }
+    rm -f "$out"
 fi
 echo "==> making the virtual environment .venv" >&2
 "$python" -m venv .venv

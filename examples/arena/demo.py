@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -39,6 +40,7 @@ WORK = ROOT / ".build" / "demo"
 OUTRIDER = Path(sys.executable).with_name("outrider")
 GAME_IMAGE = "outrider/base:1"  # the game brings its own program; it needs nothing but a C++ library
 S3_KEY, S3_SECRET = "demo-access-key", "demo-secret-key-that-never-shows"
+NODE = "demo"  # a name of its own: an `outrider dev` that runs here already keeps its containers to itself
 VERSION = "0.7.5"
 READY_TIMEOUT_S = 30
 
@@ -54,10 +56,7 @@ class Demo:
 
     def outrider(self, *args: str, stdin: str | None = None) -> None:
         """Run one command in sight; a failure ends the demonstration."""
-        print(
-            f"\n\033[1m$ outrider {' '.join(args)}\033[0m" if sys.stdout.isatty() else f"\n$ outrider {' '.join(args)}"
-        )
-        sys.stdout.flush()
+        show("outrider", *args)
         done = subprocess.run(
             [OUTRIDER, *args], env=self.env, cwd=ROOT, input=stdin, text=stdin is not None, check=False
         )
@@ -100,8 +99,8 @@ def main() -> None:
         demo.outrider("object", "set", "game/arena-1", *(f"{name}={value}" for name, value in attributes.items()))
         secrets = f"ENDPOINT={s3_endpoint}\nKEY={S3_KEY}\nSECRET={S3_SECRET}\n"
         demo.outrider("env", "set", "builds-s3", "--from-file", "-", stdin=secrets)
-        demo.outrider("run", "examples/arena/deploy.yaml", "--node", "dev", "--object", "game/arena-1")
         stack.callback(remove_game, demo)
+        demo.outrider("run", "examples/arena/deploy.yaml", "--node", NODE, "--object", "game/arena-1")
 
         title("Playing on it")
         status = demo.read("object", "get", "game/arena-1")["status"]
@@ -111,12 +110,12 @@ def main() -> None:
             f"map {info.map}, {info.game_type}, {info.players}/{info.max_players} players, {info.ping_ms:.1f} ms"
         )
         demo.outrider("object", "get", "game/arena-1")
-        demo.outrider("container", "list", "dev")
+        demo.outrider("container", "list", NODE)
 
         title("Backing it up and stopping it")
-        demo.outrider("run", "examples/arena/backup.yaml", "--node", "dev", "--object", "game/arena-1")
+        demo.outrider("run", "examples/arena/backup.yaml", "--node", NODE, "--object", "game/arena-1")
         show_backup(s3_endpoint)
-        demo.outrider("run", "examples/arena/stop.yaml", "--node", "dev", "--object", "game/arena-1")
+        demo.outrider("run", "examples/arena/stop.yaml", "--node", NODE, "--object", "game/arena-1")
         demo.outrider("runs", "list")
         title("Cleaning up")
     print(f"done in {time.monotonic() - started:.0f} s; nothing is left running")
@@ -124,6 +123,18 @@ def main() -> None:
 
 def title(text: str) -> None:
     print(f"\n── {text} " + "─" * max(0, 90 - len(text)), flush=True)
+
+
+def show(*command: str) -> None:
+    """The command as a person would type it; a long one over several lines."""
+    words = [shlex.quote(word) for word in command]
+    if sum(len(word) + 1 for word in words) > 120:
+        head = next((n for n, word in enumerate(words) if "=" in word), len(words))
+        words = [" ".join(words[:head]), *words[head:]]
+        line = " \\\n    ".join(words)
+    else:
+        line = " ".join(words)
+    print(f"\n\033[1m$ {line}\033[0m" if sys.stdout.isatty() else f"\n$ {line}", flush=True)
 
 
 def pack_builds() -> dict[str, Path]:
@@ -219,8 +230,8 @@ def outrider_dev(demo: Demo) -> Iterator[None]:
     shutil.rmtree(state, ignore_errors=True)
     Path(demo.env["OUTRIDER_CONTEXT"]).unlink(missing_ok=True)
     state.mkdir(parents=True)
-    command = [str(OUTRIDER), "dev", "--data-dir", str(state), "--listen", "127.0.0.1:0"]
-    print(f"$ {' '.join(['outrider', *command[1:]])}", flush=True)
+    command = [str(OUTRIDER), "dev", "--data-dir", str(state), "--listen", "127.0.0.1:0", "--node-id", NODE]
+    show("outrider", *command[1:])
     log = (WORK / "dev.log").open("w")
     process = subprocess.Popen(command, env=demo.env, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -255,7 +266,11 @@ def wait_until_ready(process: subprocess.Popen[bytes], demo: Demo) -> None:
 
 
 def remove_game(demo: Demo) -> None:
-    demo.outrider("container", "rm", "dev", "arena-1", "--force")
+    """Also after a failure, or Ctrl-C: then a run may be under way, and there may be no game yet."""
+    for run in demo.read("runs", "list", "--state", "queued", "--state", "dispatched", "--state", "running"):
+        demo.outrider("runs", "cancel", run["run_id"], "--wait")
+    if any(container["name"] == "arena-1" for container in demo.read("container", "list", NODE)):
+        demo.outrider("container", "rm", NODE, "arena-1", "--force")
 
 
 def show_backup(endpoint: str) -> None:
@@ -275,4 +290,7 @@ def run(*command: str, cwd: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("error: interrupted") from None

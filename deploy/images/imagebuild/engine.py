@@ -78,13 +78,21 @@ def build(
     run(
         [*command, "--tag", tag, str(context)],
         what=f"building {tag}",
-        on_line=on_line,
+        on_line=_steps_alone(on_line),
         env={"DOCKER_BUILDKIT": "0"},
     )
     after = inspect([tag]).get(tag)
     if before is not None and after is not None and before.id != after.id:
         # Ours, and nameless now. Where a container still uses it, the engine refuses: then it stays.
         subprocess.run(["docker", "image", "rm", before.id], capture_output=True, timeout=60)
+
+
+def _steps_alone(on_line: Callable[[str], None] | None) -> Callable[[str], None] | None:
+    """``on_line`` for the lines that tell a person something: ``Step 3/9 : COPY lib …``, no digests."""
+    if on_line is None:
+        return None
+    say = on_line
+    return lambda line: say(line) if line.startswith("Step ") else None
 
 
 def pull(image: str, on_line: Callable[[str], None] | None = None) -> bool:
