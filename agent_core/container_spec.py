@@ -184,7 +184,15 @@ def mounts_of(spec: ManagedSpec, scope: ContainerScope) -> tuple[Mount, ...]:
                 code="volume_read_only",
                 hint=f"give the step {name}: PATH:rw",
             )
-        mounts.append(Mount(granted.host_path, target, writable=mode == "rw"))
+        mounts.append(Mount(granted.host_path, target.rstrip("/"), writable=mode == "rw"))
+    for mount in mounts:
+        for other in mounts:
+            # Inside of another volume, a link there would decide where it really is in the container.
+            if other is not mount and f"{mount.target}/".startswith(f"{other.target}/"):
+                raise InvalidInput(
+                    f"the container {spec.name} has a volume at {mount.target} and one at {other.target}",
+                    hint="mount them side by side",
+                )
     return tuple(mounts)
 
 

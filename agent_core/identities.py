@@ -19,6 +19,8 @@ CREATE TABLE identities (
 )
 """
 
+_LAST = "#last"
+"""Stands as the owner of a number that is nobody's any more, and was the last one given."""
 FIRST_UID = 200_001
 LAST_UID = 265_535
 SHARED_GID = 200_000
@@ -59,17 +61,27 @@ class Identities:
 
     async def release(self, owner: str) -> None:
         """Give the number back: nothing on the disk may belong to ``owner`` any more. Idempotent."""
-        await self._journal.execute("DELETE FROM identities WHERE owner = ?", (owner,))
+
+        def give_back(db: sqlite3.Connection) -> None:
+            newest = db.execute("SELECT owner, uid FROM identities ORDER BY rowid DESC LIMIT 1").fetchone()
+            db.execute("DELETE FROM identities WHERE owner = ?", (owner,))
+            if newest is not None and newest["owner"] == owner:
+                # The number that was given last is remembered, or the next owner would get this very one.
+                db.execute("DELETE FROM identities WHERE owner = ?", (_LAST,))
+                db.execute("INSERT INTO identities (owner, uid) VALUES (?, ?)", (_LAST, newest["uid"]))
+
+        await self._journal.write(give_back)
 
     def _free(self, db: sqlite3.Connection) -> int:
-        # The next number after the highest is taken first, so that one is reused as late as possible.
-        highest = db.execute("SELECT MAX(uid) AS uid FROM identities").fetchone()["uid"]
-        candidate = self._first if highest is None else int(highest) + 1
-        if candidate <= self._last:
-            return candidate
-        taken = {int(row["uid"]) for row in db.execute("SELECT uid FROM identities")}
-        for uid in range(self._first, self._last + 1):
+        """The next number after the one that was given last, round the range: one is reused as late as possible."""
+        rows = db.execute("SELECT owner, uid FROM identities ORDER BY rowid").fetchall()
+        taken = {int(row["uid"]) for row in rows if row["owner"] != _LAST}
+        size = self._last - self._first + 1
+        after = int(rows[-1]["uid"]) - self._first + 1 if rows else 0
+        for step in range(size):
+            uid = self._first + (after + step) % size
             if uid not in taken:
+                db.execute("DELETE FROM identities WHERE owner = ?", (_LAST,))
                 return uid
         raise PermanentError(
             f"all {self._last - self._first + 1} user ids of this node are allotted",

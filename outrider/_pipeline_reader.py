@@ -176,6 +176,21 @@ class _Reader(NodeReader):
                     )
                 )
             paths.setdefault(mount["path"], name)
+        for name, mount in values.get("volumes", {}).items():
+            outer = next((path for path in paths if mount["path"].startswith(f"{path}/")), None)
+            if outer is not None:
+                # A link in the outer volume would decide where in the container the inner one really is: over the
+                # program of a step that has secrets, say.
+                line, column = self.places[f"{path}.volumes.{name}"]
+                self.note(
+                    Problem(
+                        f"{mount['path']} is inside of {outer}, where {paths[outer]} is mounted",
+                        f"{path}.volumes.{name}",
+                        line,
+                        column,
+                        "mount them side by side",
+                    )
+                )
         return values
 
     def uses(self, path: str, node: Node) -> str | None:

@@ -161,6 +161,7 @@ def test_all_problems_are_said_at_once_with_place_and_hint() -> None:
         (one_step("  volumes: {d: /outrider/x}\n", "volumes: {d: {}}\n"), "which are the core's"),
         (one_step("  volumes: {d: '/a:wr'}\n", "volumes: {d: {}}\n"), "the mode 'wr' is not known"),
         (one_step("  volumes: {d: /a, e: /a}\n", "volumes: {d: {}, e: {}}\n"), "is where d is mounted"),
+        (one_step("  volumes: {d: /a/b/c, e: /a}\n", "volumes: {d: {}, e: {}}\n"), "/a/b/c is inside of /a, where e"),
         (one_step("", "volumes: {d: {keep: true}}\n"), "lives as long as the run"),
         (one_step("  envs: [KEY]\n"), "the pipeline has no env KEY"),
         (one_step("  envs: [KEY]\n", "envs: [{set: a}, {set: b}]\n"), "can be in any of the sets a, b"),

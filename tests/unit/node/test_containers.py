@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from agent_core.container_spec import ManagedSpec, substitute
+from agent_core.container_spec import GrantedVolume, ManagedSpec, substitute
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec
 from outrider.errors import Conflict, EngineUnavailable, InvalidInput, NotFound, PermanentError, PolicyViolation
 
@@ -150,3 +151,11 @@ async def test_asking_for_names_that_are_none_leaves_nothing_behind(parts: Parts
         with pytest.raises(NotFound):
             await parts.containers.remove(f"nobody-{number}", scope=parts.scope)
     assert len(parts.containers._locks) == 0
+
+
+@pytest.mark.parametrize("volumes", [{"saves": "/d", "build": "/d/x"}, {"saves": "/d", "build": "/d/"}])
+async def test_volumes_of_a_container_lie_side_by_side(parts: Parts, volumes: dict[str, str]) -> None:
+    granted = dict.fromkeys(volumes, GrantedVolume("/v", writable=True))
+    scope = dataclasses.replace(parts.scope, volumes=granted)
+    with pytest.raises(InvalidInput, match="side by side"):
+        await parts.containers.start(ManagedSpec(name="x", image="game:1", volumes=volumes), scope)
