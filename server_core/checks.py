@@ -57,6 +57,15 @@ def problems_of(
     return problems, args
 
 
+def without_object(pipeline: Pipeline) -> list[Problem]:
+    """What is wrong with a run that is for no object."""
+    hint = "run it for one (--object KIND/NAME), or give the volume another scope"
+    return [
+        Problem("the volume belongs to the run's object, and this run has none", path, *pipeline.place(path), hint)
+        for path in (f"volumes.{name}.scope" for name, each in pipeline.volumes.items() if each.scope == "object")
+    ]
+
+
 def env_sets_of(pipeline: Pipeline) -> list[str]:
     """The env sets that a pipeline names."""
     listed = [env.set for env in pipeline.envs if isinstance(env, EnvSetRef)]

@@ -62,6 +62,8 @@ class Runs(Part):
             raise self._s.fleet.offline_error(node.node_id)
         pipeline = await asyncio.to_thread(checks.load, request.pipeline_yaml, request.pipeline_sha256)
         problems, args = await self._problems(pipeline, request.node_id, ref, given)
+        if ref is None:
+            problems += checks.without_object(pipeline)
         checks.refuse(f"pipeline {pipeline.name} can't run", problems)
         run_id = new_run_id()
 

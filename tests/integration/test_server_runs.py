@@ -307,6 +307,16 @@ steps:
     assert [p.message for p in answer.problems] == [p.message for p in error.problems]
 
 
+async def test_volume_of_an_object_needs_an_object(
+    rig: Rig, control: cgrpc.ControlServiceStub, agent: FakeAgent
+) -> None:
+    text = PIPELINE + b"volumes:\n  saves: {scope: object}\n"
+    error = await refused(execute(rig, control, pipeline_yaml=text))
+    assert isinstance(error, InvalidInput)
+    assert [problem.path for problem in error.problems] == ["volumes.saves.scope"]
+    assert error.problems[0].line == text.count(b"\n")
+
+
 async def test_unknown_node_lists_the_known_ones(rig: Rig, control: cgrpc.ControlServiceStub, agent: FakeAgent) -> None:
     error = await refused(execute(rig, control, node_id="n9"))
     assert isinstance(error, NotFound)
