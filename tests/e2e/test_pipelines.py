@@ -266,7 +266,7 @@ def test_a_step_sees_its_allotted_volumes_and_envs_and_nothing_else(dev: Dev) ->
     assert seen["none"]["mounts"] == own
     assert seen["some"]["mounts"] == own | {"/build": "ro", "/data": "rw"}
     assert seen["other"]["mounts"] == own | {"/work": "rw"}
-    assert set(seen["none"]["refused"]) == {"/", "/etc", "/home", "/build"}
+    assert set(seen["none"]["refused"]) == {"/", "/etc", "/home", "/build", "/outrider"}
     assert seen["none"]["refused"]["/"] == "Read-only file system"
     assert seen["some"]["refused"] == {"/build": "Read-only file system"}
     assert seen["other"]["refused"] == {}

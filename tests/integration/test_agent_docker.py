@@ -97,7 +97,7 @@ async def test_cancel_gives_grace_and_then_kills(agent: Rig) -> None:
 
 
 async def test_too_much_in_outrider_fails_the_step(agent: Rig) -> None:
-    run = await agent.run(pipeline({"name": "a", "sh": "head -c 30000000 /dev/zero > /outrider/big; sleep 30"}))
+    run = await agent.run(pipeline({"name": "a", "sh": "head -c 30000000 /dev/zero > /outrider/progress; sleep 30"}))
     assert run.steps["a"].failure.code == "directory_limit"
 
 
