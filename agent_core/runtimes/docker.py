@@ -23,6 +23,7 @@ import docker
 import docker.auth
 import docker.errors
 import docker.utils
+from docker.transport import UnixHTTPAdapter
 
 from agent_core.runtimes import _docker_streams as streams
 from agent_core.runtimes import _docker_wire as wire
@@ -254,6 +255,10 @@ class DockerRuntime:
                 self._clients.discard(client)
                 client.close()
             client = docker.APIClient(self._url, version=version, timeout=self._timeout_s)  # type: ignore[arg-type]
+            # A connection is kept for each of the last paths, and nearly every call has a path of its own: 25 for each
+            # thread (`num_pools` counts for ssh alone) would be most of the descriptors that a process may have.
+            adapter = UnixHTTPAdapter(f"http+{self._url}", timeout=self._timeout_s, pool_connections=1)  # type: ignore[arg-type]
+            client.mount("http+docker://", adapter)
             self._local.client = client
             self._clients.add(client)
         return client

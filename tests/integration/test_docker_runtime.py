@@ -226,3 +226,17 @@ async def test_a_name_leads_to_no_other_thing_of_the_engines(runtime: DockerRunt
     for image in ("../networks/bridge", "../images/outrider/base:1", "a//b"):
         with pytest.raises(InvalidInput, match="not the name of an image"):
             await runtime.ensure_image(image, pull="never")
+
+
+async def test_connections_to_the_engine_stay_few(runtime: DockerRuntime) -> None:
+    """docker-py keeps one for each of the last 25 paths and thread: 800 of an agent's 1,024 descriptors."""
+
+    async def ask(number: int) -> None:
+        with contextlib.suppress(NotFound):
+            await runtime.inspect(f"outrider-test-nobody-{number}")
+
+    await ask(0)
+    before = len(os.listdir("/proc/self/fd"))
+    for group in range(10):
+        await asyncio.gather(*(ask(group * 60 + number) for number in range(60)))
+    assert len(os.listdir("/proc/self/fd")) - before <= 40
