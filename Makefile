@@ -1,6 +1,7 @@
 # Every task of the project; `make help` lists them.
 SHELL := /bin/bash
 PY := .venv/bin/python
+TEST_WORKERS ?= 2
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .PHONY: help venv engine images locks demo test unit lint types protos protos-check bench clean
@@ -27,7 +28,7 @@ demo: images ## the main job on real input: a game server deployed, played, back
 	@$(call WITH_ENGINE,$(PY) examples/arena/demo.py)
 
 test: images ## all tests
-	@$(call WITH_ENGINE,$(PY) -m pytest -q)
+	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile)
 
 unit: venv ## the tests that need no container engine
 	@$(PY) -m pytest -q tests/unit

@@ -59,7 +59,7 @@ def test_leaves_a_strangers_engine_alone(tmp_path: Path) -> None:
         tmp_path,
         f"""
         unset DOCKER_HOST
-        dockerd --data-root {tmp_path}/other --exec-root {tmp_path}/exec >/dev/null 2>&1 & other=$!
+        dockerd --data-root {tmp_path}/other --exec-root /run/other >/dev/null 2>&1 & other=$!
         $engine start; echo "start: $?"
         $engine stop; echo "stop: $?"
         docker info --format 'root {{{{.DockerRootDir}}}}'
