@@ -52,4 +52,4 @@ bench: images ## the speed table, as ratios against named alternatives
 	@$(call WITH_ENGINE,$(PY) -m benchmarks)
 
 clean: ## remove what was built; images and the engine stay
-	@rm -rf .venv .venv-proto .build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@$(SUDO) rm -rf .venv .venv-proto .build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -31,5 +31,7 @@ echo "==> making the virtual environment .venv" >&2
 .venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
 set -- -e '.[all]' -e stepkit
 for plugin in plugins/*/; do set -- "$@" -e "$plugin"; done
+# What sudo runs later must not leave byte code of root's in here: nobody else could bring the environment up to date.
+[ "$(id -u)" = 0 ] || set -- --compile-bytecode "$@"
 .venv/bin/uv pip install --quiet --python .venv/bin/python "$@" --group dev
 echo "$wanted" > "$stamp"

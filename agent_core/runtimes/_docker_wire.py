@@ -5,6 +5,8 @@ Source for the fields: the Docker Engine API, version 1.40 and later.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -195,7 +197,9 @@ def unavailable(url: str, error: object) -> EngineUnavailable:
     reason = _innermost(error)
     return EngineUnavailable(
         f"the container engine at {url} can't be reached: {reason}",
-        hint="start it; the agent goes on by itself once it answers",
+        hint="run the agent as root"
+        if reason == os.strerror(errno.EACCES)
+        else "start it; the agent goes on by itself once it answers",
     )
 
 

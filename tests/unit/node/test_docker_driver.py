@@ -85,6 +85,7 @@ PORT = "driver failed programming external connectivity: Bind for 0.0.0.0:27000 
         (requests.exceptions.ReadTimeout(), OperationTimeout, "in time"),
         (requests.exceptions.ConnectionError(ConnectionRefusedError(111, "Connection refused")), EngineUnavailable,
          "unix:///e.sock can't be reached: Connection refused"),
+        (requests.exceptions.ConnectionError(PermissionError(13, "Permission denied")), EngineUnavailable, "as root"),
     ],
 )  # fmt: skip
 def test_errors_are_translated(error: Exception, expected: type[OutriderError], words: str) -> None:
