@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 
 import structlog
@@ -15,6 +16,8 @@ from outrider.pipeline import graph, load_pipeline
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
 from outrider.wire import failure_of
+
+_RUN_ID = re.compile(r"[a-z0-9]{1,64}")
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +55,9 @@ class RunEngine:
         Raises InvalidInput if the pipeline is not what was announced or can't be read, Conflict if the run is held
         under another lease.
         """
+        if not _RUN_ID.fullmatch(run.run_id):
+            # It becomes part of paths and of containers' names.
+            raise InvalidInput(f"{run.run_id[:64]!r} is not the id of a run", code="bad_run_id")
         state = self._services.state
         held = state.find(run.run_id)
         if held is not None:
