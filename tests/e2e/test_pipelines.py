@@ -266,6 +266,7 @@ def test_a_step_sees_its_allotted_volumes_and_envs_and_nothing_else(dev: Dev) ->
     assert seen["none"]["mounts"] == own
     assert seen["some"]["mounts"] == own | {"/build": "ro", "/data": "rw"}
     assert seen["other"]["mounts"] == own | {"/work": "rw"}
+    # Of /outrider the files of the contract can be written, and no others made.
     assert set(seen["none"]["refused"]) == {"/", "/etc", "/home", "/build", "/outrider"}
     assert seen["none"]["refused"]["/"] == "Read-only file system"
     assert seen["some"]["refused"] == {"/build": "Read-only file system"}
