@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from datetime import UTC, datetime
 
 import structlog
 
@@ -20,6 +21,7 @@ log = structlog.get_logger(__name__)
 
 INTERVAL_S = 600.0
 _KEEP_COMMANDS_S = 7 * 24 * 3600.0
+_STRAY_S = 24 * 3600.0
 
 
 class Cleanup:
@@ -75,8 +77,12 @@ class Cleanup:
         if run_id in self._runs.active:
             return False
         known = await journal.query("SELECT 1 FROM runs WHERE run_id = ?", (run_id,))
-        # Running, and the journal knows nothing of it: a lost journal is no reason to kill somebody's work.
-        return bool(known) or info.state not in ("running", "paused", "restarting")
+        if known:
+            return True
+        # The journal was lost, which is no reason to kill somebody's work; or it is of another agent on this engine,
+        # whose node has the same name under another server, and which is about to look at its end.
+        old = info.created_at is not None and (datetime.now(UTC) - info.created_at).total_seconds() > _STRAY_S
+        return old and info.state not in ("running", "paused", "restarting")
 
     def _directories(self, active: set[str]) -> None:
         root = self._services.attempts_dir

@@ -28,7 +28,7 @@ class Journal:
     """Durable state of one agent. ``migrations`` are SQL scripts, applied once each, in order, never edited."""
 
     def __init__(self, path: Path, migrations: Sequence[str]) -> None:
-        self._path = path
+        self.path = path
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
@@ -74,7 +74,7 @@ class Journal:
         return future
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10)
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")

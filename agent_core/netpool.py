@@ -8,7 +8,9 @@ leaks from run to run. Steps of a run that follow one another share one; side-by
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import os
 import secrets
 import sqlite3
 from collections import defaultdict
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 
 from agent_core.journal import Journal
 from agent_core.policy import NodePolicy
-from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec, Runtime
+from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, LABEL_POOL, ContainerSpec, Runtime
 from outrider.errors import OutriderError
 
 MIGRATION = """
@@ -55,6 +57,8 @@ class NetPool:
         self._node_id = node_id
         self._journal = journal
         self._image = image
+        # No random id: an agent that has lost its journal still finds what it left.
+        self._pool = hashlib.sha256(os.fsencode(journal.path.resolve())).hexdigest()[:16]
         self._warm: dict[str, list[str]] = defaultdict(list)
         self._runs: dict[str, _Held] = defaultdict(_Held)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,6 +82,8 @@ class NetPool:
                 alive.add(info.id)
                 # Whether a step that outlived the former agent still uses it is not known: never idle.
                 self._runs[str(row["run_id"])].all[info.id] = str(row["network_class"])
+            elif info.labels.get(LABEL_POOL) != self._pool:
+                continue  # of another agent on this engine, whose node has the same name under another server
             elif info.id not in mine or info.state != "running":
                 self._background(self._discard(info.id))
         running = {info.id for info in found if info.state == "running"}
@@ -159,7 +165,7 @@ class NetPool:
         spec = ContainerSpec(
             name=f"outrider-pause-{network_class}-{secrets.token_hex(6)}",
             image=self._image,
-            labels={LABEL_NODE: self._node_id, LABEL_KIND: "pause"},
+            labels={LABEL_NODE: self._node_id, LABEL_KIND: "pause", LABEL_POOL: self._pool},
             network=network,
             tmp_size_bytes=0,
             memory_bytes=32 * 1024**2,

@@ -13,6 +13,7 @@ StreamName = Literal["stdout", "stderr"]
 # Labels on everything that Outrider creates; containers are found by them after a restart.
 LABEL_NODE = "outrider.node"  # node id: what lacks it, or has another, is not ours
 LABEL_KIND = "outrider.kind"  # "step", "managed", "pause"
+LABEL_POOL = "outrider.pool"  # of a pause container: whose pool it is of, by the agent's state directory
 LABEL_RUN = "outrider.run"
 LABEL_STEP = "outrider.step"
 LABEL_ATTEMPT = "outrider.attempt"

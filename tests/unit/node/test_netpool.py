@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from agent_core.journal import Journal
-from agent_core.netpool import NetPool
+from agent_core.netpool import MIGRATION, NetPool
 from agent_core.policy import NodePolicy
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from outrider.errors import PolicyViolation
@@ -86,6 +87,20 @@ async def test_next_agent_keeps_what_runs_hold_and_removes_the_rest(
     await successor.settle()
     assert held not in await running(runtime)
     await successor.aclose()
+
+
+async def test_agent_of_another_server_leaves_the_pool_alone(
+    pool: NetPool, runtime: FakeRuntime, tmp_path: Path
+) -> None:
+    before = await running(runtime)
+    journal = Journal(tmp_path / "other" / "journal.db", [MIGRATION])
+    other = NetPool(runtime, POLICY, "n1", journal)  # its node has the same name, as with two `outrider dev`
+    await other.start()
+    await other.settle()
+    assert before < await running(runtime)
+    await other.aclose()
+    assert await running(runtime) == before
+    journal.close()
 
 
 async def test_engine_that_restarted_costs_new_ones_only(pool: NetPool, runtime: FakeRuntime) -> None:
