@@ -370,8 +370,8 @@ class Containers:
             LABEL_STEP: scope.step,
             LABEL_ATTEMPT: str(scope.attempt),
         }
-        if scope.object_ref:
-            labels[LABEL_OBJECT] = scope.object_ref
+        # Always there: what is left out comes from the image, which could name anybody's object.
+        labels[LABEL_OBJECT] = scope.object_ref or ""
         secret = [name for name, value in spec.env.items() if contains_secret(value.encode(), scope.secrets)]
         if secret:
             # Its log outlives the run, which alone knows what is secret: the names rest with the container.

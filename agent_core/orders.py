@@ -62,7 +62,8 @@ class AttemptOrder:
             LABEL_LEASE: self.lease_id,
             LABEL_PLAN: self.plan_sha256,
         }
-        return labels | ({LABEL_OBJECT: self.object_ref} if self.object_ref else {})
+        # Always there: what is left out comes from the image, which could name anybody's object.
+        return labels | {LABEL_OBJECT: self.object_ref or ""}
 
     def spec(self, *, node_id: str, directory: Path, network: str, log_max_bytes: int) -> ContainerSpec:
         """The container: the sandbox of the defaults, and what the plan and the allotment add to it."""

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from agent_core.container_spec import GrantedVolume, ManagedSpec, substitute
-from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec
+from agent_core.runtimes.base import (
+    LABEL_ATTEMPT,
+    LABEL_KIND,
+    LABEL_NAME,
+    LABEL_NODE,
+    LABEL_OBJECT,
+    LABEL_RUN,
+    LABEL_SPEC,
+    LABEL_STEP,
+    ContainerSpec,
+)
 from outrider.errors import Conflict, EngineUnavailable, InvalidInput, NotFound, PermanentError, PolicyViolation
 
 if TYPE_CHECKING:
@@ -159,3 +169,12 @@ async def test_volumes_of_a_container_lie_side_by_side(parts: Parts, volumes: di
     scope = dataclasses.replace(parts.scope, volumes=granted)
     with pytest.raises(InvalidInput, match="side by side"):
         await parts.containers.start(ManagedSpec(name="x", image="game:1", volumes=volumes), scope)
+
+
+async def test_no_label_of_ours_is_left_to_the_image(parts: Parts) -> None:
+    """An image with `LABEL outrider.object=game/victim` would make its container one of that object's."""
+    scope = dataclasses.replace(parts.scope, object_ref=None)
+    await parts.containers.start(ManagedSpec(name="x", image="game:1"), scope)
+    labels = parts.runtime.spec_of("x").labels
+    assert labels[LABEL_OBJECT] == ""
+    assert {LABEL_NODE, LABEL_KIND, LABEL_NAME, LABEL_SPEC, LABEL_RUN, LABEL_STEP, LABEL_ATTEMPT} <= set(labels)
