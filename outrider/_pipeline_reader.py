@@ -342,5 +342,5 @@ def mount_problem(path: str) -> str:
     if path == "/" or any(part in ("", ".", "..") for part in parts):
         return "is not a plain path below /"
     if any(path == reserved or path.startswith(f"{reserved}/") for reserved in _RESERVED):
-        return f"is below {listing(_RESERVED)}, which are the core's"
+        return f"is the core's, as is everything below {listing(_RESERVED)}"
     return ""

@@ -30,7 +30,7 @@ LAST_LINES = 20
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--node", help="The node; without it, the context's.")
 @click.option("--object", "ref", type=Ref(), metavar="KIND/NAME", help="The object that the run is for.")
-@click.option("--arg", "args", multiple=True, metavar="KEY=VALUE", help="An argument, JSON or a string; repeatable.")
+@click.option("--arg", "args", multiple=True, metavar="KEY=VALUE", help="An argument, as its type reads; repeatable.")
 @click.option("--key", default="", help="The run's key: given again, it is the same run and not another one.")
 @click.option("--timeout", type=Duration(), help="Let the run fail after this time, e.g. 10m.")
 @click.option("--detach", "-d", is_flag=True, help="Don't follow; print the run's id and leave.")

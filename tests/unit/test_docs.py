@@ -41,6 +41,17 @@ def test_pipelines_in_the_documents_are_valid(page: str) -> None:
         load_pipeline(text)
 
 
+@pytest.mark.parametrize("plugin", sorted(path.parent.name for path in ROOT.glob("plugins/*/README.md")))
+def test_snippets_of_the_plugins_can_be_pasted_into_a_pipeline(plugin: str) -> None:
+    snippets = FENCE.findall((ROOT / "plugins" / plugin / "README.md").read_text())
+    assert snippets
+    for text in snippets:
+        rest = text if text.startswith(("envs:", "steps:")) else "steps:\n" + text
+        volumes = "".join(f"  {name}: {{}}\n" for name in sorted(set(re.findall(r'(\w+): "?/\w+(?::rw)?"?[,}]', text))))
+        args = "".join(f"  {name}: {{}}\n" for name in sorted(set(re.findall(r"\bargs\.(\w+)", text))))
+        load_pipeline("name: pasted\n" + (f"args:\n{args}" if args else "") + f"volumes:\n{volumes}" + rest)
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda file: file.name)
 def test_example_pipelines_are_valid(file: Path) -> None:
     load_pipeline(file.read_text())
