@@ -62,12 +62,17 @@ def pairs(texts: Iterable[str], what: str) -> dict[str, str]:
 
 
 def json_or_string(text: str) -> Any:
-    """The JSON value that the text is, or else the text itself. NaN and Infinity are not JSON."""
+    """The JSON value that the text is, or else the text itself. NaN and Infinity are not JSON.
+
+    A number stays a text if JSON would write it otherwise: version 1.10 must not become 1.1.
+    """
 
     def refuse(_constant: str) -> Any:
         raise ValueError
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
         return text
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return text if is_number and json.dumps(value) != text else value

@@ -34,6 +34,9 @@ def test_values_are_json_or_else_text() -> None:
     assert json_or_string('"16"') == "16"
     assert json_or_string("0.7.5") == "0.7.5"
     assert json_or_string("NaN") == "NaN"
+    assert json_or_string("2.5") == 2.5
+    assert [json_or_string(text) for text in ("1.10", "1e3", "1E400", "-0")] == ["1.10", "1e3", "1E400", "-0"]
+    assert json_or_string("true") is True
     assert json_or_string("9007199254740993") == 9007199254740993
     assert json_or_string("[" * 100_000) == "[" * 100_000
 
