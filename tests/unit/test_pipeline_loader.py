@@ -158,7 +158,7 @@ def test_all_problems_are_said_at_once_with_place_and_hint() -> None:
         (one_step("  volumes: {data: /data}\n"), "the pipeline has no volume data"),
         (one_step("  volumes: {d: data}\n", "volumes: {d: {}}\n"), "is not an absolute path"),
         (one_step("  volumes: {d: /a/../b}\n", "volumes: {d: {}}\n"), "is not a plain path"),
-        (one_step("  volumes: {d: /outrider/x}\n", "volumes: {d: {}}\n"), "which are the core's"),
+        (one_step("  volumes: {d: /outrider/x}\n", "volumes: {d: {}}\n"), "is the core's"),
         (one_step("  volumes: {d: '/a:wr'}\n", "volumes: {d: {}}\n"), "the mode 'wr' is not known"),
         (one_step("  volumes: {d: /a, e: /a}\n", "volumes: {d: {}, e: {}}\n"), "is where d is mounted"),
         (one_step("  volumes: {d: /a/b/c, e: /a}\n", "volumes: {d: {}, e: {}}\n"), "/a/b/c is inside of /a, where e"),
