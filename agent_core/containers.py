@@ -372,7 +372,8 @@ class Containers:
         }
         # Always there: what is left out comes from the image, which could name anybody's object.
         labels[LABEL_OBJECT] = scope.object_ref or ""
-        secret = [name for name, value in spec.env.items() if contains_secret(value.encode(), scope.secrets)]
+        values = {name: value.replace("$$(", "$(") for name, value in spec.env.items()}  # as the container gets them
+        secret = [name for name, value in values.items() if contains_secret(value.encode(), scope.secrets)]
         if secret:
             # Its log outlives the run, which alone knows what is secret: the names rest with the container.
             labels[LABEL_SECRETS] = ",".join(sorted(secret))

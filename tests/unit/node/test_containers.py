@@ -14,6 +14,7 @@ from agent_core.runtimes.base import (
     LABEL_NODE,
     LABEL_OBJECT,
     LABEL_RUN,
+    LABEL_SECRETS,
     LABEL_SPEC,
     LABEL_STEP,
     ContainerSpec,
@@ -178,3 +179,13 @@ async def test_no_label_of_ours_is_left_to_the_image(parts: Parts) -> None:
     labels = parts.runtime.spec_of("x").labels
     assert labels[LABEL_OBJECT] == ""
     assert {LABEL_NODE, LABEL_KIND, LABEL_NAME, LABEL_SPEC, LABEL_RUN, LABEL_STEP, LABEL_ATTEMPT} <= set(labels)
+
+
+async def test_a_secret_with_the_sign_of_a_placeholder_is_known_as_one(parts: Parts) -> None:
+    """Steps write its `$(` as `$$(`, so that it is not replaced."""
+    scope = dataclasses.replace(parts.scope, secrets=("hunter$(2)$$(3)zebra",))
+    spec = ManagedSpec(name="x", image="game:1", env={"KEY": "hunter$$(2)$$$(3)zebra", "PLAIN": "a"})
+    await parts.containers.start(spec, scope)
+    made = parts.runtime.spec_of("x")
+    assert made.env["KEY"] == "hunter$(2)$$(3)zebra"
+    assert made.labels[LABEL_SECRETS] == "KEY"
