@@ -22,7 +22,7 @@ from tests.e2e.pipelines import BASE, pipeline, python, steps_of
 from tests.second_engine import second_engine
 
 FAILED, INVALID = 1, 4
-LINES = 60
+LINES = 40
 COUNT = f"""
 token = os.urandom(8).hex()
 print(token)
@@ -139,7 +139,10 @@ def test_a_node_with_a_wrong_token_or_authority_does_not_get_in_and_says_why(sit
 
 
 def test_a_killed_agent_adopts_its_running_step_when_it_is_started_again(site: Site) -> None:
-    run_id = site.detached(pipeline(python("count", COUNT), python("next", "print('next')")))
+    hold = "\nwait_for('/work/go')\nprint('end')\n"
+    work = {"work": "/work:rw"}
+    text = pipeline(python("count", COUNT + hold, volumes=work), python("next", ""), volumes={"work": {}})
+    run_id = site.detached(text)
     until(lambda: running_container(run_id) != "")
     container = running_container(run_id)
     site.end("agent", signal.SIGKILL)
@@ -148,12 +151,13 @@ def test_a_killed_agent_adopts_its_running_step_when_it_is_started_again(site: S
     site.start_agent()
     until(lambda: bool(site.node()["online"]))
     assert running_container(run_id) == container
+    (site.folder / "agent/volumes/run" / run_id / "work/go").touch()
     run = site.ended(run_id)
     steps = steps_of(run)
     assert run["state"] == "succeeded", site.cli.log()
     assert steps["count"]["attempt"] == 1
     # Of a step that was run again there would be another token.
-    expected = [steps["count"]["outputs"]["token"], *map(str, range(LINES))]
+    expected = [steps["count"]["outputs"]["token"], *map(str, range(LINES)), "end"]
     assert site.cli.ok("logs", "run", run_id, "count").split("\n")[:-1] == expected
     assert steps["next"]["state"] == "succeeded"
 
