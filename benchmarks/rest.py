@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -57,27 +58,29 @@ def _start_both(folder: Path, started: list[subprocess.Popen[bytes]]) -> subproc
     env = os.environ | {"OUTRIDER_CONTEXT": str(folder / "context.yaml"), "OUTRIDER_SERVER_LISTEN": "127.0.0.1:18643"}
     data = folder / "server"
     quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([OUTRIDER, "server", "init", "--data-dir", data], check=True, **quiet)  # type: ignore[call-overload]
+    subprocess.run([OUTRIDER, "server", "init", "--data-dir", data, "--write-context", "rest"], check=True, **quiet)  # type: ignore[call-overload]
     started.append(subprocess.Popen([OUTRIDER, "server", "run", "--data-dir", data], **quiet))  # type: ignore[call-overload]
     deadline = time.monotonic() + 30
     while True:
         added = subprocess.run(
-            [OUTRIDER, "node", "add", "rest", "-o", "json"], env=env, stdout=subprocess.PIPE, check=False
+            [OUTRIDER, "node", "add", "rest", "-o", "json"],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
         )
         if added.returncode == 0:
             break
         if time.monotonic() > deadline:
             raise SystemExit("error: the server did not start")
         time.sleep(0.3)
-    import json
-
     token = folder / "token"
     token.write_text(json.loads(added.stdout)["token"])
     token.chmod(0o600)
     agent = subprocess.Popen(
         [
             OUTRIDER, "agent", "run", "--server", "127.0.0.1:18643", "--node-id", "rest", "--token-file", token,
-            "--ca-file", data / "ca.pem", "--state-dir", folder / "agent",
+            "--ca-file", data / "tls" / "ca.pem", "--state-dir", folder / "agent",
         ],
         **quiet,  # type: ignore[call-overload]
     )  # fmt: skip
