@@ -158,7 +158,7 @@ class Attempt:
             if info is None:
                 self._directory.unfence()
         if info is None:
-            await asyncio.to_thread(self._directory.prepare, self._order.inputs, self._order.uid, self._order.gid)
+            await asyncio.to_thread(self._directory.prepare, self._order.inputs, *self._order.runs_as)
         await self._serve_control(stack)
         if info is None:
             if phase is None:

@@ -51,6 +51,14 @@ class AttemptOrder:
         """The container's name."""
         return f"outrider-{self.run_id}-{self.step}-{self.number}"
 
+    @property
+    def runs_as(self) -> tuple[int, int]:
+        """uid and gid of its processes: the allotted ones, or those of an image that can't run as them."""
+        if self.plan.user is None:
+            return self.uid, self.gid
+        uid, _, gid = self.plan.user.partition(":")
+        return int(uid), int(gid) if gid else self.gid
+
     def labels(self, node_id: str) -> dict[str, str]:
         """What the container is found by after a restart."""
         labels = {
@@ -64,6 +72,11 @@ class AttemptOrder:
         }
         # Always there: what is left out comes from the image, which could name anybody's object.
         return labels | {LABEL_OBJECT: self.object_ref or ""}
+
+    def _groups(self) -> set[int]:
+        groups = {each.group for each, _, _ in self.volumes.values() if each.group is not None}
+        # Volumes belong to the allotted group: a process of another one reaches them as a member of it.
+        return groups | {self.gid} if self.runs_as[1] != self.gid else groups
 
     def spec(self, *, node_id: str, directory: Path, network: str, log_max_bytes: int) -> ContainerSpec:
         """The container: the sandbox of the defaults, and what the plan and the allotment add to it."""
@@ -88,8 +101,8 @@ class AttemptOrder:
             env=env,
             labels=self.labels(node_id),
             mounts=tuple(mounts),
-            user=plan.user or f"{self.uid}:{self.gid}",
-            groups=tuple(sorted({each.group for each, _, _ in self.volumes.values() if each.group is not None})),
+            user="{}:{}".format(*self.runs_as),
+            groups=tuple(sorted(self._groups())),
             workdir=plan.workdir,
             network=network,
             memory_bytes=self.resources.memory_bytes,

@@ -35,11 +35,11 @@ def sha256(data: bytes) -> str:
 def test_independent_steps_run_side_by_side_and_outputs_reach_later_steps_with_their_types(dev: Dev) -> None:
     # left and right wait for one another: one after the other, neither would end.
     meet = """
-        open(f"/work/{sys.argv[1]}", "w").close()
-        wait_for(f"/work/{sys.argv[2]}")
+        open(f"/area/{sys.argv[1]}", "w").close()
+        wait_for(f"/area/{sys.argv[2]}")
         out(number=int(sys.argv[3]), items=["a", {"b": None}], text="$" + "{{ args.command }}", half=0.5)
     """
-    work = {"work": "/work:rw"}
+    work = {"work": "/area:rw"}
     text = pipeline(
         python("left", meet, "left", "right", "20", needs=[], volumes=work),
         python("right", meet, "right", "left", "22", needs=[], volumes=work),
@@ -247,7 +247,7 @@ def test_a_step_sees_its_allotted_volumes_and_envs_and_nothing_else(dev: Dev) ->
             volumes={"build": "/build", "data": "/data:rw"},
             envs={"KEY": "inside-look.TOKEN", "AREA": "REGION"},
         ),
-        python("other", LOOK, "/work", volumes={"build": "/work:rw"}, envs=["REGION", "inside-look.KEY"]),
+        python("other", LOOK, "/area", volumes={"build": "/area:rw"}, envs=["REGION", "inside-look.KEY"]),
         envs=[{"set": "inside-look"}, {"name": "REGION", "value": "eu-1"}],
         volumes={"build": {}, "data": {}},
     )
@@ -265,7 +265,7 @@ def test_a_step_sees_its_allotted_volumes_and_envs_and_nothing_else(dev: Dev) ->
     assert seen["some"]["values"]["AREA"] == sha256(b"eu-1")
     assert seen["none"]["mounts"] == own
     assert seen["some"]["mounts"] == own | {"/build": "ro", "/data": "rw"}
-    assert seen["other"]["mounts"] == own | {"/work": "rw"}
+    assert seen["other"]["mounts"] == own | {"/area": "rw"}
     # Of /outrider the files of the contract can be written, and no others made.
     assert set(seen["none"]["refused"]) == {"/", "/etc", "/home", "/build", "/outrider"}
     assert seen["none"]["refused"]["/"] == "Read-only file system"

@@ -24,7 +24,7 @@ from tests.e2e.pipelines import engine_address, pipeline, python, states_of, ste
 
 FORMATS = ("7z", "zip", "tar", "tar.gz", "tar.xz", "tar.zst")
 TOKEN = "token-of-the-web-server"
-WORK = {"work": "/work:rw"}
+WORK = {"work": "/area:rw"}
 
 TREE = """
     import hashlib
@@ -42,18 +42,18 @@ TREE = """
 MAKE = (
     TREE
     + """
-    os.makedirs("/work/tree/maps/deep")
+    os.makedirs("/area/tree/maps/deep")
     for name, content in (("server", os.urandom(3_000_000)), ("maps/dm 1.map", b"map" * 100_000),
                           ("maps/deep/größe.txt", b"x"), ("empty", b"")):
-        with open(f"/work/tree/{name}", "wb") as file:
+        with open(f"/area/tree/{name}", "wb") as file:
             file.write(content)
-    os.chmod("/work/tree/server", 0o755)
-    out(digest=digest("/work/tree"))
+    os.chmod("/area/tree/server", 0o755)
+    out(digest=digest("/area/tree"))
 """
 )
 COMPARE = TREE + "    out(digests={path: digest(path) for path in sys.argv[1:]})\n"
 LIST = """
-    found = [os.path.join(folder, name) for folder, folders, files in os.walk("/work") for name in folders + files]
+    found = [os.path.join(folder, name) for folder, folders, files in os.walk("/area") for name in folders + files]
     out(found=sorted(found))
 """
 
@@ -163,31 +163,31 @@ def test_a_tree_goes_through_every_archive_format_and_over_http_and_comes_out_th
     steps = [python("make", MAKE, volumes=WORK)]
     for each in FORMATS:
         name = each.replace(".", "-")
-        pack = {"from": "/work/tree", "to": f"/work/packed.{each}"}
+        pack = {"from": "/area/tree", "to": f"/area/packed.{each}"}
         steps.append(step(f"pack-{name}", "archive.create", pack, needs=["make"]))
-        unpack = {"from": f"/work/packed.{each}", "to": f"/work/{name}"}
+        unpack = {"from": f"/area/packed.{each}", "to": f"/area/{name}"}
         steps.append(step(f"unpack-{name}", "archive.extract", unpack, needs=[f"pack-{name}"]))
-    outs = [f"/work/{each.replace('.', '-')}" for each in FORMATS]
+    outs = [f"/area/{each.replace('.', '-')}" for each in FORMATS]
     digest = "${{ steps['pack-tar-zst'].outputs.sha256 }}"
     steps += [
         step(
-            "send", "http.upload", {"url": f"{web.url}/packed", "from": "/work/packed.tar.zst", "sha256": digest},
+            "send", "http.upload", {"url": f"{web.url}/packed", "from": "/area/packed.tar.zst", "sha256": digest},
             envs=token, needs=["pack-tar-zst"],
         ),
         step(
-            "fetch", "http.download", {"url": f"{web.url}/packed", "to": "/work/fetched", "sha256": digest},
+            "fetch", "http.download", {"url": f"{web.url}/packed", "to": "/area/fetched", "sha256": digest},
             envs=token, needs=["send"],
         ),
-        step("open", "archive.extract", {"from": "/work/fetched", "to": "/work/opened"}, needs=["fetch"]),
+        step("open", "archive.extract", {"from": "/area/fetched", "to": "/area/opened"}, needs=["fetch"]),
         python(
-            "compare", COMPARE, *outs, "/work/opened", volumes=WORK,
+            "compare", COMPARE, *outs, "/area/opened", volumes=WORK,
             needs=["open", *(f"unpack-{each.replace('.', '-')}" for each in FORMATS)],
         ),
     ]  # fmt: skip
     run = dev.run(pipeline(*steps, volumes={"work": {}}, envs=[{"set": "web"}]))
     assert set(states_of(run).values()) == {"succeeded"}, run["failure"]
     outputs = {name: each["outputs"] for name, each in steps_of(run).items()}
-    assert outputs["compare"]["digests"] == dict.fromkeys([*outs, "/work/opened"], outputs["make"]["digest"])
+    assert outputs["compare"]["digests"] == dict.fromkeys([*outs, "/area/opened"], outputs["make"]["digest"])
     packed = web.given["/packed"]
     assert hashlib.sha256(packed).hexdigest() == outputs["pack-tar-zst"]["sha256"] == outputs["fetch"]["sha256"]
     assert outputs["fetch"]["bytes"] == outputs["send"]["bytes"] == len(packed) > 3_000_000
@@ -203,19 +203,19 @@ def test_objects_and_folders_go_to_s3_and_back_and_a_wrong_checksum_publishes_no
     digest = "${{ steps['store-one'].outputs.sha256 }}"
     text = pipeline(
         python("make", MAKE, volumes=WORK),
-        step("store-one", "s3.upload", one | {"from": "/work/tree/server"}, envs=envs, needs=["make"]),
-        step("store-many", "s3.upload", many | {"from": "/work/tree"}, envs=envs, needs=["make"]),
+        step("store-one", "s3.upload", one | {"from": "/area/tree/server"}, envs=envs, needs=["make"]),
+        step("store-many", "s3.upload", many | {"from": "/area/tree"}, envs=envs, needs=["make"]),
         step(
-            "fetch-one", "s3.download", one | {"to": "/work/one/", "sha256": digest},
+            "fetch-one", "s3.download", one | {"to": "/area/one/", "sha256": digest},
             envs=envs, needs=["store-one"],
         ),
         step(
             "fetch-many", "s3.download",
-            many | {"to": "/work/many", "sha256": "${{ steps['store-many'].outputs.sha256 }}"},
+            many | {"to": "/area/many", "sha256": "${{ steps['store-many'].outputs.sha256 }}"},
             envs=envs, needs=["store-many"],
         ),
         python(
-            "compare", TREE + "    os.chmod('/work/many/server', 0o755)\n    out(many=digest('/work/many'))\n",
+            "compare", TREE + "    os.chmod('/area/many/server', 0o755)\n    out(many=digest('/area/many'))\n",
             volumes=WORK, needs=["fetch-one", "fetch-many"],
         ),
         volumes={"work": {}},
@@ -227,16 +227,16 @@ def test_objects_and_folders_go_to_s3_and_back_and_a_wrong_checksum_publishes_no
     assert outputs["compare"]["many"] == outputs["make"]["digest"]
     server = store.get("builds/server")
     assert hashlib.sha256(server).hexdigest() == outputs["fetch-one"]["sha256"]
-    assert outputs["fetch-one"]["path"] == "/work/one/server"
+    assert outputs["fetch-one"]["path"] == "/area/one/server"
     assert outputs["fetch-many"]["objects"] == 4
     assert store.get("tree/server") == server
     assert store.get("tree/maps/deep/größe.txt") == b"x"
 
     wrong = {"sha256": "0" * 64}
     text = pipeline(
-        step("one", "s3.download", one | wrong | {"to": "/work/a/one"}, envs=envs, needs=[], retry={"max": 3}),
-        step("many", "s3.download", many | wrong | {"to": "/work/b"}, envs=envs, needs=[], retry={"max": 3}),
-        step("none", "s3.download", one | {"key": "no/such", "to": "/work/c"}, envs=envs, needs=[], retry={"max": 3}),
+        step("one", "s3.download", one | wrong | {"to": "/area/a/one"}, envs=envs, needs=[], retry={"max": 3}),
+        step("many", "s3.download", many | wrong | {"to": "/area/b"}, envs=envs, needs=[], retry={"max": 3}),
+        step("none", "s3.download", one | {"key": "no/such", "to": "/area/c"}, envs=envs, needs=[], retry={"max": 3}),
         python("list", LIST, volumes=WORK, needs=["one", "many", "none"], when="always()"),
         volumes={"work": {}},
         envs=[{"set": "e2e-s3"}],
@@ -246,7 +246,7 @@ def test_objects_and_folders_go_to_s3_and_back_and_a_wrong_checksum_publishes_no
         assert "sha256" in failure(run, name).lower().replace("-", "")
         assert "0" * 64 in failure(run, name)
     assert "no/such" in failure(run, "none")
-    assert not any(path.startswith(("/work/a/", "/work/b/", "/work/c")) for path in found(run))
+    assert not any(path.startswith(("/area/a/", "/area/b/", "/area/c")) for path in found(run))
 
 
 def found(run: dict[str, Any]) -> list[str]:
@@ -258,7 +258,7 @@ def test_what_is_hostile_damaged_or_not_what_was_asked_for_leaves_nothing_behind
         "/file": b"content",
         "/up.tar": tar_of(("good", b"x"), ("../escaped", b"x")),
         "/link.tar": tar_of(("out", "../.."), ("out/escaped", b"x")),
-        "/absolute.zip": zip_of(("good", b"x"), ("/work/escaped", b"x")),
+        "/absolute.zip": zip_of(("good", b"x"), ("/area/escaped", b"x")),
         "/cut.tar": tar_of(("big", b"x" * 100_000))[:50_000],
         "/cut.zip": zip_of(("big", os.urandom(100_000)))[:50_000],
         "/text.7z": b"this is no archive",
@@ -267,15 +267,15 @@ def test_what_is_hostile_damaged_or_not_what_was_asked_for_leaves_nothing_behind
     dev.ok("env", "set", "web", f"TOKEN={TOKEN}", "OLD=another-token")
     steps = [
         step(
-            "mismatch", "http.download", {"url": f"{web.url}/file", "to": "/work/file", "sha256": "1" * 64},
+            "mismatch", "http.download", {"url": f"{web.url}/file", "to": "/area/file", "sha256": "1" * 64},
             envs={"HTTP_TOKEN": "web.TOKEN"}, needs=[], retry={"max": 3},
         ),
         step(
-            "unauthorised", "http.download", {"url": f"{web.url}/file", "to": "/work/file"},
+            "unauthorised", "http.download", {"url": f"{web.url}/file", "to": "/area/file"},
             envs={"HTTP_TOKEN": "web.OLD"}, needs=[], retry={"max": 3},
         ),
         step(
-            "missing", "http.download", {"url": f"{web.url}/none", "to": "/work/file"},
+            "missing", "http.download", {"url": f"{web.url}/none", "to": "/area/file"},
             envs={"HTTP_TOKEN": "web.TOKEN"}, needs=[], retry={"max": 3},
         ),
     ]  # fmt: skip
@@ -287,7 +287,7 @@ def test_what_is_hostile_damaged_or_not_what_was_asked_for_leaves_nothing_behind
                 volumes={"in": "/in:rw"}, envs={"HTTP_TOKEN": "web.TOKEN"}, needs=[],
             ),
             step(
-                name, "archive.extract", {"from": f"/in{path}", "to": f"/work/{name}"},
+                name, "archive.extract", {"from": f"/in{path}", "to": f"/area/{name}"},
                 volumes={"in": "/in"} | WORK, needs=[f"get-{name}"],
             ),
         ]  # fmt: skip
@@ -300,7 +300,7 @@ def test_what_is_hostile_damaged_or_not_what_was_asked_for_leaves_nothing_behind
     assert "404" in failure(run, "missing")
     assert "../escaped" in failure(run, "up-tar")
     assert "out" in failure(run, "link-tar")
-    assert "/work/escaped" in failure(run, "absolute-zip")
+    assert "/area/escaped" in failure(run, "absolute-zip")
     for name in ("cut-tar", "cut-zip", "text-7z"):
         assert f"/in/{name.replace('-', '.')}" in failure(run, name)
     assert found(run) == []
