@@ -14,6 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -24,6 +25,14 @@ _MAX_GROUP = 500
 _STOP = object()
 
 
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A thread's connection; ``lock`` is held while a query runs on it."""
+
+    connection: sqlite3.Connection
+    lock: threading.Lock
+
+
 class Journal:
     """Durable state of one agent. ``migrations`` are SQL scripts, applied once each, in order, never edited."""
 
@@ -31,8 +40,9 @@ class Journal:
         self.path = path
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._local = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._readers: list[_Reader] = []
         self._readers_lock = threading.Lock()
+        self._closed = False
         path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = self._open()
         os.chmod(path, 0o600)
@@ -54,18 +64,22 @@ class Journal:
 
     def query_now(self, sql: str, parameters: Sequence[object] = ()) -> list[sqlite3.Row]:
         """Like `query`, for callers that are not on the event loop or read a handful of rows."""
-        return self._reader().execute(sql, parameters).fetchall()
+        reader = self._reader()
+        with reader.lock:
+            return reader.connection.execute(sql, parameters).fetchall()
 
     def close(self) -> None:
-        """Finish what was handed in, then close. Idempotent."""
+        """Finish what was handed in, then close. Idempotent. A query after it raises sqlite3.ProgrammingError."""
         if self._thread.is_alive():
             self._queue.put(_STOP)
             self._thread.join()
         with self._readers_lock:
-            for connection in self._readers:
-                connection.close()
+            self._closed = True
+            for reader in self._readers:
+                # A query whose caller was cancelled still runs in its thread: closing under it would crash the process.
+                with reader.lock:
+                    reader.connection.close()
             self._readers.clear()
-        self._local = threading.local()
 
     def submit(self, work: Work[T]) -> Future[T]:
         """Like `write`, not waiting: what is written later is on the disk no earlier than this."""
@@ -81,15 +95,17 @@ class Journal:
         connection.execute("PRAGMA foreign_keys=ON")
         return connection
 
-    def _reader(self) -> sqlite3.Connection:
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._open()
-            connection.execute("PRAGMA query_only=ON")
-            self._local.connection = connection
+    def _reader(self) -> _Reader:
+        reader: _Reader | None = getattr(self._local, "reader", None)
+        if reader is None:
             with self._readers_lock:
-                self._readers.append(connection)
-        return cast("sqlite3.Connection", connection)
+                if self._closed:
+                    raise sqlite3.ProgrammingError("the journal is closed")
+                reader = _Reader(self._open(), threading.Lock())
+                reader.connection.execute("PRAGMA query_only=ON")
+                self._local.reader = reader
+                self._readers.append(reader)
+        return reader
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         done = self._writer.execute("PRAGMA user_version").fetchone()[0]
