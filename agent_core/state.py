@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from agent_core import outbox, spool
 from agent_core.journal import Journal
+from outrider.reports import TERMINAL
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
 
@@ -84,14 +85,6 @@ def migrations() -> list[str]:
     ]
 
 
-TERMINAL_RUNS = frozenset(
-    {
-        types.RUN_STATE_SUCCEEDED,
-        types.RUN_STATE_FAILED,
-        types.RUN_STATE_CANCELLED,
-        types.RUN_STATE_UNKNOWN,
-    }
-)
 TERMINAL_STEPS = frozenset(
     {
         types.STEP_STATE_SUCCEEDED,
@@ -193,9 +186,9 @@ class State:
 
     def unfinished(self) -> list[RunRecord]:
         """The runs to go on with after a restart, in the order in which they were accepted."""
-        marks = ",".join("?" * len(TERMINAL_RUNS))
+        marks = ",".join("?" * len(TERMINAL))
         sql = f"SELECT * FROM runs WHERE state NOT IN ({marks}) ORDER BY accepted_at"  # noqa: S608 - question marks
-        return [self._record(row) for row in self.journal.query_now(sql, tuple(TERMINAL_RUNS))]
+        return [self._record(row) for row in self.journal.query_now(sql, tuple(TERMINAL))]
 
     def find(self, run_id: str) -> RunRecord | None:
         rows = self.journal.query_now("SELECT * FROM runs WHERE run_id = ?", (run_id,))
@@ -326,7 +319,7 @@ class State:
         A run goes when it is terminal and the server has acknowledged all that was reported of it and its
         logs; a command when it is so old that it can't come again.
         """
-        marks = ",".join(str(each) for each in sorted(TERMINAL_RUNS))
+        marks = ",".join(str(each) for each in sorted(TERMINAL))
 
         def work(db: sqlite3.Connection) -> list[str]:
             db.execute("DELETE FROM commands WHERE received_at < ?", (commands_before,))
