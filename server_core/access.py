@@ -51,11 +51,14 @@ CONTROL = {
     "ListNodes": _operator("list", "nodes"),
     "GetNode": _operator("get", "nodes"),
     "RemoveNode": _operator("delete", "nodes"),
+    "DrainNode": _operator("drain", "nodes"),
     "ValidatePipeline": _operator("validate", "pipelines"),
     "ExecutePipeline": _operator("create", "runs"),
     "ListRuns": _operator("list", "runs"),
     "GetRun": _operator("get", "runs"),
     "CancelRun": _operator("cancel", "runs"),
+    "ResolveRun": _operator("resolve", "runs"),
+    "RetryRun": _operator("retry", "runs"),
     "WatchRun": _operator("get", "runs"),
     "StreamRunLogs": _operator("get", "logs"),
     "ListContainers": _operator("list", "containers"),
@@ -73,6 +76,8 @@ CONTROL = {
     "ListEnvSets": _operator("list", "envs"),
     "RemoveEnvSet": _operator("delete", "envs"),
     "SubscribeEvents": _operator("list", "events"),
+    "ListAudit": _operator("list", "audit"),
+    "VerifyAudit": _operator("list", "audit"),
 }
 NODE = {
     "Register": Rule(tokens.NODE),

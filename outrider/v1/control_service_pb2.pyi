@@ -214,6 +214,38 @@ class RemoveNodeResponse(google.protobuf.message.Message):
 global___RemoveNodeResponse = RemoveNodeResponse
 
 @typing.final
+class DrainNodeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    NODE_ID_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DEADLINE_FIELD_NUMBER: builtins.int
+    UNDO_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    node_id: builtins.str
+    reason: builtins.str
+    undo: builtins.bool
+    """let it take runs again"""
+    @property
+    def deadline(self) -> google.protobuf.duration_pb2.Duration:
+        """from now; what runs then is cancelled. 0: none"""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        node_id: builtins.str = ...,
+        reason: builtins.str = ...,
+        deadline: google.protobuf.duration_pb2.Duration | None = ...,
+        undo: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["deadline", b"deadline"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["deadline", b"deadline", "node_id", b"node_id", "reason", b"reason", "request_id", b"request_id", "undo", b"undo"]) -> None: ...
+
+global___DrainNodeRequest = DrainNodeRequest
+
+@typing.final
 class ValidatePipelineRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -390,6 +422,74 @@ class CancelRunRequest(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["grace", b"grace", "reason", b"reason", "request_id", b"request_id", "run_id", b"run_id"]) -> None: ...
 
 global___CancelRunRequest = CancelRunRequest
+
+@typing.final
+class ResolveRunRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    VERDICT_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    OUTPUTS_JSON_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    run_id: builtins.str
+    verdict: outrider.v1.types_pb2.Settlement.Verdict.ValueType
+    reason: builtins.str
+    """required"""
+    outputs_json: builtins.bytes
+    """JSON object: of the one step that succeeded; empty: none"""
+    @property
+    def steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """empty: all whose outcome is unknown"""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        run_id: builtins.str = ...,
+        steps: collections.abc.Iterable[builtins.str] | None = ...,
+        verdict: outrider.v1.types_pb2.Settlement.Verdict.ValueType = ...,
+        reason: builtins.str = ...,
+        outputs_json: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["outputs_json", b"outputs_json", "reason", b"reason", "request_id", b"request_id", "run_id", b"run_id", "steps", b"steps", "verdict", b"verdict"]) -> None: ...
+
+global___ResolveRunRequest = ResolveRunRequest
+
+@typing.final
+class RetryRunRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
+    FROM_STEP_FIELD_NUMBER: builtins.int
+    REFUSE_IF_BUSY_FIELD_NUMBER: builtins.int
+    ALLOW_OFFLINE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    run_id: builtins.str
+    from_step: builtins.str
+    """carried out again with all that come after it, whatever became of them; empty: as needed"""
+    refuse_if_busy: builtins.bool
+    """refuse instead of queueing behind another run of the object"""
+    allow_offline: builtins.bool
+    """accept the run although the node is offline now"""
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        run_id: builtins.str = ...,
+        from_step: builtins.str = ...,
+        refuse_if_busy: builtins.bool = ...,
+        allow_offline: builtins.bool = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_offline", b"allow_offline", "from_step", b"from_step", "reason", b"reason", "refuse_if_busy", b"refuse_if_busy", "request_id", b"request_id", "run_id", b"run_id"]) -> None: ...
+
+global___RetryRunRequest = RetryRunRequest
 
 @typing.final
 class WatchRunRequest(google.protobuf.message.Message):
@@ -861,3 +961,134 @@ class SubscribeEventsRequest(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["acknowledged", b"acknowledged", "after", b"after", "filter", b"filter"]) -> None: ...
 
 global___SubscribeEventsRequest = SubscribeEventsRequest
+
+@typing.final
+class AuditEntry(google.protobuf.message.Message):
+    """Rows are chained: each hash is the SHA-256 of the row before it and of its own content."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    ACTOR_FIELD_NUMBER: builtins.int
+    VERB_FIELD_NUMBER: builtins.int
+    RESOURCE_FIELD_NUMBER: builtins.int
+    SUBJECT_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DATA_JSON_FIELD_NUMBER: builtins.int
+    HASH_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    actor: builtins.str
+    """"operator:NAME" """
+    verb: builtins.str
+    """e.g. "resolve" """
+    resource: builtins.str
+    """e.g. "runs" """
+    subject: builtins.str
+    """e.g. a run's id"""
+    reason: builtins.str
+    """what the operator gave"""
+    data_json: builtins.bytes
+    """JSON object: the particulars"""
+    hash: builtins.bytes
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        actor: builtins.str = ...,
+        verb: builtins.str = ...,
+        resource: builtins.str = ...,
+        subject: builtins.str = ...,
+        reason: builtins.str = ...,
+        data_json: builtins.bytes = ...,
+        hash: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["actor", b"actor", "data_json", b"data_json", "hash", b"hash", "number", b"number", "reason", b"reason", "resource", b"resource", "subject", b"subject", "time", b"time", "verb", b"verb"]) -> None: ...
+
+global___AuditEntry = AuditEntry
+
+@typing.final
+class ListAuditRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: builtins.int
+    ACTOR_FIELD_NUMBER: builtins.int
+    VERB_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    subject: builtins.str
+    actor: builtins.str
+    verb: builtins.str
+    before: builtins.int
+    """only rows with a smaller number; 0: from the newest"""
+    limit: builtins.int
+    """0: 100"""
+    def __init__(
+        self,
+        *,
+        subject: builtins.str = ...,
+        actor: builtins.str = ...,
+        verb: builtins.str = ...,
+        before: builtins.int = ...,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["actor", b"actor", "before", b"before", "limit", b"limit", "subject", b"subject", "verb", b"verb"]) -> None: ...
+
+global___ListAuditRequest = ListAuditRequest
+
+@typing.final
+class ListAuditResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: builtins.int
+    @property
+    def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AuditEntry]: ...
+    def __init__(
+        self,
+        *,
+        entries: collections.abc.Iterable[global___AuditEntry] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries"]) -> None: ...
+
+global___ListAuditResponse = ListAuditResponse
+
+@typing.final
+class VerifyAuditRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___VerifyAuditRequest = VerifyAuditRequest
+
+@typing.final
+class VerifyAuditResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: builtins.int
+    FIRST_BAD_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    rows: builtins.int
+    first_bad: builtins.int
+    """the number of the first row that is not as it was written; 0: there is none"""
+    problem: builtins.str
+    """a sentence about it"""
+    head: builtins.bytes
+    """the hash of the last row: noted elsewhere, it proves that no row was taken off the end"""
+    def __init__(
+        self,
+        *,
+        rows: builtins.int = ...,
+        first_bad: builtins.int = ...,
+        problem: builtins.str = ...,
+        head: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_bad", b"first_bad", "head", b"head", "problem", b"problem", "rows", b"rows"]) -> None: ...
+
+global___VerifyAuditResponse = VerifyAuditResponse

@@ -40,6 +40,11 @@ class ControlServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_control__service__pb2.RemoveNodeRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_control__service__pb2.RemoveNodeResponse.FromString,
                 )
+        self.DrainNode = channel.unary_unary(
+                '/outrider.v1.ControlService/DrainNode',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_types__pb2.Node.FromString,
+                )
         self.ValidatePipeline = channel.unary_unary(
                 '/outrider.v1.ControlService/ValidatePipeline',
                 request_serializer=outrider_dot_v1_dot_control__service__pb2.ValidatePipelineRequest.SerializeToString,
@@ -63,6 +68,16 @@ class ControlServiceStub(object):
         self.CancelRun = channel.unary_unary(
                 '/outrider.v1.ControlService/CancelRun',
                 request_serializer=outrider_dot_v1_dot_control__service__pb2.CancelRunRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_types__pb2.Run.FromString,
+                )
+        self.ResolveRun = channel.unary_unary(
+                '/outrider.v1.ControlService/ResolveRun',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.ResolveRunRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_types__pb2.Run.FromString,
+                )
+        self.RetryRun = channel.unary_unary(
+                '/outrider.v1.ControlService/RetryRun',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.RetryRunRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_types__pb2.Run.FromString,
                 )
         self.WatchRun = channel.unary_stream(
@@ -150,6 +165,16 @@ class ControlServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_control__service__pb2.SubscribeEventsRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_types__pb2.Event.FromString,
                 )
+        self.ListAudit = channel.unary_unary(
+                '/outrider.v1.ControlService/ListAudit',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.ListAuditRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_control__service__pb2.ListAuditResponse.FromString,
+                )
+        self.VerifyAudit = channel.unary_unary(
+                '/outrider.v1.ControlService/VerifyAudit',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.VerifyAuditRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_control__service__pb2.VerifyAuditResponse.FromString,
+                )
 
 
 class ControlServiceServicer(object):
@@ -185,6 +210,13 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """Let the node take no new runs and empty itself of those it has, or undo that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ValidatePipeline(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -211,6 +243,20 @@ class ControlServiceServicer(object):
 
     def CancelRun(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResolveRun(self, request, context):
+        """Say what became of steps whose outcome is unknown.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryRun(self, request, context):
+        """A new run that goes on from a run that did not succeed; answers with the new one.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -318,6 +364,20 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAudit(self, request, context):
+        """What operators decided, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyAudit(self, request, context):
+        """Whether the rows of the audit log are those that were written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -346,6 +406,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     request_deserializer=outrider_dot_v1_dot_control__service__pb2.RemoveNodeRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_control__service__pb2.RemoveNodeResponse.SerializeToString,
             ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.DrainNodeRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_types__pb2.Node.SerializeToString,
+            ),
             'ValidatePipeline': grpc.unary_unary_rpc_method_handler(
                     servicer.ValidatePipeline,
                     request_deserializer=outrider_dot_v1_dot_control__service__pb2.ValidatePipelineRequest.FromString,
@@ -369,6 +434,16 @@ def add_ControlServiceServicer_to_server(servicer, server):
             'CancelRun': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelRun,
                     request_deserializer=outrider_dot_v1_dot_control__service__pb2.CancelRunRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_types__pb2.Run.SerializeToString,
+            ),
+            'ResolveRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveRun,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.ResolveRunRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_types__pb2.Run.SerializeToString,
+            ),
+            'RetryRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryRun,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.RetryRunRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_types__pb2.Run.SerializeToString,
             ),
             'WatchRun': grpc.unary_stream_rpc_method_handler(
@@ -455,6 +530,16 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.SubscribeEvents,
                     request_deserializer=outrider_dot_v1_dot_control__service__pb2.SubscribeEventsRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_types__pb2.Event.SerializeToString,
+            ),
+            'ListAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAudit,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.ListAuditRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_control__service__pb2.ListAuditResponse.SerializeToString,
+            ),
+            'VerifyAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyAudit,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.VerifyAuditRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_control__service__pb2.VerifyAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -552,6 +637,23 @@ class ControlService(object):
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
     @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/DrainNode',
+            outrider_dot_v1_dot_control__service__pb2.DrainNodeRequest.SerializeToString,
+            outrider_dot_v1_dot_types__pb2.Node.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
     def ValidatePipeline(request,
             target,
             options=(),
@@ -632,6 +734,40 @@ class ControlService(object):
             metadata=None):
         return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/CancelRun',
             outrider_dot_v1_dot_control__service__pb2.CancelRunRequest.SerializeToString,
+            outrider_dot_v1_dot_types__pb2.Run.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ResolveRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/ResolveRun',
+            outrider_dot_v1_dot_control__service__pb2.ResolveRunRequest.SerializeToString,
+            outrider_dot_v1_dot_types__pb2.Run.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def RetryRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/RetryRun',
+            outrider_dot_v1_dot_control__service__pb2.RetryRunRequest.SerializeToString,
             outrider_dot_v1_dot_types__pb2.Run.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
@@ -922,5 +1058,39 @@ class ControlService(object):
         return grpc.experimental.stream_stream(request_iterator, target, '/outrider.v1.ControlService/SubscribeEvents',
             outrider_dot_v1_dot_control__service__pb2.SubscribeEventsRequest.SerializeToString,
             outrider_dot_v1_dot_types__pb2.Event.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/ListAudit',
+            outrider_dot_v1_dot_control__service__pb2.ListAuditRequest.SerializeToString,
+            outrider_dot_v1_dot_control__service__pb2.ListAuditResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def VerifyAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/VerifyAudit',
+            outrider_dot_v1_dot_control__service__pb2.VerifyAuditRequest.SerializeToString,
+            outrider_dot_v1_dot_control__service__pb2.VerifyAuditResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

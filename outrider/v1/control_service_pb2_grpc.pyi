@@ -48,6 +48,12 @@ class ControlServiceStub:
         outrider.v1.control_service_pb2.RemoveNodeResponse,
     ]
 
+    DrainNode: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.DrainNodeRequest,
+        outrider.v1.types_pb2.Node,
+    ]
+    """Let the node take no new runs and empty itself of those it has, or undo that."""
+
     ValidatePipeline: grpc.UnaryUnaryMultiCallable[
         outrider.v1.control_service_pb2.ValidatePipelineRequest,
         outrider.v1.control_service_pb2.ValidatePipelineResponse,
@@ -72,6 +78,18 @@ class ControlServiceStub:
         outrider.v1.control_service_pb2.CancelRunRequest,
         outrider.v1.types_pb2.Run,
     ]
+
+    ResolveRun: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.ResolveRunRequest,
+        outrider.v1.types_pb2.Run,
+    ]
+    """Say what became of steps whose outcome is unknown."""
+
+    RetryRun: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.RetryRunRequest,
+        outrider.v1.types_pb2.Run,
+    ]
+    """A new run that goes on from a run that did not succeed; answers with the new one."""
 
     WatchRun: grpc.UnaryStreamMultiCallable[
         outrider.v1.control_service_pb2.WatchRunRequest,
@@ -159,6 +177,18 @@ class ControlServiceStub:
         outrider.v1.types_pb2.Event,
     ]
 
+    ListAudit: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.ListAuditRequest,
+        outrider.v1.control_service_pb2.ListAuditResponse,
+    ]
+    """What operators decided, newest first."""
+
+    VerifyAudit: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.VerifyAuditRequest,
+        outrider.v1.control_service_pb2.VerifyAuditResponse,
+    ]
+    """Whether the rows of the audit log are those that were written."""
+
 class ControlServiceAsyncStub:
     GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
         outrider.v1.control_service_pb2.GetServerInfoRequest,
@@ -185,6 +215,12 @@ class ControlServiceAsyncStub:
         outrider.v1.control_service_pb2.RemoveNodeResponse,
     ]
 
+    DrainNode: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.DrainNodeRequest,
+        outrider.v1.types_pb2.Node,
+    ]
+    """Let the node take no new runs and empty itself of those it has, or undo that."""
+
     ValidatePipeline: grpc.aio.UnaryUnaryMultiCallable[
         outrider.v1.control_service_pb2.ValidatePipelineRequest,
         outrider.v1.control_service_pb2.ValidatePipelineResponse,
@@ -209,6 +245,18 @@ class ControlServiceAsyncStub:
         outrider.v1.control_service_pb2.CancelRunRequest,
         outrider.v1.types_pb2.Run,
     ]
+
+    ResolveRun: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.ResolveRunRequest,
+        outrider.v1.types_pb2.Run,
+    ]
+    """Say what became of steps whose outcome is unknown."""
+
+    RetryRun: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.RetryRunRequest,
+        outrider.v1.types_pb2.Run,
+    ]
+    """A new run that goes on from a run that did not succeed; answers with the new one."""
 
     WatchRun: grpc.aio.UnaryStreamMultiCallable[
         outrider.v1.control_service_pb2.WatchRunRequest,
@@ -296,6 +344,18 @@ class ControlServiceAsyncStub:
         outrider.v1.types_pb2.Event,
     ]
 
+    ListAudit: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.ListAuditRequest,
+        outrider.v1.control_service_pb2.ListAuditResponse,
+    ]
+    """What operators decided, newest first."""
+
+    VerifyAudit: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.VerifyAuditRequest,
+        outrider.v1.control_service_pb2.VerifyAuditResponse,
+    ]
+    """Whether the rows of the audit log are those that were written."""
+
 class ControlServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def GetServerInfo(
@@ -333,6 +393,14 @@ class ControlServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[outrider.v1.control_service_pb2.RemoveNodeResponse, collections.abc.Awaitable[outrider.v1.control_service_pb2.RemoveNodeResponse]]: ...
 
     @abc.abstractmethod
+    def DrainNode(
+        self,
+        request: outrider.v1.control_service_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.types_pb2.Node, collections.abc.Awaitable[outrider.v1.types_pb2.Node]]:
+        """Let the node take no new runs and empty itself of those it has, or undo that."""
+
+    @abc.abstractmethod
     def ValidatePipeline(
         self,
         request: outrider.v1.control_service_pb2.ValidatePipelineRequest,
@@ -366,6 +434,22 @@ class ControlServiceServicer(metaclass=abc.ABCMeta):
         request: outrider.v1.control_service_pb2.CancelRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[outrider.v1.types_pb2.Run, collections.abc.Awaitable[outrider.v1.types_pb2.Run]]: ...
+
+    @abc.abstractmethod
+    def ResolveRun(
+        self,
+        request: outrider.v1.control_service_pb2.ResolveRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.types_pb2.Run, collections.abc.Awaitable[outrider.v1.types_pb2.Run]]:
+        """Say what became of steps whose outcome is unknown."""
+
+    @abc.abstractmethod
+    def RetryRun(
+        self,
+        request: outrider.v1.control_service_pb2.RetryRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.types_pb2.Run, collections.abc.Awaitable[outrider.v1.types_pb2.Run]]:
+        """A new run that goes on from a run that did not succeed; answers with the new one."""
 
     @abc.abstractmethod
     def WatchRun(
@@ -486,5 +570,21 @@ class ControlServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[outrider.v1.control_service_pb2.SubscribeEventsRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[outrider.v1.types_pb2.Event], collections.abc.AsyncIterator[outrider.v1.types_pb2.Event]]: ...
+
+    @abc.abstractmethod
+    def ListAudit(
+        self,
+        request: outrider.v1.control_service_pb2.ListAuditRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.control_service_pb2.ListAuditResponse, collections.abc.Awaitable[outrider.v1.control_service_pb2.ListAuditResponse]]:
+        """What operators decided, newest first."""
+
+    @abc.abstractmethod
+    def VerifyAudit(
+        self,
+        request: outrider.v1.control_service_pb2.VerifyAuditRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.control_service_pb2.VerifyAuditResponse, collections.abc.Awaitable[outrider.v1.control_service_pb2.VerifyAuditResponse]]:
+        """Whether the rows of the audit log are those that were written."""
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -387,6 +387,7 @@ class RunPipeline(google.protobuf.message.Message):
     ENV_NAMES_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    FINISHED_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     lease_id: builtins.str
     pipeline_yaml: builtins.bytes
@@ -408,6 +409,12 @@ class RunPipeline(google.protobuf.message.Message):
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
         """of the whole run; 0: none"""
 
+    @property
+    def finished(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.StepStatus]:
+        """Steps that are not carried out but taken over as they stand, with their outputs: this run goes on from
+        another one, in which they succeeded.
+        """
+
     def __init__(
         self,
         *,
@@ -420,9 +427,10 @@ class RunPipeline(google.protobuf.message.Message):
         env_names: collections.abc.Iterable[builtins.str] | None = ...,
         sequence: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        finished: collections.abc.Iterable[outrider.v1.types_pb2.StepStatus] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["object", b"object", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["args_json", b"args_json", "env_names", b"env_names", "lease_id", b"lease_id", "object", b"object", "pipeline_sha256", b"pipeline_sha256", "pipeline_yaml", b"pipeline_yaml", "run_id", b"run_id", "sequence", b"sequence", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["args_json", b"args_json", "env_names", b"env_names", "finished", b"finished", "lease_id", b"lease_id", "object", b"object", "pipeline_sha256", b"pipeline_sha256", "pipeline_yaml", b"pipeline_yaml", "run_id", b"run_id", "sequence", b"sequence", "timeout", b"timeout"]) -> None: ...
 
 global___RunPipeline = RunPipeline
 

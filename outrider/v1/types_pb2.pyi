@@ -342,6 +342,9 @@ class StepStatus(google.protobuf.message.Message):
     STDOUT_BYTES_FIELD_NUMBER: builtins.int
     STDERR_BYTES_FIELD_NUMBER: builtins.int
     NEEDS_FIELD_NUMBER: builtins.int
+    FROM_RUN_FIELD_NUMBER: builtins.int
+    SETTLEMENT_FIELD_NUMBER: builtins.int
+    ERRORS_FIELD_NUMBER: builtins.int
     name: builtins.str
     uses: builtins.str
     state: global___StepState.ValueType
@@ -358,6 +361,8 @@ class StepStatus(google.protobuf.message.Message):
     stdout_bytes: builtins.int
     """Length of the last attempt's log, known once the step is terminal."""
     stderr_bytes: builtins.int
+    from_run: builtins.str
+    """taken over from this run, which this one retries; empty: this run's own"""
     @property
     def started_at(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
     @property
@@ -368,6 +373,14 @@ class StepStatus(google.protobuf.message.Message):
     def progress(self) -> global___Progress: ...
     @property
     def needs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def settlement(self) -> global___Settlement:
+        """set: an operator said what became of it"""
+
+    @property
+    def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AttemptError]:
+        """of attempts that failed, oldest first; the last ones if there are many"""
+
     def __init__(
         self,
         *,
@@ -386,11 +399,94 @@ class StepStatus(google.protobuf.message.Message):
         stdout_bytes: builtins.int = ...,
         stderr_bytes: builtins.int = ...,
         needs: collections.abc.Iterable[builtins.str] | None = ...,
+        from_run: builtins.str = ...,
+        settlement: global___Settlement | None = ...,
+        errors: collections.abc.Iterable[global___AttemptError] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "finished_at", b"finished_at", "progress", b"progress", "started_at", b"started_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "exit_code", b"exit_code", "failure", b"failure", "finished_at", b"finished_at", "image", b"image", "name", b"name", "needs", b"needs", "outputs_json", b"outputs_json", "progress", b"progress", "reason", b"reason", "started_at", b"started_at", "state", b"state", "stderr_bytes", b"stderr_bytes", "stdout_bytes", b"stdout_bytes", "uses", b"uses"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "finished_at", b"finished_at", "progress", b"progress", "settlement", b"settlement", "started_at", b"started_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "errors", b"errors", "exit_code", b"exit_code", "failure", b"failure", "finished_at", b"finished_at", "from_run", b"from_run", "image", b"image", "name", b"name", "needs", b"needs", "outputs_json", b"outputs_json", "progress", b"progress", "reason", b"reason", "settlement", b"settlement", "started_at", b"started_at", "state", b"state", "stderr_bytes", b"stderr_bytes", "stdout_bytes", b"stdout_bytes", "uses", b"uses"]) -> None: ...
 
 global___StepStatus = StepStatus
+
+@typing.final
+class Settlement(google.protobuf.message.Message):
+    """An operator's word about a step of which nobody else could know what became of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Verdict:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _VerdictEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Settlement._Verdict.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        VERDICT_UNSPECIFIED: Settlement._Verdict.ValueType  # 0
+        VERDICT_SUCCEEDED: Settlement._Verdict.ValueType  # 1
+        VERDICT_FAILED: Settlement._Verdict.ValueType  # 2
+        VERDICT_RETRY: Settlement._Verdict.ValueType  # 3
+        """it counts as failed here, and is tried again by another run"""
+
+    class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper): ...
+    VERDICT_UNSPECIFIED: Settlement.Verdict.ValueType  # 0
+    VERDICT_SUCCEEDED: Settlement.Verdict.ValueType  # 1
+    VERDICT_FAILED: Settlement.Verdict.ValueType  # 2
+    VERDICT_RETRY: Settlement.Verdict.ValueType  # 3
+    """it counts as failed here, and is tried again by another run"""
+
+    VERDICT_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    verdict: global___Settlement.Verdict.ValueType
+    by: builtins.str
+    reason: builtins.str
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        verdict: global___Settlement.Verdict.ValueType = ...,
+        by: builtins.str = ...,
+        reason: builtins.str = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "reason", b"reason", "time", b"time", "verdict", b"verdict"]) -> None: ...
+
+global___Settlement = Settlement
+
+@typing.final
+class AttemptError(google.protobuf.message.Message):
+    """How one attempt of a step failed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    EXIT_CODE_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    TRIED_AGAIN_FIELD_NUMBER: builtins.int
+    attempt: builtins.int
+    exit_code: builtins.int
+    """meaningful if its container exited"""
+    tried_again: builtins.bool
+    @property
+    def failure(self) -> global___Failure: ...
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        attempt: builtins.int = ...,
+        failure: global___Failure | None = ...,
+        exit_code: builtins.int = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        tried_again: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "exit_code", b"exit_code", "failure", b"failure", "time", b"time", "tried_again", b"tried_again"]) -> None: ...
+
+global___AttemptError = AttemptError
 
 @typing.final
 class Run(google.protobuf.message.Message):
@@ -416,6 +512,8 @@ class Run(google.protobuf.message.Message):
     WRITEBACK_JSON_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     PIPELINE_SHA256_FIELD_NUMBER: builtins.int
+    RETRY_OF_FIELD_NUMBER: builtins.int
+    RETRIED_BY_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     key: builtins.str
     pipeline: builtins.str
@@ -434,6 +532,10 @@ class Run(google.protobuf.message.Message):
     reason: builtins.str
     """what a queued run waits for"""
     pipeline_sha256: builtins.bytes
+    retry_of: builtins.str
+    """the run that this one goes on from"""
+    retried_by: builtins.str
+    """the last run that goes on from this one"""
     @property
     def object(self) -> global___ObjectRef: ...
     @property
@@ -471,9 +573,11 @@ class Run(google.protobuf.message.Message):
         writeback_json: builtins.bytes = ...,
         reason: builtins.str = ...,
         pipeline_sha256: builtins.bytes = ...,
+        retry_of: builtins.str = ...,
+        retried_by: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["created_at", b"created_at", "failure", b"failure", "finished_at", b"finished_at", "object", b"object", "started_at", b"started_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["args_json", b"args_json", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "created_by", b"created_by", "failure", b"failure", "finished_at", b"finished_at", "key", b"key", "lease_id", b"lease_id", "node_id", b"node_id", "object", b"object", "object_version", b"object_version", "pipeline", b"pipeline", "pipeline_sha256", b"pipeline_sha256", "reason", b"reason", "run_id", b"run_id", "sequence", b"sequence", "started_at", b"started_at", "state", b"state", "steps", b"steps", "writeback_json", b"writeback_json"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["args_json", b"args_json", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "created_by", b"created_by", "failure", b"failure", "finished_at", b"finished_at", "key", b"key", "lease_id", b"lease_id", "node_id", b"node_id", "object", b"object", "object_version", b"object_version", "pipeline", b"pipeline", "pipeline_sha256", b"pipeline_sha256", "reason", b"reason", "retried_by", b"retried_by", "retry_of", b"retry_of", "run_id", b"run_id", "sequence", b"sequence", "started_at", b"started_at", "state", b"state", "steps", b"steps", "writeback_json", b"writeback_json"]) -> None: ...
 
 global___Run = Run
 
@@ -787,6 +891,7 @@ class BriefState(google.protobuf.message.Message):
     RUNS_FIELD_NUMBER: builtins.int
     OUTBOX_DEPTH_FIELD_NUMBER: builtins.int
     STATE_DIGEST_FIELD_NUMBER: builtins.int
+    OPERATIONS_FIELD_NUMBER: builtins.int
     cpu_percent: builtins.float
     memory_used_bytes: builtins.int
     memory_total_bytes: builtins.int
@@ -807,6 +912,10 @@ class BriefState(google.protobuf.message.Message):
     def runs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """run ids that are not terminal on the node"""
 
+    @property
+    def operations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___OperationCount]:
+        """since the agent started"""
+
     def __init__(
         self,
         *,
@@ -821,10 +930,38 @@ class BriefState(google.protobuf.message.Message):
         runs: collections.abc.Iterable[builtins.str] | None = ...,
         outbox_depth: builtins.int = ...,
         state_digest: builtins.bytes = ...,
+        operations: collections.abc.Iterable[global___OperationCount] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["containers", b"containers", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "disk_total_bytes", b"disk_total_bytes", "engine_error", b"engine_error", "engine_ok", b"engine_ok", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "outbox_depth", b"outbox_depth", "runs", b"runs", "state_digest", b"state_digest"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["containers", b"containers", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "disk_total_bytes", b"disk_total_bytes", "engine_error", b"engine_error", "engine_ok", b"engine_ok", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "operations", b"operations", "outbox_depth", b"outbox_depth", "runs", b"runs", "state_digest", b"state_digest"]) -> None: ...
 
 global___BriefState = BriefState
+
+@typing.final
+class OperationCount(google.protobuf.message.Message):
+    """How often an operation of the agent had to be tried again, and how often it was given up."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: builtins.int
+    ERROR_CLASS_FIELD_NUMBER: builtins.int
+    RETRIES_FIELD_NUMBER: builtins.int
+    FAILURES_FIELD_NUMBER: builtins.int
+    operation: builtins.str
+    """dotted, e.g. "session.connect", "image.pull", "step" """
+    error_class: global___ErrorClass.ValueType
+    retries: builtins.int
+    failures: builtins.int
+    def __init__(
+        self,
+        *,
+        operation: builtins.str = ...,
+        error_class: global___ErrorClass.ValueType = ...,
+        retries: builtins.int = ...,
+        failures: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error_class", b"error_class", "failures", b"failures", "operation", b"operation", "retries", b"retries"]) -> None: ...
+
+global___OperationCount = OperationCount
 
 @typing.final
 class HeldRun(google.protobuf.message.Message):
@@ -909,6 +1046,7 @@ class Node(google.protobuf.message.Message):
     PLUGINS_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
+    DRAIN_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     role: builtins.str
     online: builtins.bool
@@ -929,6 +1067,10 @@ class Node(google.protobuf.message.Message):
     def step_types(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StepTypeInfo]: ...
     @property
     def plugins(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Plugin]: ...
+    @property
+    def drain(self) -> global___Drain:
+        """set: it takes no new runs"""
+
     def __init__(
         self,
         *,
@@ -945,11 +1087,57 @@ class Node(google.protobuf.message.Message):
         plugins: collections.abc.Iterable[global___Plugin] | None = ...,
         epoch: builtins.int = ...,
         address: builtins.str = ...,
+        drain: global___Drain | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["brief", b"brief", "created_at", b"created_at", "last_seen", b"last_seen"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "agent_version", b"agent_version", "brief", b"brief", "created_at", b"created_at", "epoch", b"epoch", "facts_json", b"facts_json", "labels", b"labels", "last_seen", b"last_seen", "node_id", b"node_id", "online", b"online", "plugins", b"plugins", "role", b"role", "step_types", b"step_types"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["brief", b"brief", "created_at", b"created_at", "drain", b"drain", "last_seen", b"last_seen"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "agent_version", b"agent_version", "brief", b"brief", "created_at", b"created_at", "drain", b"drain", "epoch", b"epoch", "facts_json", b"facts_json", "labels", b"labels", "last_seen", b"last_seen", "node_id", b"node_id", "online", b"online", "plugins", b"plugins", "role", b"role", "step_types", b"step_types"]) -> None: ...
 
 global___Node = Node
+
+@typing.final
+class Drain(google.protobuf.message.Message):
+    """A node that is being emptied of runs, or is empty. Its managed containers go on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    SINCE_FIELD_NUMBER: builtins.int
+    DEADLINE_FIELD_NUMBER: builtins.int
+    DRAINED_FIELD_NUMBER: builtins.int
+    RUNS_FIELD_NUMBER: builtins.int
+    WAITS_FOR_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    by: builtins.str
+    drained: builtins.bool
+    """no run of the server is on the node, and the node says that it has none"""
+    waits_for: builtins.str
+    """a sentence, while it is not drained"""
+    @property
+    def since(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    @property
+    def deadline(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """runs that are not over then are cancelled; not set: they have all the time"""
+
+    @property
+    def runs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """that are still on it"""
+
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+        by: builtins.str = ...,
+        since: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        deadline: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        drained: builtins.bool = ...,
+        runs: collections.abc.Iterable[builtins.str] | None = ...,
+        waits_for: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["deadline", b"deadline", "since", b"since"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "deadline", b"deadline", "drained", b"drained", "reason", b"reason", "runs", b"runs", "since", b"since", "waits_for", b"waits_for"]) -> None: ...
+
+global___Drain = Drain
 
 @typing.final
 class HeartbeatPolicy(google.protobuf.message.Message):
