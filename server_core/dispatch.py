@@ -22,6 +22,7 @@ from server_core.fleet import ControlChannel, Fleet, command
 from server_core.logs import trace
 from server_core.store import events, runs
 from server_core.store.base import Database
+from server_core.store.commits import Commit
 from server_core.store.runs import RunRow
 
 log = structlog.get_logger(__name__)
@@ -80,7 +81,7 @@ class Dispatcher:
             blocker = await self._db.read(lambda c: runs.blocker_of(c, row))
             if blocker is not None:
                 reason = f"waits for run {blocker} of {row.object_kind}/{row.object_name}"
-                if await self._db.write(lambda c: runs.set_reason(c, row.run_id, reason)):
+                if await self._db.write(Commit.RUN_WAITS, lambda c: runs.set_reason(c, row.run_id, reason)):
                     self._bus.publish(run_topic(row.run_id))
                 return
             await self._send(channel, row, _RUN + row.run_id)
@@ -92,7 +93,7 @@ class Dispatcher:
             return
         if command_id.startswith(_RUN):
             # Written down before it goes out: from here on the node may have it, and a cancel has to reach it.
-            if not await self._db.write(lambda c: runs.mark_sent(c, row.run_id)):
+            if not await self._db.write(Commit.RUN_SENT, lambda c: runs.mark_sent(c, row.run_id)):
                 return
             message = command(command_id, run_pipeline=runs.pipeline_command(row))
         else:
@@ -112,7 +113,7 @@ class Dispatcher:
             await self._settle(channel.node_id, run_id, runs.FAILED, ack.refused)
             return
         channel.acknowledged.add(run_id)
-        await self._db.write(lambda c: runs.mark_acknowledged(c, run_id, channel.node_id))
+        await self._db.write(Commit.RUN_ACKNOWLEDGED, lambda c: runs.mark_acknowledged(c, run_id, channel.node_id))
         self._bus.publish(run_topic(run_id))
 
     async def take_report(self, channel: ControlChannel, report: node_service_pb2.RunReport) -> None:
@@ -136,7 +137,7 @@ class Dispatcher:
                 return applied, None
             return applied, finished(connection, report.run_id)
 
-        applied, ref = await self._db.write(record)
+        applied, ref = await self._db.write(Commit.RUN_REPORT, record)
         await channel.send(
             node_service_pb2.ServerMessage(outbox_ack=node_service_pb2.OutboxAck(sequences=[report.sequence]))
         )
@@ -181,7 +182,7 @@ class Dispatcher:
                     stop.append(run.run_id)
             return missing, cancelled, stop
 
-        missing, cancelled, stop = await self._db.write(compare)
+        missing, cancelled, stop = await self._db.write(Commit.RECONCILED, compare)
         channel.reported = True
         for run_id in held:
             self._bus.publish(run_topic(run_id))
@@ -237,7 +238,7 @@ class Dispatcher:
                 return False, None
             return True, finished(connection, run_id)
 
-        done, ref = await self._db.write(settle)
+        done, ref = await self._db.write(Commit.RUN_SETTLED, settle)
         if done:
             self._changed(run_id, ref, finished=True)
 

@@ -22,6 +22,7 @@ from outrider.v1 import node_service_pb2, types_pb2
 from server_core.bus.base import EVENTS, NODES, Bus
 from server_core.store import events, nodes
 from server_core.store.base import Database
+from server_core.store.commits import Commit
 from server_core.store.common import now_us, spoken
 
 log = structlog.get_logger(__name__)
@@ -351,7 +352,7 @@ class Fleet:
         for _, presence in dirty:
             presence.dirty = False
         if sightings:
-            await self.db.write(lambda c: nodes.save_sightings(c, sightings))
+            await self.db.write(Commit.NODES_SEEN, lambda c: nodes.save_sightings(c, sightings))
         self._flushed_at = time.monotonic()
 
     async def _flush_if_due(self) -> None:
@@ -363,7 +364,9 @@ class Fleet:
         log.info(type_, node=node_id, reason=transition.reason)
         data = {"reason": transition.reason} if transition.reason else {}
         try:
-            await self.db.write(lambda c: events.add(c, type_, node_id, node_id=node_id, data=data))
+            await self.db.write(
+                Commit.NODE_PRESENCE, lambda c: events.add(c, type_, node_id, node_id=node_id, data=data)
+            )
         except OutriderError as error:
             log.error("an event was not stored", type=type_, node=node_id, error=str(error))
         self.bus.publish(EVENTS)

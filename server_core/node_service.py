@@ -24,6 +24,7 @@ from server_core.security import tokens
 from server_core.security.vault import env_purpose
 from server_core.services import Services
 from server_core.store import envs, events, logs, nodes, objects, runs
+from server_core.store.commits import Commit
 from server_core.store.common import now_us, stamp
 from server_core.store.runs import RunRow
 
@@ -47,7 +48,9 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             wire.load_json_object(info.params_schema_json, f"params_schema_json of step type {info.name}")
             wire.load_json_object(info.outputs_schema_json, f"outputs_schema_json of step type {info.name}")
         new_id = "s" + secrets.token_hex(16)
-        session = await self._s.db.write(lambda c: nodes.begin_session(c, node_id, request, new_id, context.peer()))
+        session = await self._s.db.write(
+            Commit.SESSION_BEGIN, lambda c: nodes.begin_session(c, node_id, request, new_id, context.peer())
+        )
         self._s.fleet.began_session(node_id, session)
         self._s.bus.publish(NODES)
         log.info("node registered", node=node_id, epoch=session.epoch, resumed=session.resumed)
@@ -101,7 +104,8 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             for event in batch.events:
                 wire.load_json_object(event.data_json, f"data_json of event {event.sequence}")
             stored = await self._s.db.write(
-                lambda c, batch=batch: events.add_reported(c, node_id, batch.events)  # type: ignore[misc]
+                Commit.EVENTS,
+                lambda c, batch=batch: events.add_reported(c, node_id, batch.events),  # type: ignore[misc]
             )
             acknowledged = max(acknowledged, stored)
             self._s.bus.publish(EVENTS)
@@ -116,7 +120,8 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         async for batch in request_iterator:
             pieces = [logs.measure(chunk) for chunk in batch.chunks]
             appended = await self._s.db.write(
-                lambda c, pieces=pieces: logs.append(c, node_id, pieces)  # type: ignore[misc]
+                Commit.LOGS,
+                lambda c, pieces=pieces: logs.append(c, node_id, pieces),  # type: ignore[misc]
             )
             for position in appended.positions:
                 positions[(position.run_id, position.step, position.attempt, position.stream)] = position
@@ -203,7 +208,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             ref = types_pb2.ObjectRef(kind=row.object_kind, name=row.object_name)
             return objects.write_back(connection, ref, row.run_id, row.sequence, values)
 
-        version = await self._s.db.write(write)
+        version = await self._s.db.write(Commit.WRITE_BACK, write)
         self._s.bus.publish(run_topic(request.run.run_id))
         return node_service_pb2.WriteBackResponse(status_version=version)
 

@@ -41,6 +41,7 @@ from server_core.security import certs, tokens, vault
 from server_core.services import Services
 from server_core.store import requests
 from server_core.store import tokens as token_rows
+from server_core.store.commits import Commit
 from server_core.store.common import get_meta, now_us, set_meta
 from server_core.store.sqlite import SqliteDatabase
 from server_core.streams import Pipes
@@ -100,7 +101,7 @@ def _init(config: ServerConfig, new_token: bool) -> InitResult:
                 token_rows.add(connection, admin)
                 return _server_id(connection)
 
-            return InitResult(token, config.ca_file, db.write_now(work))
+            return InitResult(token, config.ca_file, db.write_now(Commit.SERVER_INIT, work))
         finally:
             db.close()
 
@@ -134,7 +135,9 @@ class Server:
             certificate = await asyncio.to_thread(_certificate, config)
             db = await asyncio.to_thread(SqliteDatabase, config.store_file)
             stack.push_async_callback(asyncio.to_thread, db.close)
-            vault_, server_id = await db.write(lambda c: (vault.open_vault(c, master_key, now_us()), _server_id(c)))
+            vault_, server_id = await db.write(
+                Commit.SERVER_START, lambda c: (vault.open_vault(c, master_key, now_us()), _server_id(c))
+            )
             bus = LocalBus()
             fleet = Fleet(db, bus, config.heartbeat_interval_s, config.missed_heartbeats)
             await fleet.load()
@@ -211,7 +214,7 @@ class Server:
             await asyncio.sleep(_HOUSEKEEPING_EVERY.total_seconds())
             try:
                 await self.renew_certificate()
-                await self._services.db.write(requests.forget_old)
+                await self._services.db.write(Commit.REQUESTS_FORGOTTEN, requests.forget_old)
             except OutriderError as error:
                 log.error("housekeeping failed", error=str(error))
 

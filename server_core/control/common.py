@@ -16,6 +16,7 @@ from outrider.v1 import control_service_pb2_grpc, types_pb2
 from server_core.access import current_caller
 from server_core.services import Services
 from server_core.store import requests
+from server_core.store.commits import Commit
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -38,7 +39,9 @@ class Part(control_service_pb2_grpc.ControlServiceServicer):
     def __init__(self, services: Services) -> None:
         self._s = services
 
-    async def _once(self, method: str, request: Changing, answer: type[M], work: Callable[[Connection], M]) -> M:
+    async def _once(
+        self, method: str, commit: Commit, request: Changing, answer: type[M], work: Callable[[Connection], M]
+    ) -> M:
         """Do ``work`` in a transaction and keep its answer beside it; for a repeated request give that answer again."""
         caller, digest = current_caller().key, request_digest(method, request)
 
@@ -50,7 +53,7 @@ class Part(control_service_pb2_grpc.ControlServiceServicer):
             self._keep(connection, request, digest, caller, made)
             return made
 
-        return await self._s.db.write(run)
+        return await self._s.db.write(commit, run)
 
     def _keep(self, connection: Connection, request: Changing, digest: bytes, caller: str, answer: Message) -> None:
         sealed = self._s.vault.seal(answer.SerializeToString(), "answer")

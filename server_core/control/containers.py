@@ -17,6 +17,7 @@ from server_core.access import current_caller
 from server_core.control.common import Context, Part, request_digest
 from server_core.fleet import Answer, ControlChannel, command
 from server_core.store import nodes, requests
+from server_core.store.commits import Commit
 from server_core.streams import Pipe
 
 _DEFAULT_GRACE_S = 10.0
@@ -113,7 +114,7 @@ class Containers(Part):
             if requests.answer_of(connection, caller, request.request_id, digest) is None:
                 self._keep(connection, request, digest, caller, container)
 
-        await self._s.db.write(keep)
+        await self._s.db.write(Commit.CONTAINER_ANSWER, keep)
         return container
 
     async def _channel(self, node_id: str) -> ControlChannel:

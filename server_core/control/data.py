@@ -16,6 +16,7 @@ from server_core.bus.base import EVENTS
 from server_core.control.common import Context, Part, check_name, check_ref
 from server_core.security.vault import env_purpose
 from server_core.store import envs, events, objects, runs
+from server_core.store.commits import Commit
 
 _MAX_VALUE_BYTES = 64 * 1024
 _ATTRIBUTE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}")
@@ -37,7 +38,7 @@ class Data(Part):
             events.add(connection, "object.changed", objects.spoken(ref), data={"version": found.version})
             return found
 
-        answer = await self._once("SetObject", request, types_pb2.Object, work)
+        answer = await self._once("SetObject", Commit.OBJECT_SET, request, types_pb2.Object, work)
         self._s.bus.publish(EVENTS)
         return answer
 
@@ -63,7 +64,7 @@ class Data(Part):
             events.add(connection, "object.removed", objects.spoken(ref))
             return pb.RemoveObjectResponse()
 
-        answer = await self._once("RemoveObject", request, pb.RemoveObjectResponse, work)
+        answer = await self._once("RemoveObject", Commit.OBJECT_REMOVE, request, pb.RemoveObjectResponse, work)
         self._s.bus.publish(EVENTS)
         return answer
 
@@ -80,7 +81,7 @@ class Data(Part):
             events.add(connection, "env.changed", request.name, data={"version": found.version})
             return found
 
-        answer = await self._once("SetEnvSet", request, pb.EnvSet, work)
+        answer = await self._once("SetEnvSet", Commit.ENV_SET, request, pb.EnvSet, work)
         self._s.bus.publish(EVENTS)
         return answer
 
@@ -95,7 +96,7 @@ class Data(Part):
             events.add(connection, "env.removed", request.name)
             return pb.RemoveEnvSetResponse()
 
-        answer = await self._once("RemoveEnvSet", request, pb.RemoveEnvSetResponse, work)
+        answer = await self._once("RemoveEnvSet", Commit.ENV_REMOVE, request, pb.RemoveEnvSetResponse, work)
         self._s.bus.publish(EVENTS)
         return answer
 

@@ -12,6 +12,7 @@ from server_core.bus.base import EVENTS, NODES
 from server_core.control.common import Context, Part, check_node_id
 from server_core.security import tokens as token_digests
 from server_core.store import events, nodes, runs, tokens
+from server_core.store.commits import Commit
 from server_core.store.common import stamp
 
 
@@ -37,7 +38,7 @@ class Nodes(Part):
             events.add(connection, "node.added", request.node_id, node_id=request.node_id)
             return pb.AddNodeResponse(node=nodes.get(connection, request.node_id), token=token)
 
-        answer = await self._once("AddNode", request, pb.AddNodeResponse, work)
+        answer = await self._once("AddNode", Commit.NODE_ADD, request, pb.AddNodeResponse, work)
         self._s.bus.publish(EVENTS)
         self._s.bus.publish(NODES)
         return answer
@@ -68,7 +69,7 @@ class Nodes(Part):
             events.add(connection, "node.removed", request.node_id, node_id=request.node_id)
             return pb.RemoveNodeResponse()
 
-        answer = await self._once("RemoveNode", request, pb.RemoveNodeResponse, work)
+        answer = await self._once("RemoveNode", Commit.NODE_REMOVE, request, pb.RemoveNodeResponse, work)
         self._s.access.forget_tokens()
         self._s.fleet.forget(request.node_id)
         for run_id, ref in ended:

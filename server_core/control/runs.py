@@ -23,6 +23,7 @@ from server_core.access import current_caller
 from server_core.bus.base import EVENTS, run_topic
 from server_core.control.common import Context, Part, check_ref, request_digest
 from server_core.store import events, nodes, objects, runs
+from server_core.store.commits import Commit
 
 _MAX_LISTED = 1000
 _MAX_TIMEOUT_S = 30 * 24 * 3600.0
@@ -101,7 +102,7 @@ class Runs(Part):
             events.add(connection, "run.accepted", run_id, node_id=request.node_id, data={"pipeline": pipeline.name})
             return made
 
-        run = await self._s.db.write(accept)
+        run = await self._s.db.write(Commit.RUN_ACCEPT, accept)
         self._s.bus.publish(EVENTS)
         self._s.dispatcher.kick_soon(request.node_id)
         return run
@@ -134,7 +135,7 @@ class Runs(Part):
                     settled.append(dispatch.finished(connection, run.run_id))
             return run
 
-        run = await self._once("CancelRun", request, types_pb2.Run, work)
+        run = await self._once("CancelRun", Commit.RUN_CANCEL, request, types_pb2.Run, work)
         for ref in settled:
             self._s.dispatcher.settled(run.run_id, ref)
         self._s.bus.publish(run_topic(run.run_id))

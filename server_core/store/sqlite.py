@@ -11,8 +11,9 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,9 @@ from sqlalchemy import Connection, Engine, create_engine, event, exc
 from sqlalchemy.pool import NullPool, QueuePool
 
 from outrider.errors import Conflict, InvalidInput, OutriderError, PermanentError, TemporaryError
+from outrider.failpoints import failpoint
 from server_core.store import migrate
+from server_core.store.commits import Commit
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
@@ -45,7 +48,7 @@ class SqliteDatabase:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._writer_engine = _engine(path, writing=True)
         self._reader_engine = _engine(path, writing=False)
-        self._queue: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
         self._closed = False
         try:
@@ -61,13 +64,13 @@ class SqliteDatabase:
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
-    async def write(self, work: Work[T]) -> T:
+    async def write(self, commit: Commit, work: Work[T]) -> T:
         # Shielded: a caller that gives up must not make the writer skip half of a decision.
-        return await asyncio.shield(asyncio.wrap_future(self._submit(work)))
+        return await asyncio.shield(asyncio.wrap_future(self._submit(commit, work)))
 
-    def write_now(self, work: Work[T]) -> T:
+    def write_now(self, commit: Commit, work: Work[T]) -> T:
         """Like `write`, for callers that are not on an event loop."""
-        return self._submit(work).result()
+        return self._submit(commit, work).result()
 
     async def read(self, work: Work[T]) -> T:
         if self._closed:
@@ -87,11 +90,11 @@ class SqliteDatabase:
         self._reader_engine.dispose()
         self._writer_engine.dispose()
 
-    def _submit(self, work: Work[T]) -> Future[T]:
+    def _submit(self, commit: Commit, work: Work[T]) -> Future[T]:
         if self._closed:
             raise TemporaryError("the store is closed", code="unavailable")
         future: Future[T] = Future()
-        self._queue.put((work, future))
+        self._queue.put(_Job(commit, work, future))
         return future
 
     def _read(self, work: Work[T]) -> T:
@@ -106,13 +109,13 @@ class SqliteDatabase:
             while True:
                 group = self._next_group()
                 ending = group[-1] is None
-                work = cast("list[tuple[Work[Any], Future[Any]]]", group[:-1] if ending else group)
-                if work:
-                    _commit(connection, work)
+                jobs = cast("list[_Job]", group[:-1] if ending else group)
+                if jobs:
+                    _commit(connection, jobs)
                 if ending:
                     return
 
-    def _next_group(self) -> list[tuple[Work[Any], Future[Any]] | None]:
+    def _next_group(self) -> list[_Job | None]:
         group = [self._queue.get()]
         while group[-1] is not None and len(group) < _MAX_GROUP:
             try:
@@ -122,27 +125,61 @@ class SqliteDatabase:
         return group
 
 
-def _commit(connection: Connection, group: list[tuple[Work[Any], Future[Any]]]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Work that was handed in, and who waits for it."""
+
+    commit: Commit
+    work: Work[Any]
+    future: Future[Any]
+
+
+def _commit(connection: Connection, group: list[_Job]) -> None:
     """One transaction for all of ``group``, each in a savepoint; they are answered once it is on the disk."""
-    answers: list[tuple[Future[Any], Any, BaseException | None]] = []
+    answers: list[tuple[Any, BaseException | None]] = []
     try:
         with connection.begin():
-            for work, future in group:
-                try:
-                    with connection.begin_nested():
-                        answers.append((future, work(connection), None))
-                except exc.DBAPIError as error:
-                    answers.append((future, None, translate(error)))
-                except BaseException as error:  # the caller's own, handed back to it
-                    answers.append((future, None, error))
+            answers = [_carry_out(connection, job) for job in group]
+            _reach(job.commit.before for job in group)
+        _reach(job.commit.after for job in group)
     except BaseException as error:
-        refusal = translate(error) if isinstance(error, exc.DBAPIError) else error
-        answers = [(future, None, refusal) for _, future in group]
-    for future, value, problem in answers:
+        answers = [(None, _refusal(error))] * len(group)
+    for job, (value, problem) in zip(group, answers, strict=True):
         if problem is None:
-            future.set_result(value)
+            job.future.set_result(value)
         else:
-            future.set_exception(problem)
+            job.future.set_exception(problem)
+
+
+def _carry_out(connection: Connection, job: _Job) -> tuple[Any, BaseException | None]:
+    """One job's answer, or why it left no trace. Raises if with it the transaction of the whole group is gone."""
+    try:
+        with connection.begin_nested():
+            return job.work(connection), None
+    except BaseException as error:  # the caller's own, or the database's: handed back to the caller
+        # A full disk makes SQLite roll back everything. What came before in the group is lost, too, and a commit
+        # would find nothing to do and succeed: nobody may be told that it was done.
+        if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]  # sqlite3's own
+            raise
+        return None, _refusal(error)
+
+
+def _reach(names: Iterable[str]) -> None:
+    for name in dict.fromkeys(names):
+        failpoint(name)
+
+
+def _refusal(error: BaseException) -> BaseException:
+    """What a caller is told. The first error counts: those that follow are of the attempt to roll back."""
+    if isinstance(error, exc.DBAPIError):
+        first, former = error, error.__context__
+        while former is not None:
+            first = former if isinstance(former, exc.DBAPIError) else first
+            former = former.__context__
+        return translate(first)
+    if isinstance(error, OSError):
+        return TemporaryError(f"the store can't be written: {error.strerror or error}", code="store_unwritable")
+    return error
 
 
 def translate(error: exc.DBAPIError) -> OutriderError:

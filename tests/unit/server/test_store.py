@@ -16,9 +16,12 @@ from sqlalchemy import Connection, create_engine, func, insert, select
 from outrider.errors import Conflict, InvalidInput
 from outrider.v1 import control_service_pb2, types_pb2
 from server_core.store import events, logs, migrate, objects, runs, schema
+from server_core.store.commits import Commit
 from server_core.store.sqlite import SqliteDatabase
 
 OUT = types_pb2.LOG_STREAM_STDOUT
+ANY = Commit.RUN_ACCEPT
+"""The work under test is no commit of the server's: any name will do."""
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ async def test_refused_work_leaves_no_trace_and_does_not_spoil_its_neighbours(db
             if twice:
                 connection.execute(insert(schema.meta).values(key=key, value="y"))
 
-        writes.append(db.write(work))
+        writes.append(db.write(ANY, work))
 
     writes: list[object] = []
     for number in range(50):
@@ -61,7 +64,7 @@ async def test_reader_can_not_write(db: SqliteDatabase) -> None:
 async def test_what_was_handed_in_is_stored_before_it_closes(tmp_path: Path) -> None:
     db = SqliteDatabase(tmp_path / "store.db")
     pending = [
-        asyncio.ensure_future(db.write(lambda c, n=n: c.execute(insert(schema.meta).values(key=str(n), value=""))))  # type: ignore[misc]
+        asyncio.ensure_future(db.write(ANY, lambda c, n=n: c.execute(insert(schema.meta).values(key=str(n), value=""))))  # type: ignore[misc]
         for n in range(200)
     ]
     await asyncio.sleep(0)
@@ -78,7 +81,7 @@ async def test_object_with_a_null_loses_the_attribute_and_keeps_its_version_when
     ref = types_pb2.ObjectRef(kind="game", name="arena")
 
     def put(values: dict[str, object], expected: int | None = None) -> types_pb2.Object:
-        return db.write_now(lambda c: objects.put(c, ref, values, replace=False, expected_version=expected))
+        return db.write_now(ANY, lambda c: objects.put(c, ref, values, replace=False, expected_version=expected))
 
     assert put({"a": 1, "b": {"c": [2**60]}}, 0).version == 1
     assert put({"a": 1}).version == 1
@@ -90,7 +93,7 @@ async def test_object_with_a_null_loses_the_attribute_and_keeps_its_version_when
 
 async def test_event_filters_take_prefixes_literally(db: SqliteDatabase) -> None:
     for type_ in ("run.finished", "runXfinished", "node.online"):
-        db.write_now(lambda c, type_=type_: events.add(c, type_, "s", node_id="n1"))  # type: ignore[misc]
+        db.write_now(ANY, lambda c, type_=type_: events.add(c, type_, "s", node_id="n1"))  # type: ignore[misc]
     wish = control_service_pb2.EventFilter(types=["run.", "node.on_"])
     found = await db.read(lambda c: events.after(c, 0, wish, 10))
     assert [event.type for event in found] == ["run.finished"]
@@ -113,7 +116,7 @@ def test_tail_has_the_last_lines_however_the_log_was_cut(
 ) -> None:
     accept(db)
     append(db, data, size)
-    chunks, _ = db.write_now(lambda c: logs.tail(c, "r1", lines))
+    chunks, _ = db.write_now(ANY, lambda c: logs.tail(c, "r1", lines))
     assert b"".join(chunk.data for chunk in chunks) == expected
 
 
@@ -129,10 +132,10 @@ def test_log_is_always_a_prefix_of_what_was_written(
         for offset, length in sends:
             piece = data[offset : offset + length]
             chunk = types_pb2.RunLogChunk(run_id="r1", step="a", attempt=1, stream=OUT, offset=offset, data=piece)
-            db.write_now(lambda c, chunk=chunk: logs.append(c, "n1", [logs.measure(chunk)]))  # type: ignore[misc]
+            db.write_now(ANY, lambda c, chunk=chunk: logs.append(c, "n1", [logs.measure(chunk)]))  # type: ignore[misc]
             if offset <= end:
                 end = max(end, offset + len(piece))
-        chunks, _ = db.write_now(lambda c: logs.read(c, "r1", after=0))
+        chunks, _ = db.write_now(ANY, lambda c: logs.read(c, "r1", after=0))
         assert b"".join(chunk.data for chunk in chunks) == data[:end]
         assert [chunk.offset for chunk in chunks] == sorted(chunk.offset for chunk in chunks)
     finally:
@@ -153,7 +156,7 @@ def accept(db: SqliteDatabase) -> None:
     new = runs.NewRun(
         "r1", "l", "operator:a", "k", b"", "p", b"", b"", "n1", None, {}, [], 0, [types_pb2.StepStatus(name="a")]
     )
-    db.write_now(lambda c: runs.accept(c, new))
+    db.write_now(ANY, lambda c: runs.accept(c, new))
 
 
 def append(db: SqliteDatabase, data: bytes, size: int) -> None:
@@ -161,4 +164,4 @@ def append(db: SqliteDatabase, data: bytes, size: int) -> None:
         chunk = types_pb2.RunLogChunk(
             run_id="r1", step="a", attempt=1, stream=OUT, offset=offset, data=data[offset : offset + size]
         )
-        db.write_now(lambda c, chunk=chunk: logs.append(c, "n1", [logs.measure(chunk)]))  # type: ignore[misc]
+        db.write_now(ANY, lambda c, chunk=chunk: logs.append(c, "n1", [logs.measure(chunk)]))  # type: ignore[misc]

@@ -1,0 +1,52 @@
+"""Every commit that the server makes, by name: what its failpoints are called, and what tests enumerate.
+
+`store.<name>.before` is reached when all work of the transaction is done and nothing of it is durable,
+`store.<name>.after` when it is durable and nobody has been told. tests/faults kills the server at both, for each.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Commit(StrEnum):
+    """What a transaction is for. A new one needs a scenario in tests/faults/test_server_commits.py."""
+
+    SCHEMA_UPGRADE = "schema_upgrade"
+    SERVER_INIT = "server_init"
+    SERVER_START = "server_start"
+    # What operators ask for; the answer is kept in the same transaction.
+    NODE_ADD = "node_add"
+    NODE_REMOVE = "node_remove"
+    OBJECT_SET = "object_set"
+    OBJECT_REMOVE = "object_remove"
+    ENV_SET = "env_set"
+    ENV_REMOVE = "env_remove"
+    RUN_ACCEPT = "run_accept"
+    RUN_CANCEL = "run_cancel"
+    CONTAINER_ANSWER = "container_answer"
+    # What is sent to nodes, and what they say.
+    SESSION_BEGIN = "session_begin"
+    NODES_SEEN = "nodes_seen"
+    NODE_PRESENCE = "node_presence"
+    RUN_WAITS = "run_waits"
+    RUN_SENT = "run_sent"
+    RUN_ACKNOWLEDGED = "run_acknowledged"
+    RUN_REPORT = "run_report"
+    RUN_SETTLED = "run_settled"
+    RECONCILED = "reconciled"
+    WRITE_BACK = "write_back"
+    LOGS = "logs"
+    EVENTS = "events"
+    # Now and then.
+    REQUESTS_FORGOTTEN = "requests_forgotten"
+
+    @property
+    def before(self) -> str:
+        """The failpoint ahead of the commit."""
+        return f"store.{self.value}.before"
+
+    @property
+    def after(self) -> str:
+        """The failpoint behind the commit."""
+        return f"store.{self.value}.after"
