@@ -18,7 +18,7 @@ The tree::
 
 Each has a stable ``code`` (for programs), a ``message`` (one sentence: what, where) and a ``hint``
 (what would be right). Errors of docker, grpc and sqlalchemy are translated into these in one place
-each and never leak past their driver.
+each and never leak past their driver. An error may carry ``retry_after_s``: the least wait before another try.
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ class OutriderError(Exception):
     error_class: ErrorClass = ErrorClass.PERMANENT
     default_code = "error"
 
-    def __init__(self, message: str, *, code: str = "", hint: str = "") -> None:
+    def __init__(self, message: str, *, code: str = "", hint: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or self.default_code
         self.hint = hint
+        self.retry_after_s = retry_after_s
+        """What the side that refused asks to be waited, in seconds, before the next try; None: it does not say."""
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

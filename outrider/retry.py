@@ -15,6 +15,10 @@ from typing import TypeVar
 from outrider.errors import ErrorClass, OutriderError
 
 T = TypeVar("T")
+
+MAX_HINT_S = 300.0
+"""The longest wait that a server's hint is believed: a mistaken one must not cut a node off for a day."""
+
 Sleep = Callable[[float], Awaitable[None]]
 
 
@@ -46,6 +50,13 @@ class RetryPolicy:
             retry += 1
             yield self.wait_s(retry)
 
+    def obeying(self, wait_s: float, error: OutriderError) -> float:
+        """``wait_s``, or what the refusing side asked for if that is longer: a little later rather than earlier, so
+        that those who were told the same do not come together, and never more than MAX_HINT_S."""
+        if error.retry_after_s is None:
+            return wait_s
+        return max(wait_s, min(error.retry_after_s, MAX_HINT_S) * self.rng.uniform(1, 1 + self.jitter))
+
     async def run(
         self,
         operation: Callable[[], Awaitable[T]],
@@ -57,7 +68,8 @@ class RetryPolicy:
         """Await ``operation()`` until it succeeds, fails permanently, or no retry is left.
 
         A timeout is tried again only if the operation is ``idempotent``. ``on_retry`` gets the number of
-        the retry, the wait in seconds and the error. Raises the last error.
+        the retry, the wait in seconds and the error. A wait is never shorter than the error's ``retry_after_s``.
+        Raises the last error.
         """
         waits = self.waits()
         retry = 0
@@ -71,6 +83,7 @@ class RetryPolicy:
                 wait = next(waits, None) if again else None
                 if wait is None:
                     raise
+                wait = self.obeying(wait, error)
                 retry += 1
                 if on_retry:
                     on_retry(retry, wait, error)

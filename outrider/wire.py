@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 from outrider import errors
 from outrider.errors import ErrorClass, InvalidInput, OutriderError, Problem
@@ -129,13 +130,15 @@ def error_of(failure: types_pb2.Failure, problems: Sequence[Problem] = ()) -> Ou
 
 
 def to_status(error: BaseException) -> status_pb2.Status:
-    """``error`` as a google.rpc.Status that carries an ErrorDetail."""
+    """``error`` as a google.rpc.Status that carries an ErrorDetail, and a RetryInfo if it says how long to wait."""
     known = error if isinstance(error, OutriderError) else internal(error)
     detail = control_service_pb2.ErrorDetail(failure=failure_of(known))
     if isinstance(known, InvalidInput):
         detail.problems.extend(_fitting(known.problems))
     status = status_pb2.Status(code=status_code(known).value[0], message=_clip(str(known)))
     status.details.add().Pack(detail)
+    if known.retry_after_s is not None:
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=duration(known.retry_after_s)))
     return status
 
 
@@ -158,8 +161,15 @@ def from_rpc_error(error: grpc.RpcError, *, target: str = "the server") -> Outri
     """The OutriderError that a failed call stands for.
 
     Calls that our server refused give back the very error that it raised. Those that failed on the way (no
-    listener, wrong CA, wrong name, deadline) are told in a sentence that names ``target``.
+    listener, wrong CA, wrong name, deadline) are told in a sentence that names ``target``. A RetryInfo, of our server
+    or of a proxy before it, becomes ``retry_after_s``.
     """
+    made = _from_rpc_error(error, target)
+    made.retry_after_s = _retry_after(error)
+    return made
+
+
+def _from_rpc_error(error: grpc.RpcError, target: str) -> OutriderError:
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = (error.details() if hasattr(error, "details") else None) or ""
     detail = _detail_of(error)
@@ -233,16 +243,26 @@ def _class_of(value: int) -> ErrorClass:
 
 
 def _detail_of(error: grpc.RpcError) -> control_service_pb2.ErrorDetail | None:
+    detail = control_service_pb2.ErrorDetail()
+    return detail if any(packed.Unpack(detail) for packed in _details(error)) else None
+
+
+def _retry_after(error: grpc.RpcError) -> float | None:
+    info = error_details_pb2.RetryInfo()
+    return max(0.0, seconds(info.retry_delay)) if any(packed.Unpack(info) for packed in _details(error)) else None
+
+
+def _details(error: grpc.RpcError) -> list[Any]:
     trailers: Iterable[Any] = ()  # metadata pairs; the stubs of grpc and grpc.aio call them differently
     if hasattr(error, "trailing_metadata"):
         trailers = error.trailing_metadata() or ()
     for key, value in trailers:
         if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
-            for packed in status_pb2.Status.FromString(value).details:
-                detail = control_service_pb2.ErrorDetail()
-                if packed.Unpack(detail):
-                    return detail
-    return None
+            try:
+                return list(status_pb2.Status.FromString(value).details)
+            except DecodeError:  # whatever made it, it was not ours
+                return []
+    return []
 
 
 def _clip(text: str) -> str:

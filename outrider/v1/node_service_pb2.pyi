@@ -691,14 +691,26 @@ class RunLogAck(google.protobuf.message.Message):
         def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "offset", b"offset", "run_id", b"run_id", "step", b"step", "stream", b"stream"]) -> None: ...
 
     POSITIONS_FIELD_NUMBER: builtins.int
+    UNKNOWN_RUNS_FIELD_NUMBER: builtins.int
+    RESEND_FIELD_NUMBER: builtins.int
     @property
     def positions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RunLogAck.Position]: ...
+    @property
+    def unknown_runs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """no runs of this node: there is no place for their logs"""
+
+    @property
+    def resend(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RunLogAck.Position]:
+        """what came does not follow on what is stored: go on from these offsets, also backwards"""
+
     def __init__(
         self,
         *,
         positions: collections.abc.Iterable[global___RunLogAck.Position] | None = ...,
+        unknown_runs: collections.abc.Iterable[builtins.str] | None = ...,
+        resend: collections.abc.Iterable[global___RunLogAck.Position] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["positions", b"positions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["positions", b"positions", "resend", b"resend", "unknown_runs", b"unknown_runs"]) -> None: ...
 
 global___RunLogAck = RunLogAck
 

@@ -1141,23 +1141,33 @@ global___Drain = Drain
 
 @typing.final
 class HeartbeatPolicy(google.protobuf.message.Message):
+    """What the server asks of a node's link; it grows with the fleet."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     INTERVAL_FIELD_NUMBER: builtins.int
     JITTER_FIELD_NUMBER: builtins.int
+    RECONNECT_SPREAD_FIELD_NUMBER: builtins.int
     jitter: builtins.float
     """share of the interval, e.g. 0.2"""
     @property
     def interval(self) -> google.protobuf.duration_pb2.Duration:
         """mean time between heartbeats"""
 
+    @property
+    def reconnect_spread(self) -> google.protobuf.duration_pb2.Duration:
+        """Once the server can't be reached: a random part of this is added to each wait of the backoff, so that the
+        fleet comes back evenly. Absent: nothing is added.
+        """
+
     def __init__(
         self,
         *,
         interval: google.protobuf.duration_pb2.Duration | None = ...,
         jitter: builtins.float = ...,
+        reconnect_spread: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["interval", b"interval"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["interval", b"interval", "jitter", b"jitter"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["interval", b"interval", "reconnect_spread", b"reconnect_spread"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["interval", b"interval", "jitter", b"jitter", "reconnect_spread", b"reconnect_spread"]) -> None: ...
 
 global___HeartbeatPolicy = HeartbeatPolicy

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider import errors, tls, wire
-from outrider.errors import InvalidInput, OutriderError, Problem
+from outrider.errors import InvalidInput, OutriderError, Problem, Unavailable
+from outrider.retry import FOREVER, MAX_HINT_S
 
 KINDS = [
     kind
@@ -166,3 +167,25 @@ def test_clients_never_ping_more_often_than_the_server_allows() -> None:
     client, server = dict(tls.CLIENT_OPTIONS), dict(tls.SERVER_OPTIONS)
     allowed = server["grpc.http2.min_ping_interval_without_data_ms"]
     assert int(client["grpc.keepalive_time_ms"]) > 2 * int(allowed)
+
+
+def test_how_long_to_wait_travels_with_the_refusal_and_lengthens_the_backoff() -> None:
+    refused = Unavailable("the server is stopping", code="server_stopping", retry_after_s=2.5)
+    status = wire.to_status(refused)
+    trailers = ((wire.STATUS_DETAILS_KEY, status.SerializeToString()),)
+    back = wire.from_rpc_error(FakeRpcError(grpc.StatusCode.UNAVAILABLE, "", trailers))
+    assert (type(back), back.code, back.retry_after_s) == (Unavailable, "server_stopping", 2.5)
+    waits = [FOREVER.obeying(0.1, back) for _ in range(200)]
+    assert min(waits) >= 2.5
+    assert max(waits) <= 3.0
+    assert max(waits) - min(waits) > 0.1  # those who were told the same do not come together
+    assert FOREVER.obeying(30.0, back) == 30.0
+    assert FOREVER.obeying(0.1, Unavailable("away")) == 0.1
+    assert FOREVER.obeying(0.1, Unavailable("for a year", retry_after_s=3e7)) <= MAX_HINT_S * 1.2
+
+
+def test_details_that_are_no_status_are_passed_over() -> None:
+    trailers = ((wire.STATUS_DETAILS_KEY, b"\xff\xff"),)
+    error = wire.from_rpc_error(FakeRpcError(grpc.StatusCode.UNAVAILABLE, "away", trailers))
+    assert isinstance(error, Unavailable)
+    assert error.retry_after_s is None
