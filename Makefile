@@ -4,7 +4,7 @@ PY := .venv/bin/python
 TEST_WORKERS ?= 2
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help venv engine images locks demo test unit lint types protos protos-check bench clean
+.PHONY: help venv engine images locks demo test faults unit lint types protos protos-check bench clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ demo: images ## the main job on real input: a game server deployed, played, back
 
 test: images ## all tests
 	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile)
+
+faults: images ## every fault test, the long forms too
+	@$(call WITH_ENGINE,$(PY) -m pytest -q -m "long or not long" tests/faults)
 
 unit: venv ## the tests that need no container engine
 	@$(PY) -m pytest -q tests/unit

@@ -22,6 +22,7 @@ from agent_core.services import Services
 from agent_core.state import Phase
 from agent_core.stepfiles import MAX_DIRECTORY_BYTES, ProgressLine, StepDirectory
 from agent_core.steplog import StepLog
+from agent_core.transitions import Transition
 from outrider.errors import (
     Conflict,
     EngineUnavailable,
@@ -375,7 +376,7 @@ class Attempt:
         order, state = self._order, self._services.state
         change = state.attempt_phase(order.run_id, order.step, order.number, phase)
         # Not waited for: it only sharpens what a later agent can tell, and the next write brings it to the disk.
-        state.journal.submit(lambda db: change(db) and None)
+        state.journal.submit(Transition.ATTEMPT_STARTED, lambda db: change(db) and None)
 
     async def _serve_control(self, stack: AsyncExitStack) -> None:
         order = self._order

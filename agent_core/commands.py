@@ -14,6 +14,7 @@ from agent_core.remote import RemoteContainers
 from agent_core.runner import RunEngine
 from agent_core.services import Background
 from agent_core.state import Cancellation, State
+from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, OutriderError
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
@@ -91,7 +92,8 @@ class Commands:
                     digest=command.digest,
                 )
             case "container":
-                await self._state.commit(self._state.command_received(command.command_id, command.digest))
+                received = self._state.command_received(command.command_id, command.digest)
+                await self._state.commit(Transition.COMMAND_RECEIVED, received)
                 self._act(command)
             case _:
                 raise InvalidInput(f"this agent does not know the command {kind!r}", code="unknown_command")
@@ -104,7 +106,7 @@ class Commands:
     async def _answer(self, command: pb.Command) -> None:
         result = await self._containers.carry_out(command)
         if command.command_id in self._in_hand:
-            await self._state.commit(self._state.command_answered(result))
+            await self._state.commit(Transition.COMMAND_ANSWERED, self._state.command_answered(result))
             self._in_hand.discard(command.command_id)
         self._send_result(result)
 

@@ -46,6 +46,7 @@ from agent_core.runtimes.base import (
     Runtime,
     StreamName,
 )
+from agent_core.transitions import Transition
 from agent_core.volumes import Volumes
 from outrider.errors import Conflict, NotFound, OutriderError, PermissionDenied, PolicyViolation
 from outrider.masking import Masker, contains_secret
@@ -347,7 +348,7 @@ class Containers:
         await self._runtime.remove(container_id, force=True)
         await self._ports.release(name)
         await self._volumes.unuse(name)
-        await self._journal.execute("DELETE FROM managed WHERE name = ?", (name,))
+        await self._journal.execute(Transition.MANAGED_REMOVED, "DELETE FROM managed WHERE name = ?", (name,))
 
     async def _clean_up(self, name: str, container_id: str) -> None:
         """After a start that failed. What can't be removed now is found by `end_attempt` or by its name later."""
@@ -356,7 +357,7 @@ class Containers:
                 await self._runtime.remove(container_id, force=True)
             await self._ports.release(name)
             await self._volumes.unuse(name)
-            await self._journal.execute("DELETE FROM managed WHERE name = ?", (name,))
+            await self._journal.execute(Transition.MANAGED_REMOVED, "DELETE FROM managed WHERE name = ?", (name,))
         except OutriderError as error:
             log.warning("the container %s could not be cleaned up: %s", name, error)
 
@@ -418,6 +419,7 @@ class Containers:
 
     async def _record(self, spec: ManagedSpec, scope: ContainerScope, digest: str, state: str) -> None:
         await self._journal.execute(
+            Transition.MANAGED_STARTING,
             "INSERT INTO managed (name, digest, state, run_id, step, attempt, object_ref, grace_s) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET digest = excluded.digest, "
             "state = excluded.state, run_id = excluded.run_id, step = excluded.step, attempt = excluded.attempt, "
@@ -426,7 +428,8 @@ class Containers:
         )
 
     async def _set_state(self, name: str, state: str) -> None:
-        await self._journal.execute("UPDATE managed SET state = ? WHERE name = ?", (state, name))
+        sql = "UPDATE managed SET state = ? WHERE name = ?"
+        await self._journal.execute(Transition.MANAGED_READY, sql, (state, name))
 
 
 def advertised_address(policy: NodePolicy) -> str:

@@ -19,6 +19,7 @@ from agent_core.planning import PlannedStep, Planner
 from agent_core.services import Services
 from agent_core.state import TERMINAL_STEPS, Cancellation, Change, RunRecord
 from agent_core.stepping import StepRunner
+from agent_core.transitions import Transition
 from agent_core.volumes import AllottedVolume
 from outrider.errors import NotFound, OperationTimeout, OutriderError, PermanentError
 from outrider.expressions import evaluate_condition, references, render
@@ -326,7 +327,7 @@ class RunExecution:
 
     # What is told and journalled.
 
-    async def commit(self, status: types.StepStatus, *changes: Change) -> None:
+    async def commit(self, transition: Transition, status: types.StepStatus, *changes: Change) -> None:
         """The status of a step and what belongs to it, in one transaction with its report."""
         state, run = self.services.state, []
         if self.state == types.RUN_STATE_DISPATCHED and status.state not in TERMINAL_STEPS:
@@ -335,7 +336,7 @@ class RunExecution:
             run = [state.run_state(self.run_id, self.state, started_at=self._started_at)]
         report = self._report(status)
         await state.commit(
-            *run, state.step_status(self.run_id, status), *changes, self.services.outbox.run_report(report)
+            transition, *run, state.step_status(self.run_id, status), *changes, self.services.outbox.run_report(report)
         )
         self.services.outbox.notify()
 
@@ -343,7 +344,7 @@ class RunExecution:
         """The step is ready to start and waits for ``reason``; "": not any more."""
         status.state = types.STEP_STATE_WAITING if reason else types.STEP_STATE_RUNNING
         status.reason = reason
-        await self.commit(status)
+        await self.commit(Transition.STEP_WAITING, status)
 
     async def end(
         self, status: types.StepStatus, state: types.StepState.ValueType, *changes: Change, reason: str = ""
@@ -351,7 +352,7 @@ class RunExecution:
         """The step is terminal."""
         status.state, status.reason = state, reason
         status.finished_at.GetCurrentTime()
-        await self.commit(status, *changes)
+        await self.commit(Transition.ATTEMPT_SETTLED if changes else Transition.STEP_ENDED, status, *changes)
 
     async def fail(self, status: types.StepStatus, error: OutriderError, *changes: Change) -> None:
         """The step is terminal, and this is why."""
@@ -395,7 +396,7 @@ class RunExecution:
             state.run_state(self.run_id, report.state, failure=report.failure, finished_at=time.time()),
             services.outbox.run_report(report),
         ]
-        await state.commit(*changes)
+        await state.commit(Transition.RUN_FINISHED, *changes)
         services.outbox.notify()
         log.info("run finished", run=self.run_id, state=types.RunState.Name(report.state), error=report.failure.message)
 

@@ -10,6 +10,7 @@ import os
 import sqlite3
 
 from agent_core.journal import Journal
+from agent_core.transitions import Transition
 from outrider.errors import PermanentError
 
 MIGRATION = """
@@ -56,7 +57,7 @@ class Identities:
             return uid
 
         known = self._journal.query_now("SELECT uid FROM identities WHERE owner = ?", (owner,))
-        uid = int(known[0]["uid"]) if known else await self._journal.write(take)
+        uid = int(known[0]["uid"]) if known else await self._journal.write(Transition.IDENTITY_ALLOTTED, take)
         return uid, uid
 
     async def release(self, owner: str) -> None:
@@ -70,7 +71,7 @@ class Identities:
                 db.execute("DELETE FROM identities WHERE owner = ?", (_LAST,))
                 db.execute("INSERT INTO identities (owner, uid) VALUES (?, ?)", (_LAST, newest["uid"]))
 
-        await self._journal.write(give_back)
+        await self._journal.write(Transition.IDENTITY_RELEASED, give_back)
 
     def _free(self, db: sqlite3.Connection) -> int:
         """The next number after the one that was given last, round the range: one is reused as late as possible."""

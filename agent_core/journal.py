@@ -18,8 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+from agent_core.transitions import Transition
+from outrider.failpoints import failpoint
+
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
+_Item = tuple[Transition, Work[object], Future[object]]
 
 _MAX_GROUP = 500
 _STOP = object()
@@ -50,13 +54,13 @@ class Journal:
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    async def write(self, work: Work[T]) -> T:
+    async def write(self, transition: Transition, work: Work[T]) -> T:
         """Run ``work(connection)`` in a transaction; returns when it is on the disk. What it raises rolls it back."""
-        return await asyncio.wrap_future(self.submit(work))
+        return await asyncio.wrap_future(self.submit(transition, work))
 
-    async def execute(self, sql: str, parameters: Sequence[object] = ()) -> int:
+    async def execute(self, transition: Transition, sql: str, parameters: Sequence[object] = ()) -> int:
         """One changing statement; returns the number of rows changed."""
-        return await self.write(lambda db: db.execute(sql, parameters).rowcount)
+        return await self.write(transition, lambda db: db.execute(sql, parameters).rowcount)
 
     async def query(self, sql: str, parameters: Sequence[object] = ()) -> list[sqlite3.Row]:
         """Rows as of the last commit."""
@@ -81,10 +85,10 @@ class Journal:
                     reader.connection.close()
             self._readers.clear()
 
-    def submit(self, work: Work[T]) -> Future[T]:
+    def submit(self, transition: Transition, work: Work[T]) -> Future[T]:
         """Like `write`, not waiting: what is written later is on the disk no earlier than this."""
         future: Future[T] = Future()
-        self._queue.put((work, future))
+        self._queue.put((transition, work, future))
         return future
 
     def _open(self) -> sqlite3.Connection:
@@ -115,13 +119,13 @@ class Journal:
     def _run(self) -> None:
         stopping = False
         while not stopping:
-            group: list[tuple[Work[object], Future[object]]] = []
+            group: list[_Item] = []
             item = self._queue.get()
             while True:
                 if item is _STOP:
                     stopping = True
                 else:
-                    group.append(cast("tuple[Work[object], Future[object]]", item))
+                    group.append(cast("_Item", item))
                 if len(group) >= _MAX_GROUP or self._queue.empty():
                     break
                 item = self._queue.get()
@@ -129,12 +133,12 @@ class Journal:
                 self._commit(group)
         self._writer.close()
 
-    def _commit(self, group: list[tuple[Work[object], Future[object]]]) -> None:
+    def _commit(self, group: list[_Item]) -> None:
         db = self._writer
         answers: list[tuple[Future[object], object, BaseException | None]] = []
         try:
             db.execute("BEGIN IMMEDIATE")
-            for work, future in group:
+            for _, work, future in group:
                 if not future.set_running_or_notify_cancel():
                     continue
                 db.execute("SAVEPOINT work")
@@ -145,15 +149,19 @@ class Journal:
                     db.execute("ROLLBACK TO work")
                     db.execute("RELEASE work")
                     answers.append((future, None, error))
+            for transition, _, _ in group:
+                failpoint(transition.before)
             db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             answered = {id(future) for future, _, _ in answers}
-            for _, future in group:
+            for _, _, future in group:
                 if id(future) in answered or not future.done():
                     future.set_exception(error)
             return
+        for transition, _, _ in group:
+            failpoint(transition.after)
         for future, value, problem in answers:
             if problem is None:
                 future.set_result(value)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from agent_core.journal import Journal
 from agent_core.policy import NodePolicy
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, LABEL_POOL, ContainerSpec, Runtime
+from agent_core.transitions import Transition
 from outrider.errors import OutriderError
 
 MIGRATION = """
@@ -95,9 +96,8 @@ class NetPool:
                 del held.all[gone]
         gone_rows = [(container,) for container in known if container not in alive]
         if gone_rows:
-            await self._journal.write(
-                lambda db: db.executemany("DELETE FROM network_leases WHERE container_id = ?", gone_rows)
-            )
+            sql = "DELETE FROM network_leases WHERE container_id = ?"
+            await self._journal.write(Transition.NETWORK_RETURNED, lambda db: db.executemany(sql, gone_rows))
         for network_class in ("none", *self._policy.networks):
             self._refill(network_class, delay_s=0)
 
@@ -116,7 +116,7 @@ class NetPool:
         container = warm.pop() if warm else await self._make(network_class, network)
         held.all[container] = network_class
         row = (container, run_id, network_class)
-        await self._journal.execute("INSERT INTO network_leases VALUES (?, ?, ?)", row)
+        await self._journal.execute(Transition.NETWORK_LEASED, "INSERT INTO network_leases VALUES (?, ?, ?)", row)
         self._refill(network_class, delay_s=_REFILL_DELAY_S)
         return container
 
@@ -216,7 +216,7 @@ class NetPool:
         def drop(db: sqlite3.Connection) -> None:
             db.executemany("DELETE FROM network_leases WHERE container_id = ?", [(c,) for c in containers])
 
-        await self._journal.write(drop)
+        await self._journal.write(Transition.NETWORK_RETURNED, drop)
 
     async def _discard(self, container: str) -> None:
         try:

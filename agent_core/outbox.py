@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from agent_core.journal import Journal
+from agent_core.transitions import Transition
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
 
@@ -73,7 +74,7 @@ class Outbox:
     async def emit(self, type_: str, subject: str, data: Mapping[str, Any] | None = None) -> None:
         """An event of its own."""
         change = self.event(type_, subject, data)
-        await self._journal.write(lambda db: change(db) and None)
+        await self._journal.write(Transition.EVENT_NOTED, lambda db: change(db) and None)
         self.notify()
 
     def notify(self) -> None:
@@ -99,18 +100,19 @@ class Outbox:
     async def acknowledge(self, sequences: Iterable[int]) -> None:
         """The server has these."""
         numbers = [(each,) for each in sequences]
-        await self._remove(lambda db: db.executemany("DELETE FROM outbox WHERE sequence = ?", numbers).rowcount)
+        sql = "DELETE FROM outbox WHERE sequence = ?"
+        await self._remove(Transition.OUTBOX_ACKNOWLEDGED, lambda db: db.executemany(sql, numbers).rowcount)
 
     async def acknowledge_events(self, up_to: int) -> None:
         """The server has every event up to this number."""
         sql = "DELETE FROM outbox WHERE kind = 'event' AND sequence <= ?"
-        await self._remove(lambda db: db.execute(sql, (up_to,)).rowcount)
+        await self._remove(Transition.EVENTS_ACKNOWLEDGED, lambda db: db.execute(sql, (up_to,)).rowcount)
 
-    async def _remove(self, work: Callable[[sqlite3.Connection], int]) -> None:
+    async def _remove(self, transition: Transition, work: Callable[[sqlite3.Connection], int]) -> None:
         def counted(db: sqlite3.Connection) -> None:
             self._depth -= max(0, work(db))  # in the writer's thread, as every change of it
 
-        await self._journal.write(counted)
+        await self._journal.write(transition, counted)
 
     def _add(self, kind: Kind, run_id: str, body: bytes) -> Callable[[sqlite3.Connection], object]:
         def change(db: sqlite3.Connection) -> object:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from agent_core.journal import Journal
+from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, TemporaryError
 
 MIGRATION = """
@@ -88,12 +89,12 @@ class Ports:
                 ports[wish.name] = port
                 new.append((wish, port))
             if new:
-                await self._journal.write(lambda db: self._record(db, owner, new))
+                await self._journal.write(Transition.PORTS_LEASED, lambda db: self._record(db, owner, new))
             return ports
 
     async def release(self, owner: str) -> None:
         """Give back what ``owner`` holds. A port still held by the kernel is passed over when leasing. Idempotent."""
-        await self._journal.execute("DELETE FROM port_leases WHERE owner = ?", (owner,))
+        await self._journal.execute(Transition.PORTS_RELEASED, "DELETE FROM port_leases WHERE owner = ?", (owner,))
 
     def held(self, owner: str) -> dict[str, int]:
         """The ports that ``owner`` holds, by name."""

@@ -11,6 +11,7 @@ import structlog
 from agent_core.execution import RunExecution
 from agent_core.services import Services
 from agent_core.state import Cancellation, RunRecord
+from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, OutriderError
 from outrider.pipeline import graph, load_pipeline
 from outrider.v1 import node_service_pb2 as pb
@@ -63,7 +64,7 @@ class RunEngine:
         if held is not None:
             if held.command.lease_id != run.lease_id:
                 raise Conflict(f"run {run.run_id} is held under another lease", code="lease_mismatch")
-            await state.commit(state.command_received(command_id, digest))
+            await state.commit(Transition.COMMAND_RECEIVED, state.command_received(command_id, digest))
             return
         if hashlib.sha256(run.pipeline_yaml).digest() != run.pipeline_sha256:
             raise InvalidInput(f"the pipeline of run {run.run_id} is not the one announced", code="digest_mismatch")
@@ -77,6 +78,7 @@ class RunEngine:
             run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_DISPATCHED, steps=statuses
         )
         await state.commit(
+            Transition.RUN_ACCEPTED,
             state.command_received(command_id, digest),
             state.accept_run(run, statuses),
             self._services.outbox.run_report(report),
@@ -90,7 +92,11 @@ class RunEngine:
     async def cancel(self, run_id: str, cancellation: Cancellation, *, command_id: str, digest: bytes) -> None:
         """Stop a run, durably; one that is terminal or not known is left as it is."""
         state = self._services.state
-        await state.commit(state.command_received(command_id, digest), state.cancel_run(run_id, cancellation))
+        await state.commit(
+            Transition.RUN_CANCELLED,
+            state.command_received(command_id, digest),
+            state.cancel_run(run_id, cancellation),
+        )
         run = self._active.get(run_id)
         if run is not None:
             log.info("run cancelled", run=run_id, reason=cancellation.reason)
@@ -125,6 +131,7 @@ class RunEngine:
         report = pb.RunReport(run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_UNKNOWN, failure=failure)
         report.finished_at.GetCurrentTime()
         await state.commit(
+            Transition.RUN_GIVEN_UP,
             state.run_state(run.run_id, types.RUN_STATE_UNKNOWN, failure=failure, finished_at=time.time()),
             self._services.outbox.run_report(report),
         )

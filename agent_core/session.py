@@ -25,6 +25,7 @@ import structlog
 from agent_core.outbox import Outbox
 from agent_core.spool import Spool
 from agent_core.state import State
+from agent_core.transitions import Transition
 from agent_core.uplink import Uplink
 from outrider import __version__
 from outrider.errors import InvalidInput, OutriderError, PermissionDenied, Unauthenticated, Unavailable
@@ -173,7 +174,7 @@ class Session:
                     tries = 0
                     await self._hold(stub)
             except _RegisterAgain:
-                await self._state.set_meta("session_id", "")
+                await self._state.set_meta(Transition.SESSION_KEPT, "session_id", "")
                 log.info("session.lost", reason="the server asks for a new registration")
                 continue
             except (Unauthenticated, PermissionDenied) as error:
@@ -231,7 +232,7 @@ class Session:
             answer = await stub.Register(request, timeout=REGISTER_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, target=self._credentials.server) from error
-        await self._state.set_meta("session_id", answer.session_id)
+        await self._state.set_meta(Transition.SESSION_KEPT, "session_id", answer.session_id)
         self.identity.session_id, self.identity.epoch = answer.session_id, answer.epoch
         self._obey(answer.heartbeat)
         self._sequence, self._unanswered = 0, 0

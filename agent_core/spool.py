@@ -22,6 +22,7 @@ from typing import cast
 
 from agent_core.journal import Journal
 from agent_core.runtimes.base import StreamName
+from agent_core.transitions import Transition
 from outrider.v1 import types_pb2 as types
 
 MIGRATION = """
@@ -118,7 +119,7 @@ class Spool:
             rows = [(key.run_id, key.step, key.attempt, key.stream) for key in missing]
             sql = "INSERT OR IGNORE INTO logs (run_id, step, attempt, stream) VALUES (?, ?, ?, ?)"
             # Not awaited: the log's row needs to be there before its end is recorded, and the writer keeps the order.
-            self._journal.submit(lambda db: db.executemany(sql, rows) and None)
+            self._journal.submit(Transition.LOG_OPENED, lambda db: db.executemany(sql, rows) and None)
         return {key.stream: self._logs[key] for key in keys}
 
     def append(self, log: LogFile, data: bytes) -> bool:
@@ -188,7 +189,7 @@ class Spool:
         self._drop(log)
         row = (key.run_id, key.step, key.attempt, key.stream)
         sql = "DELETE FROM logs WHERE run_id = ? AND step = ? AND attempt = ? AND stream = ?"
-        await self._journal.write(lambda db: db.execute(sql, row) and None)
+        await self._journal.write(Transition.LOG_ACKNOWLEDGED, lambda db: db.execute(sql, row) and None)
 
     async def forget_settled(self) -> None:
         """Drop the logs that have ended and are all there, on both sides."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from agent_core import outbox, spool
 from agent_core.journal import Journal
+from agent_core.transitions import Transition
 from outrider.reports import TERMINAL
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
@@ -163,21 +164,22 @@ class State:
         self.journal = journal
         self.clock = clock or Clock.of_this_boot()
 
-    async def commit(self, *changes: Change) -> None:
+    async def commit(self, transition: Transition, *changes: Change) -> None:
         """Apply all changes in one transaction; returns when it is on the disk."""
 
         def work(db: sqlite3.Connection) -> None:
             for change in changes:
                 change(db)
 
-        await self.journal.write(work)
+        await self.journal.write(transition, work)
 
     async def get_meta(self, key: str) -> str | None:
         rows = await self.journal.query("SELECT value FROM meta WHERE key = ?", (key,))
         return str(rows[0]["value"]) if rows else None
 
-    async def set_meta(self, key: str, value: str) -> None:
-        await self.journal.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
+    async def set_meta(self, transition: Transition, key: str, value: str) -> None:
+        sql = "INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)"
+        await self.journal.execute(transition, sql, (key, value))
 
     def held(self) -> list[types.HeldRun]:
         """Every run whose row is kept: those that are not terminal, and those whose end is not acknowledged."""
@@ -331,4 +333,4 @@ class State:
             db.executemany("DELETE FROM runs WHERE run_id = ?", [(row["run_id"],) for row in rows])
             return [row["run_id"] for row in rows]
 
-        return await self.journal.write(work)
+        return await self.journal.write(Transition.FORGOTTEN, work)

@@ -12,6 +12,7 @@ from agent_core.orders import AttemptOrder, AttemptResult
 from agent_core.planning import PlannedStep
 from agent_core.state import AttemptRecord
 from agent_core.stepfiles import ProgressLine
+from agent_core.transitions import Transition
 from outrider.errors import ErrorClass, OutriderError, PermanentError
 from outrider.pipeline import Step
 from outrider.retry import RetryPolicy
@@ -122,6 +123,7 @@ class StepRunner:
             status.started_at.GetCurrentTime()
         boot = self._services.engine.info.boot if self._services.engine.info else ""
         await self._run.commit(
+            Transition.ATTEMPT_INTENDED,
             status,
             state.step_plan(order.run_id, order.step, planned.plan_json, planned.params_json),
             state.attempt_intent(order.run_id, order.step, order.number, order.container, boot),
@@ -167,7 +169,7 @@ class StepRunner:
             status.failure.CopyFrom(failure_of(result.error))
         if tried_again:
             status.state, status.reason = types.STEP_STATE_WAITING, "retry"
-            await run.commit(status, done, *result.changes)
+            await run.commit(Transition.ATTEMPT_RETRIED, status, done, *result.changes)
             return
         if result.error is None:
             status.ClearField("failure")

@@ -27,6 +27,7 @@ from typing import Literal
 
 from agent_core.identities import SHARED_GID, Identities, owner_of
 from agent_core.journal import Journal
+from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, NotFound, TemporaryError
 
 MIGRATION = """
@@ -127,7 +128,7 @@ class Volumes:
 
         await asyncio.to_thread(self._check_disk, size_bytes)
         # The row first: a directory that nobody knows of would never be collected.
-        await self._journal.write(record)
+        await self._journal.write(Transition.VOLUME_ALLOTTED, record)
         await asyncio.to_thread(self._make, parts, uid, gid, scope == "node")
         return AllottedVolume(
             name=name,
@@ -146,26 +147,25 @@ class Volumes:
             db.execute("DELETE FROM volume_uses WHERE container = ?", (container,))
             db.executemany("INSERT INTO volume_uses (path, container) VALUES (?, ?)", [(p, container) for p in paths])
 
-        await self._journal.write(record)
+        await self._journal.write(Transition.VOLUME_USED, record)
 
     async def unuse(self, container: str) -> None:
         """A managed container is gone: what only it kept is removed. Idempotent."""
-        await self._journal.execute("DELETE FROM volume_uses WHERE container = ?", (container,))
+        sql = "DELETE FROM volume_uses WHERE container = ?"
+        await self._journal.execute(Transition.VOLUME_UNUSED, sql, (container,))
         await self.collect()
 
     async def release_run(self, run_id: str) -> None:
         """The run is over: remove its volumes of scope "run", but for kept ones and those still in use. Idempotent."""
-        await self._journal.execute(
-            "UPDATE volumes SET released = 1 WHERE scope = 'run' AND owner = ? AND keep = 0", (run_id,)
-        )
+        sql = "UPDATE volumes SET released = 1 WHERE scope = 'run' AND owner = ? AND keep = 0"
+        await self._journal.execute(Transition.VOLUME_RELEASED, sql, (run_id,))
         await self.collect()
         await self._forget_run(run_id)  # also of a run that had no volume
 
     async def release_object(self, object_ref: str) -> None:
         """The object is gone: remove its volumes, but for kept ones and those still in use. Idempotent."""
-        await self._journal.execute(
-            "UPDATE volumes SET released = 1 WHERE scope = 'object' AND owner = ? AND keep = 0", (object_ref,)
-        )
+        sql = "UPDATE volumes SET released = 1 WHERE scope = 'object' AND owner = ? AND keep = 0"
+        await self._journal.execute(Transition.VOLUME_RELEASED, sql, (object_ref,))
         await self.collect()
 
     async def collect(self) -> int:
@@ -176,7 +176,8 @@ class Volumes:
         )
         for row in rows:
             await asyncio.to_thread(self._discard, str(row["path"]))
-            await self._journal.execute("DELETE FROM volumes WHERE path = ? AND released = 1", (row["path"],))
+            sql = "DELETE FROM volumes WHERE path = ? AND released = 1"
+            await self._journal.execute(Transition.VOLUME_REMOVED, sql, (row["path"],))
             if row["scope"] == "run":
                 await self._forget_run(str(row["owner"]))
         await asyncio.to_thread(self._empty_trash)

@@ -71,6 +71,7 @@ def _reach(name: str) -> None:
             _armed[name] = (action, left - 1)
             return
         del _armed[name]
+    os.write(2, f"failpoint {name}: {action}\n".encode())  # nothing else can tell which of several it was
     _ACTIONS[action]()
 
 

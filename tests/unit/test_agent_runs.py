@@ -13,6 +13,7 @@ import pytest
 from agent_core.policy import NodePolicy
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.state import Cancellation
+from agent_core.transitions import Transition
 from outrider.errors import InvalidInput
 from tests.agent_rig import BASE_IMAGE, Rig, rig
 
@@ -389,7 +390,7 @@ async def test_cancel_reaches_a_run_that_a_former_agent_began(tmp_path: Path, ru
         await first.until(running(runtime, f"outrider-{run_id}-a-1"))
         # The command is on the disk, and the agent dies before it does anything about it.
         state = first.services.state
-        await state.commit(state.cancel_run(run_id, Cancellation("stop", 1)))
+        await state.commit(Transition.RUN_CANCELLED, state.cancel_run(run_id, Cancellation("stop", 1)))
     async with rig(tmp_path / "state", runtime, node_id="n1") as second:
         run = await second.end(run_id)
     assert run.states == {"a": "cancelled", "b": "cancelled"}

@@ -16,6 +16,7 @@ from agent_core.runtimes.base import StreamName
 from agent_core.spool import LogKey, Spool
 from agent_core.state import State, migrations
 from agent_core.steplog import Chunks, StepLog
+from agent_core.transitions import Transition
 from outrider.errors import NotFound
 from outrider.v1 import node_service_pb2 as pb
 
@@ -38,7 +39,7 @@ async def nothing() -> Chunks:
 
 
 async def finish(log: StepLog, journal: Journal, ended: bool, source: object = nothing) -> None:
-    await State(journal).commit(*await log.finish(ended, source))  # type: ignore[arg-type]
+    await State(journal).commit(Transition.ATTEMPT_SETTLED, *await log.finish(ended, source))  # type: ignore[arg-type]
 
 
 async def test_a_log_survives_the_agent_and_goes_when_it_is_acknowledged(tmp_path: Path, journal: Journal) -> None:
@@ -128,7 +129,7 @@ async def test_any_interruption_gives_the_same_bytes(
 async def test_the_outbox_keeps_everything_until_it_is_acknowledged(tmp_path: Path, journal: Journal) -> None:
     outbox, state = Outbox(journal), State(journal)
     for number in range(3):
-        await state.commit(outbox.run_report(pb.RunReport(run_id=f"r{number}")))
+        await state.commit(Transition.STEP_WAITING, outbox.run_report(pb.RunReport(run_id=f"r{number}")))
     await outbox.emit("a.b", "c", {"x": 1})
     assert outbox.depth == 4
     first, second, third = outbox.read(("run_report",))
@@ -142,16 +143,18 @@ async def test_the_outbox_keeps_everything_until_it_is_acknowledged(tmp_path: Pa
 
 async def test_numbers_are_never_used_again(tmp_path: Path, journal: Journal) -> None:
     outbox, state = Outbox(journal), State(journal)
-    await state.commit(outbox.run_report(pb.RunReport(run_id="r")))
+    await state.commit(Transition.STEP_WAITING, outbox.run_report(pb.RunReport(run_id="r")))
     (item,) = outbox.read(("run_report",))
     await outbox.acknowledge([item.sequence])
-    await state.commit(outbox.run_report(pb.RunReport(run_id="r")))
+    await state.commit(Transition.STEP_WAITING, outbox.run_report(pb.RunReport(run_id="r")))
     assert outbox.read(("run_report",))[0].sequence > item.sequence
 
 
 async def test_events_are_bounded_and_reports_are_not(journal: Journal) -> None:
     outbox, state = Outbox(journal), State(journal)
-    await state.commit(outbox.run_report(pb.RunReport(run_id="r")))
-    await state.commit(*(outbox.event("a.b", str(number)) for number in range(MAX_EVENTS + 500)))
+    await state.commit(Transition.STEP_WAITING, outbox.run_report(pb.RunReport(run_id="r")))
+    await state.commit(
+        Transition.EVENT_NOTED, *(outbox.event("a.b", str(number)) for number in range(MAX_EVENTS + 500))
+    )
     assert outbox.depth <= MAX_EVENTS + 1
     assert len(outbox.read(("run_report",))) == 1

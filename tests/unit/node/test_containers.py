@@ -19,6 +19,7 @@ from agent_core.runtimes.base import (
     LABEL_STEP,
     ContainerSpec,
 )
+from agent_core.transitions import Transition
 from outrider.errors import Conflict, EngineUnavailable, InvalidInput, NotFound, PermanentError, PolicyViolation
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ async def test_agent_killed_between_create_and_start_starts_what_is_there(parts:
     """The journal says "starting", the container exists: its name is ours, so it is adopted and started."""
     started = await parts.containers.start(spec(), parts.scope)
     await parts.runtime.stop("arena", grace_s=1)
-    await parts.journal.execute("UPDATE managed SET state = 'starting'")
+    await parts.journal.execute(Transition.MANAGED_STARTING, "UPDATE managed SET state = 'starting'")
     again = await parts.containers.start(spec(), parts.scope)
     assert (again.id, again.adopted) == (started.id, True)
     assert (await parts.containers.inspect("arena")).state == "running"
