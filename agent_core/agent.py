@@ -57,6 +57,7 @@ log = structlog.get_logger(__name__)
 _LAST_REMOVALS_S = 5.0
 _FIRST_LOOK_S = 2.0
 _ENGINE_ANSWERS_S = 3.0
+_READY_WITHIN_S = 15.0
 _EVENTS = {"start": "container.started", "die": "container.exited", "oom": "container.out_of_memory"}
 
 
@@ -74,6 +75,7 @@ class Agent:
         self._remote: RemoteContainers
         self._commands: Commands
         self.ready = asyncio.Event()
+        """Set when runs are taken up again, and how engine and server are is known, be it good or bad."""
 
     async def run(self) -> None:
         """Serve until `stop`. Raises InvalidInput for a configuration that can't work, Conflict if another agent has
@@ -169,7 +171,6 @@ class Agent:
         log.info(
             "agent started", node=self.config.node_id, version=__version__, step_types=len(services.plugins.step_types)
         )
-        self.ready.set()
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(work, name=name)
@@ -179,6 +180,7 @@ class Agent:
                     ("cleanup", cleanup.run()),
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
                     ("session", self._link()),
+                    ("readiness", self._settle()),
                 )
             ]
             await self._stopping.wait()
@@ -192,6 +194,14 @@ class Agent:
             async with asyncio.timeout(_FIRST_LOOK_S):
                 await self._services.engine.asked.wait()
         await self._session.run()
+
+    async def _settle(self) -> None:
+        # An engine that hangs, or a server that swallows what it is sent, must not leave a service "activating".
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_READY_WITHIN_S):
+                await self._services.engine.asked.wait()
+                await self._session.asked.wait()
+        self.ready.set()
 
     def _refused(self, error: OutriderError) -> None:
         # A node that takes care of something stays: only its link waits for another credential.
@@ -219,6 +229,15 @@ class Agent:
         if ours and event.action in _EVENTS:
             data = {} if event.exit_code is None else {"exit_code": event.exit_code}
             await self._services.outbox.emit(_EVENTS[event.action], event.name, data)
+
+    def status_line(self) -> str:
+        """How the agent is, in one line, for the service manager. Only once `ready` is set."""
+        session, engine = self._session, self._services.engine
+        link = "connected to" if session.connected else "not connected to"
+        reason = "" if session.connected or not session.last_error else f" ({session.last_error})"
+        motor = f"engine {engine.info.version}" if engine.ok and engine.info else f"engine missing ({engine.error})"
+        count = len(self._runs.active)
+        return f"{link} {self.config.server}{reason}; {motor}; {count} {'run' if count == 1 else 'runs'}"
 
     # What the session asks (session.Host).
 

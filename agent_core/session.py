@@ -110,6 +110,7 @@ class Session:
         self._stub: pb_grpc.NodeServiceAsyncStub | None = None
         self._connected = asyncio.Event()
         self._registered_once = asyncio.Event()
+        self.asked = asyncio.Event()  # a registration has worked, or failed, for the first time
         self._sequence = 0
         self._heartbeat = (10.0, 0.2)
         self._unanswered = 0
@@ -193,6 +194,7 @@ class Session:
         if str(error) != self.last_error:
             log.warning("session.down", server=self._credentials.server, error=str(error), code=error.code)
         self.last_error = str(error)
+        self.asked.set()
 
     async def _until_the_credential_changes(self) -> None:
         refused = self.identity.token
@@ -255,6 +257,7 @@ class Session:
                 tasks.create_task(self._beat())
                 tasks.create_task(self._uplink.run(stub, self._send))
                 self._connected.set()
+                self.asked.set()
         except* grpc.aio.AioRpcError as group:
             raise from_rpc_error(_first(group), target=self._credentials.server) from group
         except* (OutriderError, _RegisterAgain) as group:

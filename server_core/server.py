@@ -165,6 +165,11 @@ class Server:
         await self._stack.aclose()
         log.info("server stopped")
 
+    def status_line(self) -> str:
+        """How the server is, in one line, for the service manager. Only once it is started."""
+        nodes = self._services.fleet.online_count()
+        return f"serving on port {self.port}; {nodes} {'node' if nodes == 1 else 'nodes'} online"
+
     async def renew_certificate(self) -> bool:
         """Serve with the certificate on disk, made anew if it is due; returns whether it is another one.
 

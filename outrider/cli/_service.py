@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import faulthandler
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -64,7 +66,34 @@ def run_until_signal(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             loop.add_signal_handler(number, ask, number)
         await main(stop)
 
+    # The watchdog ends a process that hangs with SIGABRT: its log then says where each thread stood.
+    faulthandler.enable()
     uvloop.run(run())
+
+
+@contextlib.contextmanager
+def act_as_owner(directory: Path) -> Iterator[None]:
+    """Let root work as the user to whom ``directory`` belongs, if it is there and another's.
+
+    A server that runs as a user of its own must be able to write whatever root's commands leave in its data directory.
+    """
+    try:
+        owner = directory.stat()
+    except OSError:
+        owner = None
+    if owner is None or os.geteuid() != 0 or owner.st_uid == 0:
+        yield
+        return
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(os.getgid())
+        os.setgroups(groups)
 
 
 def check_port(listen: str) -> None:

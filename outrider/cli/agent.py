@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 from outrider.cli._output import emit_json, fields, output_option, table
 from outrider.cli._service import config_option, load_settings, run_until_signal, show_settings
 from outrider.cli._values import pairs
+from outrider.sdnotify import Notifier, serving, starting
 
 if TYPE_CHECKING:
     from agent_core.config import AgentConfig
@@ -60,13 +62,20 @@ def run(**flags: Any) -> None:
 
     config = _load(**flags).value
     configure_logging(config.log_level, config.log_format)
+    notifier = Notifier.from_environment(os.environ)
 
     async def main(stop: asyncio.Event) -> None:
         agent = Agent(config)
         running = asyncio.create_task(agent.run())
         asked = asyncio.create_task(stop.wait())
-        await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
+        ready = asyncio.create_task(agent.ready.wait())
+        async with starting(notifier, "opening the journal"):
+            await asyncio.wait({running, asked, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not running.done():
+            async with serving(notifier, agent.status_line):
+                await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
+        ready.cancel()
         agent.stop()
         await running
 

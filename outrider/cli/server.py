@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from outrider.cli._main import App
+from outrider.cli._main import App, say_error
 from outrider.cli._output import emit_json, note, output_option
-from outrider.cli._service import check_port, config_option, load_settings, run_until_signal, show_settings
+from outrider.cli._service import (
+    act_as_owner,
+    check_port,
+    config_option,
+    load_settings,
+    run_until_signal,
+    show_settings,
+)
+from outrider.errors import OutriderError
+from outrider.sdnotify import Notifier, serving, starting
 
 if TYPE_CHECKING:
     from outrider.cli._context import ContextFile
     from outrider.settings import Loaded
     from server_core.config import ServerConfig
+    from server_core.server import Server
 
 CONFIG_FILE = Path("/etc/outrider/server.yaml")
 STOP_GRACE_S = 10.0
@@ -60,7 +72,8 @@ def init(app: App, /, write_context: str | None, new_token: bool, as_json: bool,
 
     config = _load(**flags).value
     contexts = _context_file(app, write_context, config) if write_context else None
-    made = asyncio.run(make(config, new_token=new_token))
+    with act_as_owner(config.data_dir):
+        made = asyncio.run(make(config, new_token=new_token))
     if contexts is not None and write_context:
         entry = {"server": _address(config), "ca": str(made.ca_path.resolve()), "token": made.admin_token}
         contexts.put(write_context, entry, make_current=False)
@@ -94,25 +107,58 @@ def _address(config: ServerConfig) -> str:
 @command.command("run")
 @_options
 def run(**flags: Any) -> None:
-    """Run the server until SIGTERM or SIGINT."""
+    """Run the server until SIGTERM or SIGINT; SIGHUP lets it read its certificate anew."""
     config = _load(**flags).value
     check_port(config.listen)
     from agent_core.telemetry.logs import configure_logging
     from server_core.server import Server
 
     configure_logging(config.log_level)
+    notifier = Notifier.from_environment(os.environ)
 
     async def main(stop: asyncio.Event) -> None:
         server = Server(config)
-        await server.start()
+        async with starting(notifier, "opening the store"):
+            await server.start()
         try:
             note(f"the server listens on port {server.port}")
-            await stop.wait()
+            async with serving(notifier, server.status_line), _renewing(server, notifier):
+                await stop.wait()
             note("stopping")
         finally:
             await server.stop(STOP_GRACE_S)
 
     run_until_signal(main)
+
+
+@contextlib.asynccontextmanager
+async def _renewing(server: Server, notifier: Notifier) -> AsyncIterator[None]:
+    """Serve with the certificate that is on the disk whenever SIGHUP comes."""
+    asked = asyncio.Event()
+
+    async def renew() -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            notifier.reloading()
+            try:
+                if not await server.renew_certificate():
+                    note("the certificate is the one that is served already")
+            except OutriderError as error:
+                # What was served before still is: a wrong file must not end a server that works.
+                say_error(f"the certificate is not read anew: {error}")
+            notifier.ready()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, asked.set)
+    task = asyncio.create_task(renew(), name="renewal")
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 @command.command("config")
