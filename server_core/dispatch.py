@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Coroutine
 
@@ -16,6 +17,7 @@ import structlog
 from sqlalchemy import Connection
 
 from outrider.errors import OutriderError
+from outrider.retry import FOREVER
 from outrider.v1 import node_service_pb2, types_pb2
 from server_core.bus.base import EVENTS, Bus, run_topic
 from server_core.fleet import ControlChannel, Fleet, command
@@ -30,6 +32,8 @@ log = structlog.get_logger(__name__)
 LOST_GRACE_S = 10.0
 """How long a run that its node no longer holds may still be told of by the node's outbox."""
 REPORT_DUE_S = 10.0
+STORE_RETRY_S = 1.0
+"""How long after the store could not be written it is tried again."""
 PROGRESS_EVERY_S = 0.1
 
 _Ended = tuple[str, types_pb2.ObjectRef | None]
@@ -69,12 +73,19 @@ class Dispatcher:
                 for row in await self._db.read(lambda c: runs.active_on(c, node_id)):
                     await self._send_one(channel, row)
             except OutriderError as error:
-                # The channel is gone: its successor starts from the store again.
                 log.info("dispatch was interrupted", node=node_id, error=str(error))
+                if channel.open:
+                    # It is the store that can't be written, and nothing else would bring this node's turn back. Where
+                    # the channel is gone, its successor starts from the store again.
+                    self._spawn(self._kick_later(node_id))
 
     def kick_soon(self, node_id: str) -> None:
         """`kick`, without waiting for it."""
         self._spawn(self.kick(node_id))
+
+    async def _kick_later(self, node_id: str) -> None:
+        await asyncio.sleep(STORE_RETRY_S)
+        await self.kick(node_id)
 
     async def _send_one(self, channel: ControlChannel, row: RunRow) -> None:
         if row.state == runs.QUEUED and not (row.cancel_requested and not row.sent):
@@ -229,7 +240,9 @@ class Dispatcher:
                 message=f"node {channel.node_id} no longer knows of this run, so what became of it can't be known",
                 hint="its state directory was probably replaced; look at its containers",
             )
-            await self._settle(channel.node_id, run_id, runs.UNKNOWN, failure)
+            # Decided here, and asked for by nobody: while the store can't be written it is tried again.
+            settle = functools.partial(self._settle, channel.node_id, run_id, runs.UNKNOWN, failure)
+            await FOREVER.run(settle)
 
     async def _settle(self, node_id: str, run_id: str, state: int, failure: types_pb2.Failure) -> None:
         def settle(connection: Connection) -> tuple[bool, types_pb2.ObjectRef | None]:

@@ -351,9 +351,16 @@ class Fleet:
         ]
         for _, presence in dirty:
             presence.dirty = False
-        if sightings:
-            await self.db.write(Commit.NODES_SEEN, lambda c: nodes.save_sightings(c, sightings))
         self._flushed_at = time.monotonic()
+        if not sightings:
+            return
+        try:
+            await self.db.write(Commit.NODES_SEEN, lambda c: nodes.save_sightings(c, sightings))
+        except OutriderError as error:
+            # Presence must go on being watched while the store can't be written; the next time has it all.
+            log.error("sightings of nodes were not stored", error=str(error))
+            for _, presence in dirty:
+                presence.dirty = True
 
     async def _flush_if_due(self) -> None:
         if time.monotonic() - self._flushed_at >= self.interval_s:
