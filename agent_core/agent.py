@@ -27,7 +27,7 @@ from agent_core.config import AgentConfig
 from agent_core.containers import Containers
 from agent_core.engine import EngineWatch
 from agent_core.identities import Identities
-from agent_core.journal import Journal
+from agent_core.journal import RESERVE_BYTES, Journal
 from agent_core.netpool import NetPool
 from agent_core.outbox import Outbox
 from agent_core.plugins import PluginHost
@@ -107,7 +107,7 @@ class Agent:
             if not report.ok:
                 log.warning("a plugin is not used", plugin=report.name, reason=report.error)
         runtime = self._given_runtime or load_runtime(config.runtime, config.engine_socket)
-        journal = Journal(config.state_dir / "journal.db", state_module.migrations())
+        journal = Journal(config.state_dir / "journal.db", state_module.migrations(), reserve_bytes=RESERVE_BYTES)
         state, outbox = State(journal), Outbox(journal)
         spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
         identities = Identities(journal)

@@ -3,11 +3,15 @@
 Writers hand in a function that gets the connection; the thread runs as many as are waiting in one
 transaction, commits (with full sync) and only then answers them all. Readers use connections of their own
 and never wait for the writer.
+
+A full disk is nobody's error here. Room for what the agent has to remember is held ready (see `agent_core.room`); where
+even that is used up, a write waits until there is some, and `blocked` says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import sqlite3
@@ -18,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+import structlog
+
+from agent_core.room import ReserveFile, free_bytes, is_out_of_space, preallocate
 from agent_core.transitions import Transition
 from outrider.failpoints import failpoint
 
@@ -25,8 +32,13 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 _Item = tuple[Transition, Work[object], Future[object]]
 
+RESERVE_BYTES = 6 * 1024**2  # SQLite begins its write-ahead log anew after 4 MiB
 _MAX_GROUP = 500
+_FULL_WAIT_S = 0.25
 _STOP = object()
+_KEEP_ROOM = object()
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +50,32 @@ class _Reader:
 
 
 class Journal:
-    """Durable state of one agent. ``migrations`` are SQL scripts, applied once each, in order, never edited."""
+    """Durable state of one agent. ``migrations`` are SQL scripts, applied once each, in order, never edited.
 
-    def __init__(self, path: Path, migrations: Sequence[str]) -> None:
+    ``reserve_bytes`` are held free inside the journal, and twice as much beside it, for when the disk is full.
+    ``rollbacks`` counts transactions that were undone and tried again: what changed with them in memory is to be
+    looked up anew.
+    """
+
+    def __init__(self, path: Path, migrations: Sequence[str], *, reserve_bytes: int = 0) -> None:
         self.path = path
+        self.blocked = ""
+        self.rollbacks = 0
+        self._reserve_bytes = reserve_bytes
+        self._reserve = ReserveFile(path.with_name("reserve.bin"), 2 * reserve_bytes)
+        self._closing = threading.Event()
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._local = threading.local()
         self._readers: list[_Reader] = []
         self._readers_lock = threading.Lock()
         self._closed = False
         path.parent.mkdir(parents=True, exist_ok=True)
+        if free_bytes(path.parent) < 2 * reserve_bytes:
+            self._reserve.release()  # opening it takes some room already
         self._writer = self._open()
         os.chmod(path, 0o600)
         self._migrate(migrations)
+        self._keep_room()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -75,6 +100,7 @@ class Journal:
     def close(self) -> None:
         """Finish what was handed in, then close. Idempotent. A query after it raises sqlite3.ProgrammingError."""
         if self._thread.is_alive():
+            self._closing.set()
             self._queue.put(_STOP)
             self._thread.join()
         with self._readers_lock:
@@ -91,12 +117,17 @@ class Journal:
         self._queue.put((transition, work, future))
         return future
 
+    def keep_room(self) -> None:
+        """Fill up again what is held for a full disk, soon; for when the disk is not full."""
+        self._queue.put(_KEEP_ROOM)
+
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10)
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA temp_store=MEMORY")  # what it keeps aside must not need the disk
         return connection
 
     def _reader(self) -> _Reader:
@@ -120,10 +151,13 @@ class Journal:
         stopping = False
         while not stopping:
             group: list[_Item] = []
+            wants_room = False
             item = self._queue.get()
             while True:
                 if item is _STOP:
                     stopping = True
+                elif item is _KEEP_ROOM:
+                    wants_room = True
                 else:
                     group.append(cast("_Item", item))
                 if len(group) >= _MAX_GROUP or self._queue.empty():
@@ -131,39 +165,76 @@ class Journal:
                 item = self._queue.get()
             if group:
                 self._commit(group)
+            if wants_room and not stopping:
+                self._keep_room()
         self._writer.close()
 
-    def _commit(self, group: list[_Item]) -> None:
-        db = self._writer
-        answers: list[tuple[Future[object], object, BaseException | None]] = []
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            for _, work, future in group:
-                if not future.set_running_or_notify_cancel():
-                    continue
-                db.execute("SAVEPOINT work")
-                try:
-                    answers.append((future, work(db), None))
-                    db.execute("RELEASE work")
-                except BaseException as error:  # the caller's, handed back to it
-                    db.execute("ROLLBACK TO work")
-                    db.execute("RELEASE work")
-                    answers.append((future, None, error))
-            for transition, _, _ in group:
-                failpoint(transition.before)
-            db.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            answered = {id(future) for future, _, _ in answers}
-            for _, _, future in group:
-                if id(future) in answered or not future.done():
-                    future.set_exception(error)
-            return
+    def _commit(self, waiting: list[_Item]) -> None:
+        """One transaction for all of them; once more, and again, where the disk had no room for it."""
+        group = [item for item in waiting if item[2].set_running_or_notify_cancel()]
+        while True:
+            try:
+                answers = self._transaction(group)
+                break
+            except (sqlite3.Error, OSError) as error:
+                with contextlib.suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+                self.rollbacks += 1
+                if not is_out_of_space(error) or not self._make_room(error):
+                    for _, _, future in group:
+                        future.set_exception(error)
+                    return
         for transition, _, _ in group:
             failpoint(transition.after)
-        for future, value, problem in answers:
+        if self.blocked:
+            log.info("the journal can be written again")
+            self.blocked = ""
+        for (_, _, future), (value, problem) in zip(group, answers, strict=True):
             if problem is None:
                 future.set_result(value)
             else:
                 future.set_exception(problem)
+
+    def _transaction(self, group: list[_Item]) -> list[tuple[object, BaseException | None]]:
+        db = self._writer
+        answers: list[tuple[object, BaseException | None]] = []
+        db.execute("BEGIN IMMEDIATE")
+        for _, work, _ in group:
+            db.execute("SAVEPOINT work")
+            try:
+                answers.append((work(db), None))
+                db.execute("RELEASE work")
+            except BaseException as error:  # the caller's, handed back to it
+                if is_out_of_space(error):
+                    raise
+                db.execute("ROLLBACK TO work")
+                db.execute("RELEASE work")
+                answers.append((None, error))
+        for transition, _, _ in group:
+            failpoint(transition.before)
+        db.execute("COMMIT")
+        return answers
+
+    def _make_room(self, error: BaseException) -> bool:
+        """Whether to try again: after a reserve was given up, or after a while. False: the journal is being closed."""
+        with contextlib.suppress(sqlite3.Error):
+            # What the log holds goes to the free pages of the database, and it begins anew.
+            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        if self._reserve.release():
+            log.warning("the disk is full: the journal takes the room that was held for it", error=str(error))
+            return True
+        if not self.blocked:
+            self.blocked = f"the journal {self.path} can't be written: {error}"
+            log.error("the disk is full: the journal waits for room", path=str(self.path), error=str(error))
+        return not self._closing.wait(_FULL_WAIT_S)
+
+    def _keep_room(self) -> None:
+        if not self._reserve_bytes:
+            return
+        try:
+            preallocate(self._writer, self.path, self._reserve_bytes)
+        except sqlite3.Error as error:
+            if not is_out_of_space(error):
+                raise
+            log.warning("there is no room on the disk to hold some for the journal", path=str(self.path))
+        self._reserve.keep()

@@ -49,11 +49,15 @@ class Outbox:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._changed = asyncio.Event()
-        self._depth = int(journal.query_now("SELECT count(*) FROM outbox")[0][0])
+        self._depth = self._count()
+        self._rollbacks = journal.rollbacks
 
     @property
     def depth(self) -> int:
         """How many rows wait."""
+        if self._rollbacks != self._journal.rollbacks:
+            # A transaction was done a second time, and what it added was counted twice.
+            self._rollbacks, self._depth = self._journal.rollbacks, self._count()
         return self._depth
 
     # Changes, to be handed to State.commit together with what they report.
@@ -113,6 +117,9 @@ class Outbox:
             self._depth -= max(0, work(db))  # in the writer's thread, as every change of it
 
         await self._journal.write(transition, counted)
+
+    def _count(self) -> int:
+        return int(self._journal.query_now("SELECT count(*) FROM outbox")[0][0])
 
     def _add(self, kind: Kind, run_id: str, body: bytes) -> Callable[[sqlite3.Connection], object]:
         def change(db: sqlite3.Connection) -> object:
