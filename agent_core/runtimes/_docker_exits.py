@@ -10,18 +10,19 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from agent_core.runtimes._docker_wire import Json
 from agent_core.runtimes.base import ContainerInfo, EngineEvent, Exit
-from outrider.errors import NotFound, OutriderError
+from outrider.errors import EngineUnavailable, NotFound, OutriderError
 from outrider.retry import FOREVER, RetryPolicy
 
 _REMEMBERED = 4096
 _QUEUE = 10_000
 _KILLED = 137
+_EXPLAIN_S = 10.0  # how long an engine that hangs may delay the news of an end that is known
+_OOM_LATE_S = 0.2  # its notice of memory running out and that of the end reach the engine by two ways
 
 ACTIONS = (
     "create", "start", "die", "oom", "kill", "stop", "restart", "destroy", "pause", "unpause", "rename",
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _Waiter:
     boot: str
+    generation: int  # of the event stream when the wait began; 0: before the first
     future: asyncio.Future[Exit]
 
 
@@ -66,6 +68,8 @@ class Exits:
         self._ended: OrderedDict[str, Exit] = OrderedDict()
         self._watched: OrderedDict[str, int] = OrderedDict()
         self._dying: dict[str, asyncio.Task[None]] = {}
+        self._out_of_memory: OrderedDict[str, None] = OrderedDict()
+        self._looks: set[asyncio.Task[None]] = set()
         self._subscribers: set[asyncio.Queue[EngineEvent]] = set()
         self._generation = 0
         self._up = asyncio.Event()
@@ -79,7 +83,7 @@ class Exits:
             self._task = asyncio.create_task(self._run(), name="engine-events")
 
     async def aclose(self) -> None:
-        tasks = [*self._dying.values(), *([self._task] if self._task is not None else [])]
+        tasks = [*self._dying.values(), *self._looks, *([self._task] if self._task is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -95,16 +99,20 @@ class Exits:
     async def wait(self, container: str, boot: str) -> Exit:
         """The end of a container, by id. Waits through any absence of the engine."""
         self.start()
-        waiter = _Waiter(boot or self._current_boot, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(boot or self._current_boot, self._generation, asyncio.get_running_loop().create_future())
         self._waiters.setdefault(container, []).append(waiter)
+        look: asyncio.Task[None] | None = None
         try:
             if container in self._ended:
-                return self._ended[container]
+                return await self._explained(self._ended[container])
             # Before the engine's identity is known nothing can be said of an end: it is asked when the stream stands.
             if self._current_boot and (self._watched.get(container) != self._generation or not self._up.is_set()):
-                await self._look(container)
+                # Beside the wait: where the engine hangs on this one, an event may still tell its end.
+                look = self._look_at(container)
             return await waiter.future
         finally:
+            if look is not None:
+                look.cancel()
             left = self._waiters.get(container, [])
             if waiter in left:
                 left.remove(waiter)
@@ -153,18 +161,34 @@ class Exits:
         self._up.set()
         if not first:
             self._publish(EngineEvent("resync", "", "", {}, datetime.now(UTC)))
-        # Side by side: one container that the engine hangs on must not keep the others waiting.
-        await asyncio.gather(*(self._look(container) for container in list(self._waiters)))
+        # Aside: one container that the engine hangs on must keep neither the others nor the events waiting.
+        for container in list(self._waiters):
+            self._look_at(container)
+
+    def _look_at(self, container: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._look(container))
+        self._looks.add(task)
+        task.add_done_callback(self._looks.discard)
+        return task
 
     async def _look(self, container: str) -> None:
-        """Ask about one container that is waited for; answers its waiters if it has ended."""
-        try:
-            info = await self._inspect(container)
-        except NotFound as error:
-            self._fail(container, error)
-            return
-        except OutriderError:
-            return  # asked again when the stream stands
+        """Ask about one container for as long as it is waited for; answers its waiters if it has ended."""
+        retry = 0
+        while True:
+            try:
+                info = await self._inspect(container)
+                break
+            except NotFound as error:
+                self._fail(container, error)
+                return
+            except EngineUnavailable:
+                return  # asked again when the stream stands
+            except OutriderError as error:
+                retry += 1
+                log.log(logging.WARNING if retry == 1 else logging.DEBUG, "%s", error)
+                await asyncio.sleep(self._retry.wait_s(retry))
+            if container not in self._waiters:
+                return
         if info.state in ("exited", "dead") and info.started_at is not None:
             if not self._up.is_set():
                 # Which engine has just been asked is not known yet, or not any more.
@@ -174,10 +198,17 @@ class Exits:
                     return
             end = Exit(info.id, info.exit_code or 0, info.oom_killed)
             for waiter in self._waiters.get(container, ()):
-                stopped = bool(waiter.boot) and waiter.boot != self._current_boot and not self._survives
-                _answer(waiter, replace(end, engine_stopped=stopped))
+                self._answer(waiter, replace(end, engine_stopped=self._stopped_since(waiter.boot)))
         elif self._up.is_set():
             self._watched[container] = self._generation
+
+    def _stopped_since(self, boot: str) -> bool:
+        """Whether what was started by the engine of that identity can have been stopped with it."""
+        if not boot or boot == self._current_boot:
+            return False
+        # No setting of the engine makes containers survive the end of the machine's boot, the identity's first part.
+        same_machine_boot = boot.partition("/")[0] == self._current_boot.partition("/")[0]
+        return not (self._survives and same_machine_boot)
 
     async def _heard(self, item: Json) -> None:
         actor: Json = item.get("Actor") or {}
@@ -187,8 +218,13 @@ class Exits:
         code = int(attributes["exitCode"]) if attributes.get("exitCode", "").isdigit() else None
         if action == "start":
             if dying := self._dying.get(container):
-                await asyncio.gather(dying, return_exceptions=True)
+                dying.add_done_callback(lambda _: self._ended.pop(container, None))
             self._ended.pop(container, None)
+            self._out_of_memory.pop(container, None)
+        elif action == "oom":
+            self._out_of_memory[container] = None
+            while len(self._out_of_memory) > _REMEMBERED:
+                self._out_of_memory.popitem(last=False)
         elif action == "die":
             # Aside: an engine that hangs on one container must not hold up what is told about others.
             task = asyncio.create_task(self._died(container, code or 0))
@@ -196,8 +232,8 @@ class Exits:
             task.add_done_callback(lambda done: self._dying.pop(container, None))
         elif action == "destroy":
             self._watched.pop(container, None)
-            gone = NotFound(f"the container {attributes.get('name', container[:12])} was removed")
-            self._fail(container, gone)
+            if container not in self._dying:  # whose end is just being told
+                self._fail(container, NotFound(f"the container {attributes.get('name', container[:12])} was removed"))
         self._publish(
             EngineEvent(
                 action=action,
@@ -214,16 +250,37 @@ class Exits:
             # An engine that stops takes no calls any more, and then ends its containers, while this stream
             # still stands: what killed this one is told when the engine is back.
             return
-        end = Exit(container, code)
-        if code == _KILLED and container in self._waiters:
-            # Only inspect tells whether it was for want of memory.
-            with suppress(OutriderError):
-                end = replace(end, oom_killed=(await self._inspect(container)).oom_killed)
+        end = Exit(container, code, oom_killed=container in self._out_of_memory)
+        if container in self._waiters:
+            end = await self._explained(end)
         self._ended[container] = end
         while len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
         for waiter in self._waiters.get(container, ()):
-            _answer(waiter, end)
+            self._answer(waiter, end)
+
+    async def _explained(self, end: Exit) -> Exit:
+        """Who killed it: the kernel for want of memory, or somebody who was removing it; neither: somebody else."""
+        if end.exit_code != _KILLED or end.oom_killed or end.removed:
+            return end
+        try:
+            async with asyncio.timeout(_EXPLAIN_S):
+                for wait_s in (0.0, _OOM_LATE_S):
+                    await asyncio.sleep(wait_s)
+                    info = await self._inspect(end.container_id)
+                    if info.state == "removing":
+                        return replace(end, removed=True)
+                    if info.oom_killed or end.container_id in self._out_of_memory:
+                        return replace(end, oom_killed=True)
+        except NotFound:
+            return replace(end, removed=True)
+        except (OutriderError, TimeoutError):
+            log.info("the engine can't say what killed the container %s", end.container_id[:12])
+        return end
+
+    def _answer(self, waiter: _Waiter, end: Exit) -> None:
+        if not waiter.future.done():
+            waiter.future.set_result(replace(end, gap=waiter.generation not in (0, self._generation)))
 
     def _fail(self, container: str, error: NotFound) -> None:
         for waiter in self._waiters.get(container, ()):
@@ -238,8 +295,3 @@ class Exits:
                     queue.get_nowait()
                 event = replace(event, action="resync", container_id="", name="", labels={})
             queue.put_nowait(event)
-
-
-def _answer(waiter: _Waiter, end: Exit) -> None:
-    if not waiter.future.done():
-        waiter.future.set_result(end)

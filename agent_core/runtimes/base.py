@@ -111,12 +111,19 @@ def secrets_in(env: Mapping[str, str], labels: Mapping[str, str]) -> tuple[str, 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a container ended. ``engine_stopped``: the engine restarted under it, the code says nothing."""
+    """How a container ended.
+
+    ``oom_killed``: a process of it was killed for want of memory. ``engine_stopped``: the engine restarted under it,
+    the code says nothing. ``removed``: it was killed by somebody who removed it. ``gap``: while it was waited for, the
+    engine was away; what else was read from the engine meanwhile may lack something, too.
+    """
 
     container_id: str
     exit_code: int
     oom_killed: bool = False
     engine_stopped: bool = False
+    removed: bool = False
+    gap: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,9 @@ class Engine:
         self.states: dict[str, ContainerInfo] = {}
         self.inspected: list[str] = []
         self.boot = "one"
+        self.survives = False
         self.up = True
+        self.hangs_on: set[str] = set()
         self.exits = Exits(
             self.stream, self.inspect, self.identity, self.alive, retry=RetryPolicy(0.01, max_wait_s=0.01)
         )
@@ -123,6 +125,9 @@ class Engine:
 
     async def inspect(self, container: str) -> ContainerInfo:
         self.inspected.append(container)
+        if container in self.hangs_on:
+            await asyncio.sleep(0.2)
+            raise OperationTimeout("the engine did not answer in time")
         if not self.up:
             raise EngineUnavailable("away")
         if container not in self.states:
@@ -130,14 +135,16 @@ class Engine:
         return self.states[container]
 
     async def identity(self) -> tuple[str, bool]:
-        return self.boot, False
+        return self.boot, self.survives
 
     async def alive(self) -> bool:
         return self.up
 
-    def state(self, container: str, state: Any, code: int | None = None) -> None:
+    def state(self, container: str, state: Any, code: int | None = None, *, oom: bool = False) -> None:
         started = None if state == "created" else datetime.now(UTC)
-        self.states[container] = ContainerInfo(container, container, "i", state, {}, exit_code=code, started_at=started)
+        self.states[container] = ContainerInfo(
+            container, container, "i", state, {}, exit_code=code, started_at=started, oom_killed=oom
+        )
 
     def event(self, container: str, action: str, code: int | None = None) -> None:
         attributes = {} if code is None else {"exitCode": str(code)}
@@ -170,7 +177,17 @@ async def test_end_missed_while_the_stream_was_down_is_found_by_asking(engine: E
     engine.state("a", "exited", 9)
     engine.items.put_nowait(None)  # cut off, and at once back: the same engine
     end = await asyncio.wait_for(waiting, 1)
-    assert (end.exit_code, end.engine_stopped) == (9, False)
+    assert (end.exit_code, end.engine_stopped, end.gap) == (9, False, True)
+
+
+async def test_end_on_a_stream_that_was_down_meanwhile_says_so(engine: Engine) -> None:
+    engine.state("a", "running")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    engine.items.put_nowait(None)
+    await asyncio.sleep(0.05)
+    engine.event("a", "die", 0)
+    end = await asyncio.wait_for(waiting, 1)
+    assert (end.exit_code, end.gap) == (0, True)
 
 
 async def test_end_found_after_another_boot_says_nothing_about_the_program(engine: Engine) -> None:
@@ -238,6 +255,103 @@ async def test_removed_container_is_not_waited_for(engine: Engine) -> None:
     engine.event("a", "destroy")
     with pytest.raises(NotFound):
         await asyncio.wait_for(waiting, 1)
+
+
+@pytest.mark.parametrize("told", ["by an event", "by inspect", "by inspect, late"])
+async def test_end_for_want_of_memory_is_told_from_a_kill(engine: Engine, told: str) -> None:
+    engine.exits.created("a")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    engine.event("a", "start")
+    await asyncio.sleep(0.02)
+    if told == "by an event":
+        engine.event("a", "oom")
+    engine.state("a", "exited", 137, oom=told == "by inspect")
+    engine.event("a", "die", 137)
+    if told == "by inspect, late":
+        await asyncio.sleep(0.05)
+        engine.state("a", "exited", 137, oom=True)
+    end = await asyncio.wait_for(waiting, 2)
+    assert (end.exit_code, end.oom_killed, end.removed) == (137, True, False)
+
+
+async def test_memory_that_ran_out_is_told_whatever_the_program_made_of_it(engine: Engine) -> None:
+    engine.exits.created("a")
+    engine.event("a", "start")
+    engine.event("a", "oom")
+    engine.event("a", "die", 1)
+    await asyncio.sleep(0.02)
+    end = await asyncio.wait_for(engine.exits.wait("a", ""), 1)
+    assert (end.exit_code, end.oom_killed) == (1, True)
+
+
+async def test_kill_that_nobody_waited_for_yet_is_explained_all_the_same(engine: Engine) -> None:
+    engine.exits.created("a")
+    engine.event("a", "start")
+    engine.state("a", "exited", 137, oom=True)
+    engine.event("a", "die", 137)
+    await asyncio.sleep(0.02)
+    assert (await asyncio.wait_for(engine.exits.wait("a", ""), 1)).oom_killed
+
+
+@pytest.mark.parametrize("state", ["removing", "gone"])
+async def test_kill_by_a_removal_is_told_from_another_kill(engine: Engine, state: str) -> None:
+    engine.exits.created("a")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    engine.event("a", "start")
+    if state == "removing":
+        engine.state("a", "removing", 137)
+    engine.event("a", "die", 137)
+    engine.event("a", "destroy")
+    end = await asyncio.wait_for(waiting, 1)
+    assert (end.exit_code, end.removed, end.oom_killed) == (137, True, False)
+
+
+async def test_end_that_is_known_counts_also_where_the_container_is_removed_at_once(engine: Engine) -> None:
+    engine.exits.created("a")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    engine.event("a", "start")
+    engine.event("a", "die", 0)
+    engine.event("a", "destroy")
+    assert (await asyncio.wait_for(waiting, 1)).exit_code == 0
+
+
+async def test_kill_from_outside_is_neither(engine: Engine) -> None:
+    engine.exits.created("a")
+    waiting = asyncio.create_task(engine.exits.wait("a", ""))
+    engine.event("a", "start")
+    engine.state("a", "exited", 137)
+    engine.event("a", "die", 137)
+    end = await asyncio.wait_for(waiting, 2)
+    assert (end.exit_code, end.oom_killed, end.removed, end.engine_stopped) == (137, False, False, False)
+
+
+async def test_an_engine_that_hangs_on_one_container_keeps_no_other_waiting(engine: Engine) -> None:
+    engine.hangs_on.add("stuck")
+    engine.state("stuck", "running")
+    engine.state("a", "running")
+    stuck = asyncio.create_task(engine.exits.wait("stuck", ""))
+    other = asyncio.create_task(engine.exits.wait("a", ""))
+    await asyncio.sleep(0.02)
+    engine.items.put_nowait(None)  # the stream is cut: all of them are asked about when it stands again
+    await asyncio.sleep(0.05)
+    engine.event("a", "die", 5)
+    assert (await asyncio.wait_for(other, 0.1)).exit_code == 5
+    assert not stuck.done()
+    engine.hangs_on.clear()
+    engine.state("stuck", "exited", 6)  # which no event has told
+    end = await asyncio.wait_for(stuck, 2)
+    assert (end.exit_code, end.gap) == (6, True)
+
+
+async def test_containers_that_survive_the_engine_do_not_survive_the_machine(engine: Engine) -> None:
+    engine.survives, engine.boot = True, "machine/2/start"
+    engine.items.put_nowait(None)
+    await asyncio.sleep(0.05)
+    engine.state("a", "exited", 7)
+    end = await asyncio.wait_for(engine.exits.wait("a", "machine/1/start"), 1)
+    assert (end.exit_code, end.engine_stopped) == (7, False), "its own end, found after a restart of the engine"
+    end = await asyncio.wait_for(engine.exits.wait("a", "before/1/start"), 1)
+    assert end.engine_stopped, "the machine was restarted"
 
 
 async def test_subscriber_that_does_not_keep_up_is_told_to_look_again(engine: Engine) -> None:
