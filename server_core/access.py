@@ -100,11 +100,17 @@ ROLES: Mapping[str, frozenset[tuple[str, str]]] = {
 }
 
 _caller: ContextVar[Caller] = ContextVar("caller")
+_session: ContextVar[tuple[str, int]] = ContextVar("session")
 
 
 def current_caller() -> Caller:
     """Who made the call that is being served."""
     return _caller.get()
+
+
+def current_session() -> tuple[str, int]:
+    """Session id and epoch under which a node made the call that is being served."""
+    return _session.get()
 
 
 def permission_table(
@@ -192,9 +198,9 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             )
         if rule.session:
             epoch = metadata.get(tls.EPOCH_KEY, "")
-            await self._fleet.check_session(
-                caller.name, metadata.get(tls.SESSION_KEY, ""), int(epoch) if epoch.isdecimal() else 0
-            )
+            session = metadata.get(tls.SESSION_KEY, ""), int(epoch) if epoch.isdecimal() else 0
+            await self._fleet.check_session(caller.name, *session)
+            _session.set(session)
 
 
 def _wrap(handler: Any, rule: Rule | None, admit: Callable[[Rule | None, Any], Awaitable[Caller]]) -> Any:

@@ -29,8 +29,10 @@ class ServerConfig(BaseModel):
     master_key_file: Path | None = None
     """32 bytes, mode 0600, that wrap the data key of env sets; default: master.key in data_dir, made on first start."""
     heartbeat_interval_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    missed_heartbeats: Annotated[int, Field(ge=1, le=100)] = 3
+    missed_heartbeats: Annotated[int, Field(ge=1, le=100)] = 2
     """A node that has missed so many is offline."""
+    registrations_per_second: Annotated[float, Field(gt=0, le=10_000)] = 100.0
+    """How fast nodes that were all cut off are let back in; each of the others is told when its turn is."""
     command_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 20.0
     """How long an agent has to answer an operator's command, beyond the grace that the command itself gives."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import time
 from collections import defaultdict
 from collections.abc import Coroutine
 
@@ -17,10 +18,13 @@ import structlog
 from sqlalchemy import Connection
 
 from outrider.errors import OutriderError
+from outrider.reports import held_digest
 from outrider.retry import FOREVER
 from outrider.v1 import node_service_pb2, types_pb2
+from server_core import reconcile
 from server_core.bus.base import EVENTS, Bus, run_topic
-from server_core.fleet import ControlChannel, Fleet, command
+from server_core.channel import ControlChannel, command
+from server_core.fleet import Fleet
 from server_core.logs import trace
 from server_core.store import events, runs
 from server_core.store.base import Database
@@ -52,6 +56,13 @@ class Dispatcher:
         self._lost_grace_s = lost_grace_s
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._recorded: dict[str, set[reconcile.Difference]] = {}
+        """By node: the differences that were told of, for as long as they last."""
+        self._agreed: dict[str, tuple[bytes, bytes]] = {}
+        """By node: the digests of both sides when they were last compared."""
+        self._doubted: dict[str, tuple[bytes, bytes]] = {}
+        self._missing: dict[str, float] = {}
+        """Runs that their node no longer holds, with the monotonic time at which it first said so."""
         self.progress: defaultdict[str, dict[str, types_pb2.Progress]] = defaultdict(dict)
         """The latest progress by run and step; it is shown and never stored."""
         self._progress_due: set[str] = set()
@@ -161,50 +172,48 @@ class Dispatcher:
     async def reconcile(self, channel: ControlChannel, report: types_pb2.FullReport) -> None:
         """Settle each difference between what the node holds and what the store says, then send what is due."""
         node_id = channel.node_id
-        held = {run.run_id: run for run in report.runs}
 
-        def compare(connection: Connection) -> tuple[list[str], list[_Ended], list[str]]:
-            missing: list[str] = []
-            cancelled: list[_Ended] = []
-            stop: list[str] = []
-            for row in runs.active_on(connection, node_id):
-                if row.run_id in held:
-                    runs.mark_acknowledged(connection, row.run_id, node_id)
-                elif row.state != runs.QUEUED:
-                    missing.append(row.run_id)
-                elif (
-                    row.cancel_requested
-                    and _RUN + row.run_id not in channel.sent
-                    and runs.settle(connection, row.run_id, runs.CANCELLED, None)
-                ):
-                    cancelled.append((row.run_id, finished(connection, row.run_id)))
-            for run in held.values():
-                found = runs.row_of(connection, run.run_id)
-                if found is None or found.node_id != node_id or found.lease_id != run.lease_id:
-                    data = {"lease_id": run.lease_id, "state": types_pb2.RunState.Name(run.state)}
-                    events.add(connection, "run.unrecognised", run.run_id, node_id=node_id, data=data)
-                elif found.state == runs.UNKNOWN and not runs.is_over(run.state):
-                    runs.apply_report(
-                        connection,
-                        node_id,
-                        node_service_pb2.RunReport(run_id=run.run_id, lease_id=run.lease_id, state=run.state),
-                    )
-                elif found.state in (runs.CANCELLED, runs.FAILED) and not runs.is_over(run.state):
-                    stop.append(run.run_id)
-            return missing, cancelled, stop
+        def compare(connection: Connection) -> tuple[reconcile.Settlement, list[_Ended]] | None:
+            if not channel.open:
+                return None  # another channel took its place meanwhile, and with it this report is of the past
+            sent = {each.removeprefix(_RUN) for each in channel.sent if each.startswith(_RUN)}
+            recorded = self._recorded.get(node_id, set())
+            made = reconcile.compare(connection, node_id, report.runs, sent=sent, recorded=recorded)
+            return made, [(run_id, finished(connection, run_id)) for run_id in made.cancelled]
 
-        missing, cancelled, stop = await self._db.write(Commit.RECONCILED, compare)
+        compared = await self._db.write(Commit.RECONCILED, compare)
+        if compared is None:
+            return
+        settlement, ended = compared
+        self._recorded[node_id] = settlement.differences
+        self._agreed[node_id] = (held_digest(report.runs), settlement.believed)
         channel.reported = True
-        for run_id in held:
-            self._bus.publish(run_topic(run_id))
-        for run_id, ref in cancelled:
+        for run in report.runs:
+            self._missing.pop(run.run_id, None)
+            self._bus.publish(run_topic(run.run_id))
+        for run_id, ref in ended:
             self._changed(run_id, ref, finished=True)
         self._bus.publish(EVENTS)
-        for run_id in stop:
+        for run_id in settlement.stop:
             await self._stop_straggler(channel, run_id)
-        if missing:
-            self._spawn(self._settle_lost(channel, missing))
+        if settlement.missing:
+            self._spawn(self._settle_lost(channel, settlement.missing))
         await self.kick(node_id)
+
+    async def disagrees(self, node_id: str, brief: types_pb2.BriefState) -> bool:
+        """Whether node and store believe different things of its runs although nothing is on its way that would
+        explain it: then a full report is to be asked for. Differences that are known already don't count."""
+        if not brief.state_digest or brief.outbox_depth:
+            return False
+        pair = (brief.state_digest, await self._db.read(lambda c: reconcile.believed(c, node_id)))
+        if pair[0] == pair[1] or pair == self._agreed.get(node_id):
+            self._doubted.pop(node_id, None)
+            return False
+        # At the first sight of it a report or an acknowledgement may just have crossed the heartbeat.
+        if self._doubted.get(node_id) == pair:
+            return True
+        self._doubted[node_id] = pair
+        return False
 
     async def ask_for_report(self, channel: ControlChannel) -> None:
         """Ask an agent that has not said what it holds; nothing is dispatched to it before."""
@@ -227,13 +236,17 @@ class Dispatcher:
                 await self._send(channel, row, _CANCEL + run_id)
 
     async def _settle_lost(self, channel: ControlChannel, missing: list[str]) -> None:
-        # Its last report may still be in the outbox, right behind the full report.
-        await asyncio.sleep(self._lost_grace_s)
+        # Its last report may still be in the outbox, right behind the full report. The grace does not begin anew with
+        # every connection: on a link that breaks every few seconds it would never end.
+        now = time.monotonic()
+        since = max(self._missing.setdefault(run_id, now) for run_id in missing)
+        await asyncio.sleep(max(0.0, self._lost_grace_s - (now - since)))
         if not channel.open:
             return
         for run_id in missing:
-            if run_id in channel.acknowledged:
+            if run_id not in self._missing or run_id in channel.acknowledged:
                 continue  # acknowledged after the report was drawn up
+            del self._missing[run_id]
             failure = types_pb2.Failure(
                 error_class=types_pb2.ERROR_CLASS_PERMANENT,
                 code="lost_by_node",
@@ -258,6 +271,7 @@ class Dispatcher:
     def _changed(self, run_id: str, ref: types_pb2.ObjectRef | None, *, finished: bool) -> None:
         if finished:
             self.progress.pop(run_id, None)
+            self._missing.pop(run_id, None)
             self._bus.publish(EVENTS)
             if ref is not None:
                 self._spawn(self._next_of(ref))

@@ -1,25 +1,28 @@
 """The fleet as this server sees it: which nodes are here, over which control channel, and when each was last seen.
 
 Presence lives in memory and is written to the store in batches: a thousand heartbeats a second must not be a
-thousand transactions.
+thousand transactions. Silence is measured in time during which this server itself was awake, against the interval
+that the node was told; what the wall clock says is shown and decides nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import random
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
-from google.protobuf.message import Message
+from sqlalchemy import Connection
 
 from outrider import wire
-from outrider.errors import Conflict, OperationTimeout, OutriderError, Unauthenticated, Unavailable
-from outrider.v1 import node_service_pb2, types_pb2
+from outrider.awake import AwakeClock
+from outrider.errors import OutriderError, Unauthenticated, Unavailable
+from outrider.v1 import types_pb2
 from server_core.bus.base import EVENTS, NODES, Bus
+from server_core.channel import ControlChannel, superseded
 from server_core.store import events, nodes
 from server_core.store.base import Database
 from server_core.store.commits import Commit
@@ -27,9 +30,15 @@ from server_core.store.common import now_us, spoken
 
 log = structlog.get_logger(__name__)
 
-_QUEUED_MESSAGES = 256
-_HEARTBEATS_PER_SECOND = 50.0
-_JITTER = 0.2
+HEARTBEATS_PER_SECOND = 50.0
+"""Of all nodes together: the interval grows with the fleet to keep to it."""
+JITTER = 0.2
+PAUSE_S = 1.0
+RETURN_GRACE_INTERVALS = 6
+"""How long nodes that gave this server up while it was paused have to come back: with the default interval a minute,
+which is two of their longest waits."""
+EXPECTED_S = 300.0
+"""How long after its start a server counts on the nodes that its predecessor had."""
 
 
 @dataclass
@@ -38,140 +47,14 @@ class Presence:
 
     online: bool = False
     heard_at: float = 0.0
+    told_interval_s: float = 0.0
+    beat: int = 0
+    """Number of its last heartbeat in this registration."""
+    gone_because: str = ""
+    """Why its channel ended, where that is not held against it yet."""
     last_seen_us: int | None = None
     brief: types_pb2.BriefState | None = None
-    full_digest: bytes | None = None
     dirty: bool = False
-
-
-class Answer:
-    """What comes back for a command: it is acknowledged, and later there is a result."""
-
-    def __init__(self) -> None:
-        self.acknowledged = asyncio.Event()
-        self.result: asyncio.Future[node_service_pb2.CommandResult] = asyncio.get_running_loop().create_future()
-
-
-class ControlChannel:
-    """One agent's control channel: what goes down it, and who waits for what comes up."""
-
-    def __init__(self, node_id: str, session_id: str, epoch: int) -> None:
-        self.node_id = node_id
-        self.session_id = session_id
-        self.epoch = epoch
-        self.reported = False
-        """Whether the agent has said what it holds; until then no run is sent."""
-        self.sent: set[str] = set()
-        """Ids of run commands that went down this channel."""
-        self.acknowledged: set[str] = set()
-        """Runs that were acknowledged on this channel."""
-        self._outgoing: asyncio.Queue[node_service_pb2.ServerMessage] = asyncio.Queue(_QUEUED_MESSAGES)
-        # A list, because two callers may ask for the same command: it is done once and answers both.
-        self._answers: list[tuple[str, Answer]] = []
-        self.detached = asyncio.Event()
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._error: OutriderError | None = None
-
-    @property
-    def open(self) -> bool:
-        return not self._closed.done()
-
-    async def send(self, message: node_service_pb2.ServerMessage) -> None:
-        """Queue ``message``; waits while the agent does not read. Raises Unavailable once the channel is closed."""
-        if self.open:
-            put = asyncio.ensure_future(self._outgoing.put(message))
-            try:
-                await asyncio.wait({put, self._closed}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not put.done():
-                    put.cancel()
-        if not self.open:
-            raise self.gone()
-
-    async def next_message(self) -> node_service_pb2.ServerMessage:
-        return await self._outgoing.get()
-
-    async def wait_closed(self) -> None:
-        """Return, or raise the reason, once the server has closed the channel."""
-        await asyncio.shield(self._closed)
-        if self._error is not None:
-            raise self._error
-
-    async def request(self, command: node_service_pb2.Command, timeout_s: float) -> node_service_pb2.CommandResult:
-        """Send a command and await its result. Raises what the agent answered, or OperationTimeout."""
-        with self.expect(command.command_id) as answer:
-            async with self._answer_within(timeout_s):
-                await self._send_command(command, timeout_s)
-                result = await asyncio.shield(answer.result)
-        if result.HasField("failure"):
-            raise wire.error_of(result.failure)
-        return result
-
-    async def order(self, command: node_service_pb2.Command, answer: Answer, timeout_s: float) -> None:
-        """Send a command and wait until it is acknowledged, or answered; ``answer`` comes from `expect`."""
-        async with self._answer_within(timeout_s):
-            await self._send_command(command, timeout_s)
-            await answer.acknowledged.wait()
-
-    @contextlib.contextmanager
-    def expect(self, command_id: str) -> Iterator[Answer]:
-        """What will be answered to a command; forgotten on leaving."""
-        answer = Answer()
-        # Nobody may be left to ask for it: the caller can have gone.
-        answer.result.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._answers.append((command_id, answer))
-        try:
-            yield answer
-        finally:
-            self._answers.remove((command_id, answer))
-
-    def take_ack(self, ack: node_service_pb2.CommandAck) -> None:
-        """A refusal is the answer."""
-        for command_id, answer in self._answers:
-            if command_id == ack.command_id:
-                answer.acknowledged.set()
-        if ack.HasField("refused"):
-            self.take_result(node_service_pb2.CommandResult(command_id=ack.command_id, failure=ack.refused))
-
-    def take_result(self, result: node_service_pb2.CommandResult) -> None:
-        for command_id, answer in self._answers:
-            if command_id == result.command_id and not answer.result.done():
-                answer.acknowledged.set()
-                answer.result.set_result(result)
-
-    async def _send_command(self, command: node_service_pb2.Command, timeout_s: float) -> None:
-        command.deadline.FromMicroseconds(round(timeout_s * 1e6))
-        await self.send(node_service_pb2.ServerMessage(command=command))
-
-    @contextlib.asynccontextmanager
-    async def _answer_within(self, timeout_s: float) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(timeout_s):
-                yield
-        except TimeoutError as error:
-            raise OperationTimeout(
-                f"node {self.node_id} did not answer within {timeout_s:g} s",
-                code="node_timeout",
-                hint="whether it was done can be looked up with `outrider container list`",
-            ) from error
-
-    def close(self, error: OutriderError | None) -> None:
-        """End the channel; the agent is told ``error``. Idempotent."""
-        if not self.open:
-            return
-        self._error = error
-        self._closed.set_result(None)
-        for _, answer in self._answers:
-            if not answer.result.done():
-                answer.acknowledged.set()
-                answer.result.set_exception(self.gone())
-
-    def gone(self) -> Unavailable:
-        return Unavailable(
-            f"the connection of node {self.node_id} was lost before it answered",
-            code="node_lost",
-            hint="whether it was done can be looked up once the node is back",
-        )
 
 
 @dataclass
@@ -180,20 +63,43 @@ class _Transition:
     online: bool
     reason: str
 
+    @property
+    def event(self) -> str:
+        return "node.online" if self.online else "node.offline"
 
-@dataclass
+
 class Fleet:
-    """All nodes' presence and control channels on this server."""
+    """All nodes' presence and control channels on this server.
 
-    db: Database
-    bus: Bus
-    interval_s: float
-    missed: int
-    _channels: dict[str, ControlChannel] = field(default_factory=dict)
-    _presence: dict[str, Presence] = field(default_factory=dict)
-    _sessions: dict[str, tuple[str, int]] = field(default_factory=dict)
-    _transitions: asyncio.Queue[_Transition] = field(default_factory=asyncio.Queue)
-    _flushed_at: float = 0.0
+    ``interval_s``: the least mean time between heartbeats; ``missed``: so many of the longest intervals in silence and
+    a node is offline; ``returns_per_second``: how fast nodes that were all cut off are asked to come back.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        bus: Bus,
+        interval_s: float,
+        missed: int,
+        returns_per_second: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.db = db
+        self.bus = bus
+        self._interval_s = interval_s
+        self._missed = missed
+        self._returns_per_second = returns_per_second
+        self._look_every_s = min(interval_s / 4, 1.0)
+        self._awake = AwakeClock(2 * self._look_every_s, clock)
+        self._channels: dict[str, ControlChannel] = {}
+        self._presence: dict[str, Presence] = {}
+        self._sessions: dict[str, tuple[str, int]] = {}
+        self._transitions: asyncio.Queue[_Transition] = asyncio.Queue()
+        self._online = 0
+        self._expected: set[str] = set()
+        self._grace_until = 0.0
+        self._flushed_at = 0.0
 
     async def load(self) -> None:
         """Take over what the store knows; nobody is online yet."""
@@ -203,17 +109,23 @@ class Fleet:
                 presence.last_seen_us = node.last_seen.ToMicroseconds()
             if node.HasField("brief"):
                 presence.brief = node.brief
+        # Who was here when the former server ended: their times are compared with one another, never with the clock.
+        seen = {node_id: each.last_seen_us for node_id, each in self._presence.items() if each.last_seen_us is not None}
+        recent = max(seen.values(), default=0) - round(3e6 * self._interval_of(len(seen)))
+        self._expected = {node_id for node_id, last_seen_us in seen.items() if last_seen_us >= recent}
 
     # -- sessions ------------------------------------------------------------------------------------------
 
     def began_session(self, node_id: str, session: nodes.Session) -> None:
         """The newest session wins: a channel of an older one is closed."""
+        if self._sessions.get(node_id, ("", 0))[1] > session.epoch:
+            return  # two registrations overlapped, and the newer was answered first
         self._sessions[node_id] = (session.session_id, session.epoch)
         channel = self._channels.get(node_id)
         if channel is not None and channel.epoch != session.epoch:
             channel.close(superseded(node_id))
         presence = self._presence.setdefault(node_id, Presence())
-        presence.full_digest = None
+        presence.beat = 0
         presence.last_seen_us = now_us()
 
     async def check_session(self, node_id: str, session_id: str, epoch: int) -> None:
@@ -222,6 +134,13 @@ class Fleet:
             self._sessions[node_id] = await self.db.read(lambda c: nodes.current_session(c, node_id))
         if not session_id or self._sessions[node_id] != (session_id, epoch):
             raise superseded(node_id)
+
+    def beat_is_new(self, node_id: str, sequence: int) -> bool:
+        """Whether this heartbeat's number is greater than all before it in this registration: a copy is not."""
+        presence = self._presence.setdefault(node_id, Presence())
+        new = sequence > presence.beat
+        presence.beat = max(presence.beat, sequence)
+        return new
 
     # -- presence ------------------------------------------------------------------------------------------
 
@@ -238,40 +157,54 @@ class Fleet:
         channel.detached.set()
         if self._channels.get(channel.node_id) is channel:
             del self._channels[channel.node_id]
-            self._offline(channel.node_id, "its connection was closed")
+            self._hung_up(channel.node_id)
+
+    def _hung_up(self, node_id: str) -> None:
+        # Asked for here too: after a pause the closings may be the first thing that is seen.
+        self._look()
+        if self._awake.now() < self._grace_until:
+            self._presence[node_id].gone_because = "its connection was closed"
+        else:
+            self._offline(node_id, "its connection was closed")
 
     def heard(self, node_id: str, brief: types_pb2.BriefState | None = None) -> None:
         """The node gave a sign of life."""
         presence = self._presence.setdefault(node_id, Presence())
-        presence.heard_at = time.monotonic()
+        presence.heard_at = self._awake.now()
         presence.last_seen_us = now_us()
+        presence.gone_because = ""
         presence.dirty = True
+        self._expected.discard(node_id)
         if brief is not None:
             presence.brief = brief
         if not presence.online:
             presence.online = True
+            self._online += 1
             self._transitions.put_nowait(_Transition(node_id, True, ""))
-
-    def full_report_wanted(self, node_id: str, digest: bytes) -> bool:
-        presence = self._presence.setdefault(node_id, Presence())
-        return bool(digest) and digest != presence.full_digest
-
-    def took_full_report(self, node_id: str, digest: bytes) -> None:
-        self._presence.setdefault(node_id, Presence()).full_digest = digest
 
     def forget(self, node_id: str) -> None:
         """The node was removed."""
         channel = self._channels.pop(node_id, None)
         if channel is not None:
             channel.close(Unauthenticated(f"node {node_id} was removed", code="node_removed"))
-        self._presence.pop(node_id, None)
+        presence = self._presence.pop(node_id, None)
+        self._online -= presence is not None and presence.online
+        self._expected.discard(node_id)
         self._sessions.pop(node_id, None)
 
-    async def close_channels(self, error: OutriderError, within_s: float) -> None:
-        """The server stops: every agent is told, and will look for it again."""
+    async def close_channels(
+        self, farewell: Callable[[float], OutriderError], within_s: float, *, absent_s: float
+    ) -> None:
+        """The server stops listening: every agent is told, and when to look for it again.
+
+        ``farewell`` makes the error from the seconds to wait. Each gets a turn of its own after ``absent_s``, so that
+        they come back one after the other.
+        """
         leaving = [asyncio.ensure_future(channel.detached.wait()) for channel in self._channels.values()]
-        for channel in self._channels.values():
-            channel.close(error)
+        channels = list(self._channels.values())
+        random.shuffle(channels)
+        for turn, channel in enumerate(channels):
+            channel.close(farewell(absent_s + turn / self._returns_per_second))
         if leaving:
             _, late = await asyncio.wait(leaving, timeout=within_s)
             for waiter in late:
@@ -282,7 +215,7 @@ class Fleet:
         return presence is not None and presence.online
 
     def online_count(self) -> int:
-        return sum(presence.online for presence in self._presence.values())
+        return self._online
 
     def channel(self, node_id: str) -> ControlChannel | None:
         channel = self._channels.get(node_id)
@@ -310,34 +243,74 @@ class Fleet:
             )
         if presence.online:
             return Unavailable(f"node {node_id} is connecting", code="node_connecting", hint="try again in a moment")
+        if node_id in self._expected:
+            return Unavailable(
+                f"node {node_id} has not come back yet since this server started",
+                code="node_connecting",
+                hint="try again in a moment",
+            )
         return Unavailable(
             f"node {node_id} is offline since {spoken(presence.last_seen_us)}",
             code="node_offline",
             hint="look at its agent with `outrider agent status` on the node",
         )
 
-    def heartbeat_policy(self) -> types_pb2.HeartbeatPolicy:
-        """How often agents are to report; the interval grows with the fleet, so that all together stay at 50/s."""
-        interval = max(self.interval_s, self.online_count() / _HEARTBEATS_PER_SECOND)
-        return types_pb2.HeartbeatPolicy(interval=wire.duration(interval), jitter=_JITTER)
+    def heartbeat_policy(self, node_id: str) -> types_pb2.HeartbeatPolicy:
+        """How often the node is to report from now on, and how evenly all are to come back after a cut.
+
+        The interval grows with the fleet, so that all together stay at 50/s; so does the spread.
+        """
+        size = self._online + len(self._expected)
+        interval_s = self._interval_of(size)
+        self._presence.setdefault(node_id, Presence()).told_interval_s = interval_s
+        policy = types_pb2.HeartbeatPolicy(interval=wire.duration(interval_s), jitter=JITTER)
+        spread_s = size / self._returns_per_second
+        if spread_s >= interval_s / 10:  # below that there is no crowd to spread
+            policy.reconnect_spread.FromMicroseconds(round(spread_s * 1e6))
+        return policy
+
+    def _interval_of(self, size: int) -> float:
+        return max(self._interval_s, size / HEARTBEATS_PER_SECOND)
 
     async def run(self) -> None:
         """Until cancelled: notice who has fallen silent, and write down what changed."""
+        self._awake.take_pause()  # what went before was start-up
         while True:
-            transition = None
+            changed: list[_Transition] = []
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self.interval_s / 4, 1.0)):
-                    transition = await self._transitions.get()
-            if transition is not None:
-                await self._record(transition)
-            silent = max(self.interval_s, self.online_count() / _HEARTBEATS_PER_SECOND) * (1 + _JITTER) * self.missed
-            for node_id, presence in list(self._presence.items()):
-                if presence.online and time.monotonic() - presence.heard_at > silent:
-                    channel = self._channels.pop(node_id, None)
-                    if channel is not None:
-                        channel.close(Unavailable("no heartbeat came in time", code="heartbeat_missed"))
-                    self._offline(node_id, f"{self.missed} heartbeats were missed")
+                async with asyncio.timeout(self._look_every_s):
+                    changed.append(await self._transitions.get())
+            while not self._transitions.empty():
+                changed.append(self._transitions.get_nowait())
+            self._look()
+            if changed:
+                await self._record(changed)
             await self._flush_if_due()
+
+    def _look(self) -> None:
+        """Judge the nodes' silence."""
+        paused_s = self._awake.take_pause()
+        now = self._awake.now()
+        if paused_s > max(PAUSE_S, self._interval_s / 2):
+            # Nobody could be heard, and nodes that got no answer have hung up meanwhile: they are on their way back.
+            log.warning("this server was paused; no node is held to be offline for it", paused_s=round(paused_s, 1))
+            self._grace_until = now + RETURN_GRACE_INTERVALS * self._interval_of(self._online)
+        if self._expected and now > EXPECTED_S:
+            self._expected.clear()
+        for node_id, presence in list(self._presence.items()):
+            if not presence.online:
+                continue
+            if presence.gone_because and now >= self._grace_until:
+                self._offline(node_id, presence.gone_because)
+            elif not presence.gone_because and now - presence.heard_at > self._longest_silence(presence):
+                channel = self._channels.pop(node_id, None)
+                if channel is not None:
+                    channel.close(Unavailable("no heartbeat came in time", code="heartbeat_missed"))
+                self._offline(node_id, f"{self._missed} heartbeats were missed")
+
+    def _longest_silence(self, presence: Presence) -> float:
+        # By what this node was told: the fleet may have shrunk since, and with it the interval of others.
+        return max(presence.told_interval_s, self._interval_s) * (1 + JITTER) * self._missed
 
     async def flush(self) -> None:
         """Write down the last sightings."""
@@ -351,7 +324,7 @@ class Fleet:
         ]
         for _, presence in dirty:
             presence.dirty = False
-        self._flushed_at = time.monotonic()
+        self._flushed_at = self._awake.now()
         if not sightings:
             return
         try:
@@ -363,19 +336,23 @@ class Fleet:
                 presence.dirty = True
 
     async def _flush_if_due(self) -> None:
-        if time.monotonic() - self._flushed_at >= self.interval_s:
+        if self._awake.now() - self._flushed_at >= self._interval_s:
             await self.flush()
 
-    async def _record(self, transition: _Transition) -> None:
-        node_id, type_ = transition.node_id, "node.online" if transition.online else "node.offline"
-        log.info(type_, node=node_id, reason=transition.reason)
-        data = {"reason": transition.reason} if transition.reason else {}
+    async def _record(self, changed: list[_Transition]) -> None:
+        """Store what changed in one transaction: a whole fleet comes back at once."""
+
+        def store(connection: Connection) -> None:
+            for each in changed:
+                data = {"reason": each.reason} if each.reason else {}
+                events.add(connection, each.event, each.node_id, node_id=each.node_id, data=data)
+
+        for each in changed:
+            log.info(each.event, node=each.node_id, reason=each.reason)
         try:
-            await self.db.write(
-                Commit.NODE_PRESENCE, lambda c: events.add(c, type_, node_id, node_id=node_id, data=data)
-            )
+            await self.db.write(Commit.NODE_PRESENCE, store)
         except OutriderError as error:
-            log.error("an event was not stored", type=type_, node=node_id, error=str(error))
+            log.error("events were not stored", nodes=len(changed), error=str(error))
         self.bus.publish(EVENTS)
         self.bus.publish(NODES)
 
@@ -383,40 +360,7 @@ class Fleet:
         presence = self._presence.get(node_id)
         if presence is not None and presence.online:
             presence.online = False
+            presence.gone_because = ""
             presence.dirty = True
+            self._online -= 1
             self._transitions.put_nowait(_Transition(node_id, False, reason))
-
-
-def superseded(node_id: str) -> Conflict:
-    return Conflict(
-        f"this session of node {node_id} is not the newest", code="session_superseded", hint="register again"
-    )
-
-
-def command(
-    command_id: str,
-    *,
-    run_pipeline: node_service_pb2.RunPipeline | None = None,
-    cancel_run: node_service_pb2.CancelRun | None = None,
-    container: node_service_pb2.ContainerCommand | None = None,
-    list_containers: node_service_pb2.ListContainersCommand | None = None,
-    inspect_container: node_service_pb2.InspectContainerCommand | None = None,
-    stream_container_logs: node_service_pb2.StreamContainerLogsCommand | None = None,
-    stop_stream: node_service_pb2.StopStreamCommand | None = None,
-) -> node_service_pb2.Command:
-    """A command with its digest: SHA-256 of the one body that is given, serialised deterministically."""
-    made = node_service_pb2.Command(
-        command_id=command_id,
-        run_pipeline=run_pipeline,
-        cancel_run=cancel_run,
-        container=container,
-        list_containers=list_containers,
-        inspect_container=inspect_container,
-        stream_container_logs=stream_container_logs,
-        stop_stream=stop_stream,
-    )
-    which = made.WhichOneof("body")
-    assert which is not None
-    body: Message = getattr(made, which)
-    made.digest = hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
-    return made

@@ -14,12 +14,12 @@ import structlog
 from sqlalchemy import Connection
 
 from outrider import __version__, wire
-from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, Unauthenticated
+from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, TemporaryError, Unauthenticated
 from outrider.pipeline import ATTRIBUTE_PATTERN, load_pipeline, plain_envs
 from outrider.v1 import node_service_pb2, node_service_pb2_grpc, types_pb2
-from server_core.access import current_caller
+from server_core.access import current_caller, current_session
 from server_core.bus.base import EVENTS, NODES, log_topic, run_topic
-from server_core.fleet import ControlChannel
+from server_core.channel import ControlChannel
 from server_core.security import tokens
 from server_core.security.vault import env_purpose
 from server_core.services import Services
@@ -42,7 +42,17 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
     async def Register(
         self, request: node_service_pb2.RegisterRequest, context: Context
     ) -> node_service_pb2.RegisterResponse:
+        """A new session, or the last one resumed. Raises TemporaryError with the time to wait when a whole fleet
+        comes back at once and it is not this node's turn."""
         node_id = current_caller().name
+        wait_s = self._s.admission.wait_s(node_id)
+        if wait_s > 0:
+            raise TemporaryError(
+                f"the server lets {self._s.admission.per_second:g} nodes a second back in; the turn of node {node_id} "
+                f"is in {wait_s:.1f} s",
+                code="resource_exhausted",
+                retry_after_s=wait_s,
+            )
         wire.load_json_object(request.facts_json, "facts_json")
         for info in request.step_types:
             wire.load_json_object(info.params_schema_json, f"params_schema_json of step type {info.name}")
@@ -58,7 +68,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             session_id=session.session_id,
             epoch=session.epoch,
             resumed=session.resumed,
-            heartbeat=self._s.fleet.heartbeat_policy(),
+            heartbeat=self._s.fleet.heartbeat_policy(node_id),
             server_version=__version__,
             server_time=stamp(now_us()),
             server_id=self._s.server_id,
@@ -76,8 +86,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
     ) -> None:
         """The control channel. A reader and a writer; whichever ends first, or a close by the server, ends it."""
         caller = current_caller()
-        session_id, epoch = await self._s.db.read(lambda c: nodes.current_session(c, caller.name))
-        channel = ControlChannel(caller.name, session_id, epoch)
+        channel = ControlChannel(caller.name, *current_session())
         self._s.fleet.attach(channel)
         tasks = [
             asyncio.ensure_future(self._read(channel, caller.token_digest, request_iterator)),
@@ -101,6 +110,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         node_id = current_caller().name
         acknowledged = 0
         async for batch in request_iterator:
+            await self._fence()
             for event in batch.events:
                 wire.load_json_object(event.data_json, f"data_json of event {event.sequence}")
             stored = await self._s.db.write(
@@ -117,7 +127,10 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         """Append what comes; each batch is acknowledged on the control channel once it is on the disk."""
         node_id = current_caller().name
         positions: dict[tuple[str, str, int, int], node_service_pb2.RunLogAck.Position] = {}
+        resend: dict[tuple[str, str, int, int], node_service_pb2.RunLogAck.Position] = {}
+        unknown: set[str] = set()
         async for batch in request_iterator:
+            await self._fence()
             pieces = [logs.measure(chunk) for chunk in batch.chunks]
             appended = await self._s.db.write(
                 Commit.LOGS,
@@ -125,14 +138,28 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             )
             for position in appended.positions:
                 positions[(position.run_id, position.step, position.attempt, position.stream)] = position
-            await self._acknowledge_logs(node_id, node_service_pb2.RunLogAck(positions=appended.positions))
+            await self._acknowledge_logs(
+                node_id, node_service_pb2.RunLogAck(positions=appended.positions, unknown_runs=appended.foreign)
+            )
             for run_id in {position.run_id for position in appended.positions}:
                 self._s.bus.publish(log_topic(run_id))
-            if appended.foreign:
-                raise NotFound(f"node {node_id} has no run {', '.join(appended.foreign)}", code="unknown_run")
-            if appended.loose:
-                raise _loose_log(appended)
-        return node_service_pb2.RunLogAck(positions=positions.values())
+            # Neither may hold up the logs of others: the agent goes on without these, or from the right place.
+            unknown.update(appended.foreign)
+            for chunk in appended.loose:
+                key = (chunk.run_id, chunk.step, chunk.attempt, chunk.stream)
+                resend.setdefault(key, positions[key])
+                log.warning(
+                    "a log does not follow on what is stored",
+                    run=chunk.run_id,
+                    step=chunk.step,
+                    stored=positions[key].offset,
+                    came=chunk.offset,
+                )
+            if resend:
+                break
+        return node_service_pb2.RunLogAck(
+            positions=positions.values(), unknown_runs=sorted(unknown), resend=resend.values()
+        )
 
     async def StreamContainerLogs(
         self, request_iterator: AsyncIterator[node_service_pb2.ContainerLogBatch], context: Context
@@ -145,6 +172,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         async def batches() -> AsyncIterator[node_service_pb2.ContainerLogBatch]:
             yield first
             async for batch in request_iterator:
+                await self._fence()
                 yield batch
 
         await pipe.fill(batches())
@@ -212,12 +240,18 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         self._s.bus.publish(run_topic(request.run.run_id))
         return node_service_pb2.WriteBackResponse(status_version=version)
 
+    async def _fence(self) -> None:
+        """A stream that was opened in a session that is not the newest any more is refused in the middle."""
+        await self._s.fleet.check_session(current_caller().name, *current_session())
+
     # -- the control channel -------------------------------------------------------------------------------
 
     async def _read(
         self, channel: ControlChannel, token_digest: bytes, messages: AsyncIterator[node_service_pb2.AgentMessage]
     ) -> None:
         async for message in messages:
+            if not channel.open:
+                return  # another has taken its place: what still comes on this one is of the past
             match message.WhichOneof("body"):
                 case "heartbeat":
                     answer = await self._heartbeat(channel.node_id, token_digest, message.heartbeat)
@@ -231,7 +265,6 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
                 case "full_report":
                     report = message.full_report
                     self._s.fleet.heard(channel.node_id, report.brief if report.HasField("brief") else None)
-                    self._s.fleet.took_full_report(channel.node_id, report.brief.state_digest)
                     await self._s.dispatcher.reconcile(channel, report)
                 case other:
                     log.warning("an agent sent a message that is not known here", node=channel.node_id, body=other)
@@ -245,7 +278,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         self, node_id: str, token_digest: bytes, request: node_service_pb2.HeartbeatRequest
     ) -> node_service_pb2.HeartbeatResponse:
         fleet = self._s.fleet
-        answer = node_service_pb2.HeartbeatResponse(sequence=request.sequence, heartbeat=fleet.heartbeat_policy())
+        answer = node_service_pb2.HeartbeatResponse(sequence=request.sequence)
         try:
             await fleet.check_session(node_id, request.session_id, request.epoch)
         except Conflict:
@@ -253,8 +286,11 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             return answer
         if not tokens.proof_is_right(request.proof, token_digest, request.session_id, request.epoch, request.sequence):
             raise Unauthenticated(f"a heartbeat of node {node_id} carries a wrong proof", code="wrong_proof")
+        if not fleet.beat_is_new(node_id, request.sequence):
+            raise Conflict(f"a heartbeat of node {node_id} came twice", code="heartbeat_repeated", hint="connect anew")
         fleet.heard(node_id, request.brief)
-        answer.full_report_wanted = fleet.full_report_wanted(node_id, request.brief.state_digest)
+        answer.heartbeat.CopyFrom(fleet.heartbeat_policy(node_id))
+        answer.full_report_wanted = await self._s.dispatcher.disagrees(node_id, request.brief)
         return answer
 
     async def _acknowledge_logs(self, node_id: str, ack: node_service_pb2.RunLogAck) -> None:
@@ -273,15 +309,3 @@ def _run_of(connection: Connection, node_id: str, ref: node_service_pb2.RunRef) 
     if row.lease_id != ref.lease_id:
         raise Conflict(f"run {ref.run_id} is under another lease", code="lease_superseded")
     return row
-
-
-def _loose_log(appended: logs.Appended) -> Conflict:
-    chunk = appended.loose[0]
-    key = (chunk.run_id, chunk.step, chunk.attempt, chunk.stream)
-    have = next(p.offset for p in appended.positions if (p.run_id, p.step, p.attempt, p.stream) == key)
-    return Conflict(
-        f"the log of step {chunk.step} of {chunk.run_id} is stored up to byte {have}, and byte {chunk.offset} does "
-        "not follow on that",
-        code="log_not_contiguous",
-        hint=f"go on from byte {have}, or say with a gap what is missing",
-    )

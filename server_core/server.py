@@ -31,6 +31,7 @@ from outrider.v1 import (
     node_service_pb2_grpc,
 )
 from server_core import access
+from server_core.admission import Admission
 from server_core.bus.local import LocalBus
 from server_core.config import ServerConfig
 from server_core.control.service import ControlService
@@ -57,6 +58,8 @@ _SERVICES = (
 _FAREWELL_S = 0.5
 """How long agents have to hear that the server stops, also when there is no grace for calls."""
 _STUCK_S = 2.0
+_RESTART_TAKES_S = 2.0
+"""How long a server that stops is away, if it is restarted: before that no agent needs to look for it."""
 _HOUSEKEEPING_EVERY = timedelta(hours=6)
 _RENEWAL_GRACE_S = 2.0
 
@@ -139,11 +142,14 @@ class Server:
                 Commit.SERVER_START, lambda c: (vault.open_vault(c, master_key, now_us()), _server_id(c))
             )
             bus = LocalBus()
-            fleet = Fleet(db, bus, config.heartbeat_interval_s, config.missed_heartbeats)
+            returns = config.registrations_per_second
+            fleet = Fleet(db, bus, config.heartbeat_interval_s, config.missed_heartbeats, returns)
             await fleet.load()
             dispatcher = Dispatcher(db, bus, fleet)
             guard = access.Access(table, db, fleet)
-            services = Services(config, db, bus, fleet, dispatcher, vault_, Pipes(), guard, server_id, now_us())
+            services = Services(
+                config, db, bus, fleet, dispatcher, vault_, Pipes(), guard, Admission(returns), server_id, now_us()
+            )
             self._services = services
             await self._open(certificate, config.listen)
             stack.push_async_callback(fleet.flush)
@@ -161,7 +167,7 @@ class Server:
             return
         self._started = False
         self._services.bus.close()
-        await self._close(Unavailable("the server is stopping", code="server_stopping"), grace)
+        await self._close("the server is stopping", grace, absent_s=_RESTART_TAKES_S)
         await self._stack.aclose()
         log.info("server stopped")
 
@@ -181,7 +187,7 @@ class Server:
         if certificate == self._certificate:
             return False
         log.info("the certificate is renewed, and the listener opened anew")
-        await self._close(Unavailable("the server renews its certificate", code="server_stopping"), _RENEWAL_GRACE_S)
+        await self._close("the server renews its certificate", _RENEWAL_GRACE_S, absent_s=_RENEWAL_GRACE_S)
         host = self.config.listen.rpartition(":")[0]
         # A server without a listener is of no use to anybody: whatever holds the port, it is tried again.
         await FOREVER.run(lambda: self._reopen(certificate, f"{host}:{self.port}"))
@@ -201,9 +207,12 @@ class Server:
         await server.start()
         self._server, self._certificate = server, certificate
 
-    async def _close(self, farewell: OutriderError, grace: float) -> None:
+    async def _close(self, why: str, grace: float, *, absent_s: float) -> None:
+        def farewell(wait_s: float) -> OutriderError:
+            return Unavailable(why, code="server_stopping", retry_after_s=wait_s)
+
         await self._health.enter_graceful_shutdown()
-        await self._services.fleet.close_channels(farewell, max(grace, _FAREWELL_S))
+        await self._services.fleet.close_channels(farewell, max(grace, _FAREWELL_S), absent_s=absent_s)
         began = time.monotonic()
         try:
             # Seen: gRPC's own stop waiting for ever, long after its grace, with no call left.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server_core.access import Access
+from server_core.admission import Admission
 from server_core.bus.base import Bus
 from server_core.config import ServerConfig
 from server_core.dispatch import Dispatcher
@@ -24,5 +25,6 @@ class Services:
     vault: Vault
     pipes: Pipes
     access: Access
+    admission: Admission
     server_id: str
     started_us: int

@@ -14,8 +14,8 @@ from outrider.errors import Conflict, InvalidInput, OutriderError
 from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import node_service_pb2, types_pb2
 from server_core.access import current_caller
+from server_core.channel import Answer, ControlChannel, command
 from server_core.control.common import Context, Part, request_digest
-from server_core.fleet import Answer, ControlChannel, command
 from server_core.store import nodes, requests
 from server_core.store.commits import Commit
 from server_core.streams import Pipe

@@ -14,6 +14,7 @@ from server_core.store.common import dump, micros, now_us, stamp
 OWN = frozenset(
     {
         "run.accepted", "run.finished", "run.cancel_requested", "run.unrecognised", "run.report_refused",
+        "run.reconciled",
         "node.online", "node.offline", "node.added", "node.removed",
         "object.changed", "object.removed", "env.changed", "env.removed",
     }

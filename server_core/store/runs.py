@@ -220,6 +220,23 @@ def blocker_of(connection: Connection, row: RunRow) -> str | None:
     ).scalar()
 
 
+def under_way_of_same_object(connection: Connection, row: RunRow) -> str | None:
+    """Another run of the same object that its node has, or may have."""
+    if not row.object_kind:
+        return None
+    return connection.execute(
+        select(_RUNS.run_id)
+        .where(
+            _RUNS.object_kind == row.object_kind,
+            _RUNS.object_name == row.object_name,
+            _RUNS.state.in_(ACTIVE),
+            _RUNS.sent,
+            _RUNS.run_id != row.run_id,
+        )
+        .limit(1)
+    ).scalar()
+
+
 def set_reason(connection: Connection, run_id: str, reason: str) -> bool:
     """What a queued run waits for; returns whether that is news."""
     return bool(
