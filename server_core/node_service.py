@@ -251,7 +251,8 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
     ) -> None:
         async for message in messages:
             if not channel.open:
-                return  # another has taken its place: what still comes on this one is of the past
+                await channel.wait_closed()  # another has taken its place: what still comes on this one is of the past
+                return
             match message.WhichOneof("body"):
                 case "heartbeat":
                     answer = await self._heartbeat(channel.node_id, token_digest, message.heartbeat)

@@ -285,16 +285,23 @@ async def test_every_byte_of_a_log_is_stored_once_in_order_and_acknowledged(
     assert b"".join(p.data for p in tail if p.stream == OUT) == b"\xff\xfe\n"
 
 
-async def test_log_with_a_hole_is_refused_with_the_position_to_go_on_from(
+async def test_log_with_a_hole_is_not_stored_beyond_it_and_is_told_where_to_go_on(
     rig: Rig, control: cgrpc.ControlServiceStub, agent: FakeAgent
 ) -> None:
     order = await started(rig, control, agent)
-    error = await refused(send_logs(agent, chunk(order, 0, b"abc"), chunk(order, 9, b"xyz")))
-    assert error.code == "log_not_contiguous"
-    assert "byte 3" in str(error)
+    ack = await send_logs(agent, chunk(order, 0, b"abc"), chunk(order, 9, b"xyz"))
+    assert [position.offset for position in ack.resend] == [3]
     assert b"".join(p.data for p in await logs_of(control, order)) == b"abc"
+
+
+async def test_log_of_a_run_that_the_server_does_not_know_holds_up_no_other(
+    rig: Rig, control: cgrpc.ControlServiceStub, agent: FakeAgent
+) -> None:
+    order = await started(rig, control, agent)
     stranger = tpb.RunLogChunk(run_id="rother", step="say", attempt=1, stream=OUT, data=b"x")
-    assert isinstance(await refused(send_logs(agent, stranger)), NotFound)
+    ack = await send_logs(agent, stranger, chunk(order, 0, b"abc"))
+    assert list(ack.unknown_runs) == ["rother"]
+    assert b"".join(p.data for p in await logs_of(control, order)) == b"abc"
 
 
 async def test_followed_log_ends_after_the_last_byte_even_if_the_run_ended_before_it_came(
