@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, str] = {
     "dev": "Start server and agent in one process, for a first try and for tests.",
-    "server": "The server: init, run, config.",
-    "agent": "The agent of a node: run, status, config.",
+    "server": "The server: init, run, config, install.",
+    "agent": "The agent of a node: run, status, config, install.",
     "node": "Nodes: add, list, show, rm.",
     "pipeline": "Pipelines: validate, schema.",
     "run": "Run a pipeline on a node and follow it.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outrider.cli._machine import How, install_options, this_command
 from outrider.cli._output import emit_json, fields, output_option, table
 from outrider.cli._service import config_option, load_settings, run_until_signal, show_settings
 from outrider.cli._values import pairs
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = Path("/etc/outrider/agent.yaml")
 
 
-@click.group("agent", help="The agent of a node: run, status, config.")
+@click.group("agent", help="The agent of a node: run, status, config, install.")
 def command() -> None:
     """The agent."""
 
@@ -88,6 +89,44 @@ def run(**flags: Any) -> None:
 def config(as_json: bool, **flags: Any) -> None:
     """Print the effective settings and where each came from; secrets are not shown."""
     show_settings(_load(**flags), as_json)
+
+
+@command.command("install")
+@click.option("--server", metavar="HOST:PORT", help="The server to dial; needed once.")
+@click.option("--node-id", help="Who this node is; by default, the machine's name.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label; repeatable.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="The node's token; `-` reads it from stdin.")
+@click.option("--ca-file", type=click.Path(path_type=Path), help="The server's CA; without it, the system's.")
+@install_options
+def install(
+    labels: tuple[str, ...],
+    token_file: Path | None,
+    ca_file: Path | None,
+    how: How,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Make the agent a service of this machine: its files in /etc/outrider, a unit of systemd, and its start.
+
+    What is as it should be is left alone; so it can be repeated, with a new token for instance. A restart of the
+    service stops no container.
+    """
+    from outrider.cli import _install
+    from outrider.tls import read_ca
+
+    if how.uninstall:
+        keeps = ["/etc/outrider and the state directory stay, and containers go on"]
+        _install.uninstall(_install.AGENT, keeps, dry_run=how.dry_run, as_json=as_json)
+        return
+    token = _install.read_secret(token_file)
+    ca = read_ca(ca_file).decode("ascii") if ca_file else None
+    given["labels"] = pairs(labels, "--label") or None
+    _install.install(
+        lambda: _install.plan_agent(given, token, ca, _install.Places(), how.command or this_command()),
+        dry_run=how.dry_run,
+        start=how.start,
+        as_json=as_json,
+    )
 
 
 @command.command("status")

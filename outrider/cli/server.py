@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outrider.cli._machine import How, install_options, this_command
 from outrider.cli._main import App, say_error
 from outrider.cli._output import emit_json, note, output_option
 from outrider.cli._service import (
@@ -35,7 +36,7 @@ CONFIG_FILE = Path("/etc/outrider/server.yaml")
 STOP_GRACE_S = 10.0
 
 
-@click.group("server", help="The server: init, run, config.")
+@click.group("server", help="The server: init, run, config, install.")
 def command() -> None:
     """The server."""
 
@@ -167,3 +168,27 @@ async def _renewing(server: Server, notifier: Notifier) -> AsyncIterator[None]:
 def config(as_json: bool, **flags: Any) -> None:
     """Print the effective settings and where each came from."""
     show_settings(_load(**flags), as_json)
+
+
+@command.command("install")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where the server keeps everything.")
+@click.option("--listen", metavar="HOST:PORT", help="Where to listen.")
+@click.option("--name", "names", multiple=True, help="A further name or address for the certificate.")
+@install_options
+def install(how: How, as_json: bool, **given: Any) -> None:
+    """Make the server a service of this machine: its files in /etc/outrider, a user, a unit of systemd, and its start.
+
+    What is as it should be is left alone. The server starts once `outrider server init` has been run.
+    """
+    from outrider.cli import _install
+
+    if how.uninstall:
+        keeps = [f"/etc/outrider, the data directory and the user {_install.SERVER_USER} stay"]
+        _install.uninstall(_install.SERVER, keeps, dry_run=how.dry_run, as_json=as_json)
+        return
+    _install.install(
+        lambda: _install.plan_server(given, _install.Places(), how.command or this_command()),
+        dry_run=how.dry_run,
+        start=how.start,
+        as_json=as_json,
+    )
