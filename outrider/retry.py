@@ -2,12 +2,15 @@
 
 First wait 100 ms, factor 2, jitter ±20 %, no wait over 30 s with its jitter, at most 5 retries. Clock and
 random source are injected, so that tests measure the distribution instead of waiting for it.
+
+What is tried again, and what is given up, is counted by operation and error class in an `OperationCounts`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -41,7 +44,9 @@ class RetryPolicy:
         """The wait before retry number ``retry`` (from 1), in seconds, jitter included, never over the cap."""
         # The exponent is bounded: 2.0 ** 1024 overflows, and a node may be cut off for weeks.
         base = self.first_wait_s * self.factor ** min(retry - 1, 63)
-        return min(min(base, self.max_wait_s) * self.rng.uniform(1 - self.jitter, 1 + self.jitter), self.max_wait_s)
+        # The cap leaves room for the jitter: cut off afterwards, half of a fleet would wait for exactly the cap.
+        base = min(base, self.max_wait_s / (1 + self.jitter))
+        return min(base * self.rng.uniform(1 - self.jitter, 1 + self.jitter), self.max_wait_s)
 
     def waits(self) -> Iterator[float]:
         """All waits of one operation, in order; ends when no retry is left."""
@@ -92,3 +97,51 @@ class RetryPolicy:
 
 FOREVER = RetryPolicy(max_retries=None)
 """For reconnecting, which never gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperationCount:
+    """How often one operation met errors of one class: ``retries`` were tried again, ``failures`` were given up."""
+
+    operation: str
+    error_class: ErrorClass
+    retries: int
+    failures: int
+
+
+class OperationCounts:
+    """Retries and failures by operation and error class, since it was made.
+
+    An operation is named in dotted words, for example "session.connect" or "image.pull". For use on one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._retries: Counter[tuple[str, ErrorClass]] = Counter()
+        self._failures: Counter[tuple[str, ErrorClass]] = Counter()
+
+    def retried(self, operation: str, error: OutriderError) -> None:
+        """``operation`` met ``error`` and is tried again."""
+        self._retries[operation, error.error_class] += 1
+
+    def failed(self, operation: str, error: OutriderError) -> None:
+        """``operation`` was given up because of ``error``."""
+        self._failures[operation, error.error_class] += 1
+
+    def on_retry(self, operation: str) -> Callable[[int, float, OutriderError], None]:
+        """For the ``on_retry`` of `RetryPolicy.run`."""
+        return lambda _retry, _wait, error: self.retried(operation, error)
+
+    async def run(
+        self, operation: str, policy: RetryPolicy, work: Callable[[], Awaitable[T]], *, idempotent: bool = True
+    ) -> T:
+        """``policy.run`` with its retries, and its failure, counted as ``operation``."""
+        try:
+            return await policy.run(work, idempotent=idempotent, on_retry=self.on_retry(operation))
+        except OutriderError as error:
+            self.failed(operation, error)
+            raise
+
+    def all(self) -> list[OperationCount]:
+        """What was counted, by operation and class."""
+        keys = sorted(self._retries.keys() | self._failures.keys())
+        return [OperationCount(*key, self._retries[key], self._failures[key]) for key in keys]

@@ -26,7 +26,7 @@ from server_core.bus.base import EVENTS, Bus, run_topic
 from server_core.channel import ControlChannel, command
 from server_core.fleet import Fleet
 from server_core.logs import trace
-from server_core.store import events, runs
+from server_core.store import events, runs, turns
 from server_core.store.base import Database
 from server_core.store.commits import Commit
 from server_core.store.runs import RunRow
@@ -100,12 +100,15 @@ class Dispatcher:
 
     async def _send_one(self, channel: ControlChannel, row: RunRow) -> None:
         if row.state == runs.QUEUED and not (row.cancel_requested and not row.sent):
-            blocker = await self._db.read(lambda c: runs.blocker_of(c, row))
-            if blocker is not None:
-                reason = f"waits for run {blocker} of {row.object_kind}/{row.object_name}"
-                if await self._db.write(Commit.RUN_WAITS, lambda c: runs.set_reason(c, row.run_id, reason)):
+            reason = await self._db.read(lambda c: turns.waits_for(c, row))
+            commit = Commit.RUN_WAITS if reason else Commit.RUN_SENT
+            if _RUN + row.run_id not in channel.sent:
+                # Written down before it goes out: from here on the node may have it, and a cancel has to reach it.
+                turn = await self._db.write(commit, lambda c: turns.claim(c, row.run_id))
+                if turn.told:
                     self._bus.publish(run_topic(row.run_id))
-                return
+                if not turn.send:
+                    return
             await self._send(channel, row, _RUN + row.run_id)
         if row.cancel_requested and (row.sent or row.state != runs.QUEUED):
             await self._send(channel, row, _CANCEL + row.run_id)
@@ -114,9 +117,6 @@ class Dispatcher:
         if command_id in channel.sent:
             return
         if command_id.startswith(_RUN):
-            # Written down before it goes out: from here on the node may have it, and a cancel has to reach it.
-            if not await self._db.write(Commit.RUN_SENT, lambda c: runs.mark_sent(c, row.run_id)):
-                return
             message = command(command_id, run_pipeline=runs.pipeline_command(row))
         else:
             message = command(command_id, cancel_run=runs.cancel_command(row))

@@ -232,6 +232,11 @@ class Fleet:
                 node.brief.CopyFrom(presence.brief)
         return node
 
+    def brief(self, node_id: str) -> types_pb2.BriefState | None:
+        """What the node said last of how it is."""
+        presence = self._presence.get(node_id)
+        return None if presence is None else presence.brief
+
     def offline_error(self, node_id: str) -> Unavailable:
         """The sentence for a node that is needed now and is not here."""
         presence = self._presence.get(node_id)

@@ -36,6 +36,7 @@ from server_core.bus.local import LocalBus
 from server_core.config import ServerConfig
 from server_core.control.service import ControlService
 from server_core.dispatch import Dispatcher
+from server_core.drains import Drains
 from server_core.fleet import Fleet
 from server_core.node_service import NodeService
 from server_core.security import certs, tokens, vault
@@ -146,15 +147,28 @@ class Server:
             fleet = Fleet(db, bus, config.heartbeat_interval_s, config.missed_heartbeats, returns)
             await fleet.load()
             dispatcher = Dispatcher(db, bus, fleet)
+            drains = Drains(db, bus, fleet, dispatcher)
+            await drains.load()
             guard = access.Access(table, db, fleet)
             services = Services(
-                config, db, bus, fleet, dispatcher, vault_, Pipes(), guard, Admission(returns), server_id, now_us()
+                config,
+                db,
+                bus,
+                fleet,
+                dispatcher,
+                drains,
+                vault_,
+                Pipes(),
+                guard,
+                Admission(returns),
+                server_id,
+                now_us(),
             )
             self._services = services
             await self._open(certificate, config.listen)
             stack.push_async_callback(fleet.flush)
             stack.push_async_callback(dispatcher.stop)
-            for work in (fleet.run(), self._housekeeping()):
+            for work in (fleet.run(), drains.run(), self._housekeeping()):
                 task = asyncio.get_running_loop().create_task(work)
                 stack.push_async_callback(_end, task)
             self._stack = stack.pop_all()

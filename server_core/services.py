@@ -9,6 +9,7 @@ from server_core.admission import Admission
 from server_core.bus.base import Bus
 from server_core.config import ServerConfig
 from server_core.dispatch import Dispatcher
+from server_core.drains import Drains
 from server_core.fleet import Fleet
 from server_core.security.vault import Vault
 from server_core.store.base import Database
@@ -22,6 +23,7 @@ class Services:
     bus: Bus
     fleet: Fleet
     dispatcher: Dispatcher
+    drains: Drains
     vault: Vault
     pipes: Pipes
     access: Access

@@ -55,6 +55,12 @@ class Part(control_service_pb2_grpc.ControlServiceServicer):
 
         return await self._s.db.write(commit, run)
 
+    async def _answered(self, request: Changing, digest: bytes, answer: type[M]) -> M | None:
+        """The answer that this very request got before: to be asked for ahead of checks that could refuse it now."""
+        caller = current_caller().key
+        sealed = await self._s.db.read(lambda c: requests.answer_of(c, caller, request.request_id, digest))
+        return None if sealed is None else answer.FromString(self._s.vault.open(sealed, "answer"))
+
     def _keep(self, connection: Connection, request: Changing, digest: bytes, caller: str, answer: Message) -> None:
         sealed = self._s.vault.seal(answer.SerializeToString(), "answer")
         requests.keep(connection, caller, request.request_id, digest, sealed)

@@ -12,10 +12,11 @@ from outrider.errors import Conflict, InvalidInput, Problem
 from outrider.pipeline import EnvName, Name
 from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import types_pb2
+from server_core.access import current_caller
 from server_core.bus.base import EVENTS
 from server_core.control.common import Context, Part, check_name, check_ref
 from server_core.security.vault import env_purpose
-from server_core.store import envs, events, objects, runs
+from server_core.store import audit, envs, events, objects, runs
 from server_core.store.commits import Commit
 
 _MAX_VALUE_BYTES = 64 * 1024
@@ -51,6 +52,7 @@ class Data(Part):
 
     async def RemoveObject(self, request: pb.RemoveObjectRequest, context: Context) -> pb.RemoveObjectResponse:
         ref = check_ref(request.ref)
+        caller = current_caller()
 
         def work(connection: Connection) -> pb.RemoveObjectResponse:
             active = runs.active_of(connection, ref)
@@ -62,6 +64,7 @@ class Data(Part):
                 )
             objects.remove(connection, ref)
             events.add(connection, "object.removed", objects.spoken(ref))
+            audit.add(connection, caller, "delete", "objects", objects.spoken(ref))
             return pb.RemoveObjectResponse()
 
         answer = await self._once("RemoveObject", Commit.OBJECT_REMOVE, request, pb.RemoveObjectResponse, work)
@@ -75,10 +78,13 @@ class Data(Part):
             for name, value in request.values.items()
         }
         expected = request.expected_version if request.HasField("expected_version") else None
+        caller = current_caller()
 
         def work(connection: Connection) -> pb.EnvSet:
             found = envs.put(connection, request.name, sealed, request.remove, expected)
             events.add(connection, "env.changed", request.name, data={"version": found.version})
+            names = {"set": sorted(sealed), "removed": sorted(request.remove)}
+            audit.add(connection, caller, "update", "envs", request.name, data=names)
             return found
 
         answer = await self._once("SetEnvSet", Commit.ENV_SET, request, pb.EnvSet, work)
@@ -90,10 +96,12 @@ class Data(Part):
 
     async def RemoveEnvSet(self, request: pb.RemoveEnvSetRequest, context: Context) -> pb.RemoveEnvSetResponse:
         check_name("name of an env set", request.name)
+        caller = current_caller()
 
         def work(connection: Connection) -> pb.RemoveEnvSetResponse:
             envs.remove(connection, request.name)
             events.add(connection, "env.removed", request.name)
+            audit.add(connection, caller, "delete", "envs", request.name)
             return pb.RemoveEnvSetResponse()
 
         answer = await self._once("RemoveEnvSet", Commit.ENV_REMOVE, request, pb.RemoveEnvSetResponse, work)

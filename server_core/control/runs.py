@@ -22,7 +22,7 @@ from server_core import checks, dispatch
 from server_core.access import current_caller
 from server_core.bus.base import EVENTS, run_topic
 from server_core.control.common import Context, Part, check_ref, request_digest
-from server_core.store import events, nodes, objects, runs
+from server_core.store import audit, draining, events, nodes, objects, runs, settling
 from server_core.store.commits import Commit
 
 _MAX_LISTED = 1000
@@ -73,18 +73,15 @@ class Runs(Part):
             if again is not None:
                 return again
             nodes.get(connection, request.node_id)
+            draining.refuse(connection, request.node_id)
             found = None if ref is None else objects.get(connection, ref)
-            if ref is not None and request.refuse_if_busy and (active := runs.active_of(connection, ref)):
-                raise Conflict(
-                    f"object {objects.spoken(ref)} is busy with run {active[0].run_id}",
-                    code="object_busy",
-                    hint="wait for it, or let this run queue behind it",
-                )
+            if ref is not None and request.refuse_if_busy:
+                self._refuse_busy(connection, ref)
             made = runs.accept(
                 connection,
                 runs.NewRun(
                     run_id=run_id,
-                    lease_id="l" + secrets.token_hex(12),
+                    lease_id=settling.new_lease(),
                     caller=caller,
                     key=key,
                     request_digest=digest,
@@ -123,13 +120,14 @@ class Runs(Part):
         if not 0 <= grace_us <= 3_600_000_000:
             raise InvalidInput("the grace of a cancellation is between 0 and 1 hour", code="bad_grace")
         settled: list[types_pb2.ObjectRef | None] = []
-        by = current_caller().name
+        caller = current_caller()
 
         def work(connection: Connection) -> types_pb2.Run:
             run = runs.get(connection, request.run_id)
             if runs.request_cancel(connection, run.run_id, request.reason[:512], grace_us):
-                data = {"reason": request.reason[:512], "by": by}
+                data = {"reason": request.reason[:512], "by": caller.name}
                 events.add(connection, "run.cancel_requested", run.run_id, node_id=run.node_id, data=data)
+                audit.add(connection, caller, "cancel", "runs", run.run_id, reason=request.reason)
                 run = runs.get(connection, run.run_id)
                 if runs.is_over(run.state):
                     settled.append(dispatch.finished(connection, run.run_id))
@@ -156,6 +154,16 @@ class Runs(Part):
                 if runs.is_over(run.state):
                     return
                 await subscription.wait()
+
+    @staticmethod
+    def _refuse_busy(connection: Connection, ref: types_pb2.ObjectRef) -> None:
+        active = runs.active_of(connection, ref)
+        if active:
+            raise Conflict(
+                f"object {objects.spoken(ref)} is busy with run {active[0].run_id}",
+                code="object_busy",
+                hint="wait for it, or let this run queue behind it",
+            )
 
     async def _problems(
         self, pipeline: Pipeline, node_id: str, ref: types_pb2.ObjectRef | None, given: Mapping[str, Any]

@@ -24,6 +24,9 @@ class Commit(StrEnum):
     ENV_REMOVE = "env_remove"
     RUN_ACCEPT = "run_accept"
     RUN_CANCEL = "run_cancel"
+    RUN_RESOLVE = "run_resolve"
+    RUN_RETRY = "run_retry"
+    NODE_DRAIN = "node_drain"
     CONTAINER_ANSWER = "container_answer"
     # What is sent to nodes, and what they say.
     SESSION_BEGIN = "session_begin"
@@ -36,6 +39,8 @@ class Commit(StrEnum):
     RUN_SETTLED = "run_settled"
     RECONCILED = "reconciled"
     WRITE_BACK = "write_back"
+    NODE_DRAINED = "node_drained"
+    DRAIN_DEADLINE = "drain_deadline"
     LOGS = "logs"
     EVENTS = "events"
     # Now and then.

@@ -13,8 +13,9 @@ from server_core.store.common import dump, micros, now_us, stamp
 
 OWN = frozenset(
     {
-        "run.accepted", "run.finished", "run.cancel_requested", "run.unrecognised", "run.report_refused",
-        "run.reconciled",
+        "run.accepted", "run.resolved", "run.retried", "run.finished", "run.cancel_requested", "run.unrecognised",
+        "run.report_refused", "run.reconciled",
+        "node.draining", "node.drained", "node.drain_ended",
         "node.online", "node.offline", "node.added", "node.removed",
         "object.changed", "object.removed", "env.changed", "env.removed",
     }

@@ -55,6 +55,8 @@ class NewRun:
     env_names: Sequence[str]
     timeout_us: int
     steps: Sequence[types_pb2.StepStatus]
+    retry_of: str | None = None
+    finished: Sequence[types_pb2.StepStatus] = ()  # those of ``steps`` that are taken over from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ def accept(connection: Connection, new: NewRun) -> types_pb2.Run:
             cancel_reason="",
             cancel_grace_us=0,
             created_at=now_us(),
+            retry_of=new.retry_of,
+            finished_steps=_finished_steps(new.finished),
         )
     )
     connection.execute(
@@ -203,23 +207,6 @@ def active_of(connection: Connection, ref: types_pb2.ObjectRef) -> Sequence[RunR
     ).all()
 
 
-def blocker_of(connection: Connection, row: RunRow) -> str | None:
-    """The run of the same object that has to end before this one may start."""
-    if not row.object_kind:
-        return None
-    return connection.execute(
-        select(_RUNS.run_id)
-        .where(
-            _RUNS.object_kind == row.object_kind,
-            _RUNS.object_name == row.object_name,
-            _RUNS.state.in_(ACTIVE),
-            _RUNS.sequence < row.sequence,
-        )
-        .order_by(_RUNS.sequence)
-        .limit(1)
-    ).scalar()
-
-
 def under_way_of_same_object(connection: Connection, row: RunRow) -> str | None:
     """Another run of the same object that its node has, or may have."""
     if not row.object_kind:
@@ -235,24 +222,6 @@ def under_way_of_same_object(connection: Connection, row: RunRow) -> str | None:
         )
         .limit(1)
     ).scalar()
-
-
-def set_reason(connection: Connection, run_id: str, reason: str) -> bool:
-    """What a queued run waits for; returns whether that is news."""
-    return bool(
-        connection.execute(
-            update(schema.runs).where(_RUNS.run_id == run_id, _RUNS.reason != reason).values(reason=reason)
-        ).rowcount
-    )
-
-
-def mark_sent(connection: Connection, run_id: str) -> bool:
-    """Before the command goes out: from now on the node may have it. False if the run is no longer to be sent."""
-    return bool(
-        connection.execute(
-            update(schema.runs).where(_RUNS.run_id == run_id, _RUNS.state == QUEUED).values(sent=True, reason="")
-        ).rowcount
-    )
 
 
 def mark_acknowledged(connection: Connection, run_id: str, node_id: str) -> bool:
@@ -299,14 +268,11 @@ def settle(connection: Connection, run_id: str, state: int, failure: types_pb2.F
     ).rowcount
     if not changed:
         return False
-    never_started = types_pb2.STEP_STATE_SKIPPED if state == FAILED else types_pb2.STEP_STATE_CANCELLED
-    for step in connection.execute(select(schema.steps).where(_STEPS.run_id == run_id)).all():
-        if step.state in _STEP_SETTLED:
-            continue
-        status = types_pb2.StepStatus.FromString(step.status)
-        started = status.state not in (types_pb2.STEP_STATE_PENDING, types_pb2.STEP_STATE_UNSPECIFIED)
-        status.state = types_pb2.STEP_STATE_UNKNOWN if state == UNKNOWN and started else never_started
-        _save_step(connection, run_id, status)
+    # Of an unknown run nobody knows how far it came after its last report: a step that had not begun then may have.
+    open_steps = types_pb2.STEP_STATE_CANCELLED
+    if state in (FAILED, UNKNOWN):
+        open_steps = types_pb2.STEP_STATE_SKIPPED if state == FAILED else types_pb2.STEP_STATE_UNKNOWN
+    _end_open_steps(connection, run_id, open_steps)
     return True
 
 
@@ -321,6 +287,8 @@ def apply_report(connection: Connection, node_id: str, report: node_service_pb2.
         return Applied()
     for status in report.steps:
         _merge_step(connection, report.run_id, status)
+    if report.state == UNKNOWN:
+        _end_open_steps(connection, report.run_id, types_pb2.STEP_STATE_UNKNOWN)
     values: dict[str, Any] = {}
     # States only go forward; the numbers are in that order. UNKNOWN may turn out to be anything.
     if report.state > row.state or row.state == UNKNOWN:
@@ -337,6 +305,12 @@ def apply_report(connection: Connection, node_id: str, report: node_service_pb2.
         connection.execute(update(schema.runs).where(_RUNS.run_id == report.run_id).values(reason="", **values))
     state = values.get("state", row.state)
     return Applied(finished=is_over(state) and not is_over(row.state))
+
+
+def retried_by(connection: Connection, run_id: str) -> str | None:
+    """The last run that goes on from this one."""
+    query = select(_RUNS.run_id).where(_RUNS.retry_of == run_id).order_by(_RUNS.sequence.desc()).limit(1)
+    return connection.execute(query).scalar()
 
 
 def merge_writeback(connection: Connection, run_id: str, values: Mapping[str, Any]) -> None:
@@ -361,6 +335,8 @@ def pipeline_command(row: RunRow) -> node_service_pb2.RunPipeline:
         body.object.ParseFromString(row.object)
     if row.timeout_us:
         body.timeout.FromMicroseconds(row.timeout_us)
+    if row.finished_steps is not None:
+        body.MergeFromString(row.finished_steps)
     return body
 
 
@@ -385,10 +361,25 @@ def _merge_step(connection: Connection, run_id: str, status: types_pb2.StepStatu
     status.uses = status.uses or stored.uses
     if not status.needs:
         status.needs.extend(stored.needs)
-    _save_step(connection, run_id, status)
+    save_step(connection, run_id, status)
 
 
-def _save_step(connection: Connection, run_id: str, status: types_pb2.StepStatus) -> None:
+def _end_open_steps(connection: Connection, run_id: str, state: types_pb2.StepState.ValueType) -> None:
+    for step in connection.execute(select(schema.steps).where(_STEPS.run_id == run_id)).all():
+        if step.state in _STEP_SETTLED:
+            continue
+        status = types_pb2.StepStatus.FromString(step.status)
+        status.state = state
+        save_step(connection, run_id, status)
+
+
+def _finished_steps(finished: Sequence[types_pb2.StepStatus]) -> bytes | None:
+    if not finished:
+        return None
+    return node_service_pb2.RunPipeline(finished=finished).SerializeToString(deterministic=True)
+
+
+def save_step(connection: Connection, run_id: str, status: types_pb2.StepStatus) -> None:
     connection.execute(
         update(schema.steps)
         .where(_STEPS.run_id == run_id, _STEPS.name == status.name)
@@ -414,6 +405,8 @@ def _run(connection: Connection, row: RunRow) -> types_pb2.Run:
         writeback_json=row.writeback_json.encode(),
         reason=row.reason,
         pipeline_sha256=row.pipeline_sha256,
+        retry_of=row.retry_of or "",
+        retried_by=retried_by(connection, row.run_id) or "",
     )
     if row.object is not None:
         snapshot = types_pb2.Object.FromString(row.object)

@@ -62,6 +62,7 @@ nodes = Table(
     Column("last_seen", BigInteger),
     Column("brief", LargeBinary),  # a BriefState message
     Column("created_at", BigInteger, nullable=False),
+    Column("drain_json", Text),  # see server_core.store.draining; NULL: it takes runs
 )
 
 objects = Table(
@@ -145,9 +146,12 @@ runs = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("started_at", BigInteger),
     Column("finished_at", BigInteger),
+    Column("retry_of", String),  # the run that this one goes on from
+    Column("finished_steps", LargeBinary),  # a RunPipeline message with nothing but the steps taken over from it
     UniqueConstraint("caller", "key"),
     Index(None, "node_id", "state"),
     Index(None, "object_kind", "object_name", "sequence"),
+    Index(None, "retry_of"),
 )
 
 steps = Table(
@@ -212,4 +216,20 @@ requests = Table(
     Column("sealed", LargeBinary, nullable=False),  # the answer; it may hold a token that is shown once
     Column("created_at", BigInteger, nullable=False),
     PrimaryKeyConstraint("caller", "request_id"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    # From 1, without a hole; the last one also stands in `meta`, so that rows missing at the end are noticed.
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("time", BigInteger, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("verb", String, nullable=False),
+    Column("resource", String, nullable=False),
+    Column("subject", String, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("data_json", Text, nullable=False),
+    Column("hash", LargeBinary, nullable=False),  # SHA-256 over the hash before it and this row
+    Index(None, "subject"),
 )
