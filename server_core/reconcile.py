@@ -78,8 +78,8 @@ def compare(
         found = runs.row_of(connection, run.run_id)
         if found is None or found.node_id != node_id:
             _unrecognised(connection, node_id, run, result, recorded)
-        elif found.state in runs.SETTLED:
-            # Whatever the lease: a run that an operator has settled has another one since.
+        elif found.state in runs.SETTLED or (found.state == runs.UNKNOWN and found.lease_id != run.lease_id):
+            # Whatever the lease: a run of which an operator has settled a step has another one since.
             if not runs.is_over(run.state):
                 result.stop.append(run.run_id)
                 result.differences.add(Difference(run.run_id, f"over here, {_word(run.state)} there", "told to stop"))
