@@ -57,6 +57,7 @@ log = structlog.get_logger(__name__)
 _LAST_REMOVALS_S = 5.0
 _FIRST_LOOK_S = 2.0
 _ENGINE_ANSWERS_S = 3.0
+_NOTE_TIME_S = 30.0
 _READY_WITHIN_S = 15.0
 _EVENTS = {"start": "container.started", "die": "container.exited", "oom": "container.out_of_memory"}
 
@@ -89,6 +90,8 @@ class Agent:
             policy = policy.model_copy(update={"ports": policy.ports.model_copy(update={"range": config.port_range})})
         with _locked(config.state_dir):
             async with self._parts(policy) as services, serve_status(config.state_dir, self._describe):
+                # First, so that the time since a reboot of the machine counts from here on.
+                await services.state.note_time()
                 self._runs.resume()
                 await self._serve(services)
         if self._refusal is not None:
@@ -179,6 +182,7 @@ class Agent:
                     ("events", self._watch_events()),
                     ("cleanup", cleanup.run()),
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
+                    ("time", self._keep_time()),
                     ("session", self._link()),
                     ("readiness", self._settle()),
                 )
@@ -187,6 +191,13 @@ class Agent:
             log.info("agent stops", runs=len(self._runs.active))
             for task in tasks:
                 task.cancel()
+
+    async def _keep_time(self) -> None:
+        # What a reboot of the machine can make a timeout forget is at most this much.
+        while True:
+            await asyncio.sleep(_NOTE_TIME_S)
+            if self._runs.active:
+                await self._services.state.note_time()
 
     async def _link(self) -> None:
         # What the node says of its engine is true from the first word on; an engine that hangs delays it by little.

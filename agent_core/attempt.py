@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from agent_core.control import ControlSocket
 from agent_core.orders import AttemptOrder, AttemptResult
 from agent_core.runtimes.base import LABEL_PLAN, ContainerInfo, Exit
 from agent_core.services import Services
-from agent_core.state import Phase
+from agent_core.state import AttemptRecord, Phase
 from agent_core.stepfiles import MAX_DIRECTORY_BYTES, ProgressLine, StepDirectory
 from agent_core.steplog import StepLog
 from agent_core.transitions import Transition
@@ -83,6 +84,7 @@ class Attempt:
         self._grace_s = 0.0
         self._pause: str | None = None
         self._log: StepLog | None = None
+        self._created: Future[None] | None = None
 
     def stop(self, why: Why, grace_s: float) -> None:
         """End it: stop signal, then kill. The first reason counts."""
@@ -90,8 +92,8 @@ class Attempt:
             self._why, self._grace_s = why, grace_s
             self._stopping.set()
 
-    async def run(self, phase: Phase | None = None) -> AttemptResult:
-        """Carry it out; ``phase``: how far the journal says a former agent came with it."""
+    async def run(self, former: AttemptRecord | None = None) -> AttemptResult:
+        """Carry it out; ``former``: how far the journal says a former agent came with it."""
         order, services = self._order, self._services
         files = await services.spool.open(order.run_id, order.step, order.number)
         cap = services.policy.limits.step_log_bytes
@@ -104,9 +106,13 @@ class Attempt:
         drained = True
         try:
             async with AsyncExitStack() as stack:
-                container, running = await self._interruptible(self._obtain(phase, stack))
-                drained = False
-                end, drained = await self._see_through(container, running)
+                if former is not None and former.exit_code is not None:
+                    end, drained = await self._seen(former), False
+                else:
+                    phase = former.phase if former is not None else None
+                    container, running = await self._interruptible(self._obtain(phase, stack))
+                    drained = False
+                    end, drained = await self._see_through(container, running)
                 result.exit_code = end.exit_code
                 if end.engine_stopped:
                     raise _Uncertain(f"the container engine stopped while step {order.step} was running")
@@ -149,12 +155,19 @@ class Attempt:
                 with suppress(asyncio.CancelledError, OutriderError, _Uncertain):
                     await task
 
+    async def _seen(self, former: AttemptRecord) -> Exit:
+        """The end that a former agent saw; its output is fetched from the engine's log, if the container is there."""
+        with suppress(NotFound):
+            await self._interruptible(self._with_engine(lambda: self._services.runtime.inspect(former.container)))
+        assert former.exit_code is not None
+        return Exit(former.container, former.exit_code, former.oom_killed)
+
     async def _obtain(self, phase: Phase | None, stack: AsyncExitStack) -> tuple[str, bool]:
         """The container of this attempt, and whether it has been started already. Waits for the engine."""
         info = None
         if phase is not None:
             info = await self._with_engine(lambda: self._find(fence=True))
-            if info is None and phase == "started":
+            if info is None and phase != "intended":
                 raise _Uncertain(f"the container of step {self._order.step} was removed by somebody else")
             if info is None:
                 self._directory.unfence()
@@ -181,11 +194,13 @@ class Attempt:
         )
         try:
             container = await services.runtime.create(spec)
+            self._created = self._mark("created")
         except Conflict:
             # Ours, if the answer to a former request was lost: the name is the attempt's.
             info = await self._find(fence=False)
             if info is None:
                 raise
+            self._created = self._mark("created")
             return info
         except OutriderError:
             if await self._namespace_is_gone():
@@ -217,8 +232,15 @@ class Attempt:
         if info.started_at is not None:
             self._directory.unfence()
             return info
+        await self._never_ran()
         await runtime.remove(info.id, force=True)
         return None
+
+    async def _never_ran(self) -> None:
+        """The container that is about to be removed surely never ran: the next agent may make it anew."""
+        order, state = self._order, self._services.state
+        change = state.attempt_phase(order.run_id, order.step, order.number, "intended")
+        await state.commit(Transition.ATTEMPT_FENCED, change)
 
     async def _see_through(self, container: str, running: bool) -> tuple[Exit, bool]:
         """Start it if it is not running, and stay with it until it has ended; whether its output was all read."""
@@ -226,6 +248,7 @@ class Attempt:
             try:
                 return await self._accompany(container, running)
             except _NamespaceGone:
+                await self._never_ran()
                 await self._services.runtime.remove(container, force=True)
                 container = (await self._interruptible(self._with_engine(self._create))).id
 
@@ -242,10 +265,14 @@ class Attempt:
             if not running:
                 await self._start(container)
             end = await self._exit_of(container)
+            self._mark_exit(end)
             await asyncio.wait({pump}, timeout=_DRAIN_S)
             return end, pump.done() and bool(pump.result())
 
     async def _start(self, container: str) -> None:
+        if self._created is not None:
+            # On the disk before it can have run: whether a container that is gone later has run is known by this.
+            await asyncio.wrap_future(self._created)
         if self._stopping.is_set():
             raise _Stopped
         while True:
@@ -372,11 +399,19 @@ class Attempt:
         await self._services.engine.available()
         await self._on_waiting("")
 
-    def _mark(self, phase: Phase) -> None:
+    def _mark(self, phase: Phase) -> Future[None]:
+        # Mostly not waited for: it only sharpens what a later agent can tell, and the next write brings it to the disk.
         order, state = self._order, self._services.state
         change = state.attempt_phase(order.run_id, order.step, order.number, phase)
-        # Not waited for: it only sharpens what a later agent can tell, and the next write brings it to the disk.
-        state.journal.submit(Transition.ATTEMPT_STARTED, lambda db: change(db) and None)
+        transition = Transition.ATTEMPT_CREATED if phase == "created" else Transition.ATTEMPT_STARTED
+        return state.submit(transition, change)
+
+    def _mark_exit(self, end: Exit) -> None:
+        if end.engine_stopped or end.removed:
+            return
+        order, state = self._order, self._services.state
+        change = state.attempt_exited(order.run_id, order.step, order.number, end.exit_code, end.oom_killed)
+        state.submit(Transition.ATTEMPT_EXITED, change)
 
     async def _serve_control(self, stack: AsyncExitStack) -> None:
         order = self._order

@@ -196,7 +196,8 @@ class RunExecution:
         limit_s = seconds(self.command.timeout)
         if limit_s <= 0:
             return None
-        left = limit_s - self.services.state.clock.since(self.record.boot_id, self.record.boot_clock)
+        spent_s = self.record.spent_s + self.services.state.clock.since(self.record.boot_id, self.record.boot_clock)
+        left = limit_s - spent_s
 
         def over() -> None:
             self._timed_out = True

@@ -10,6 +10,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,7 @@ CREATE TABLE runs (
     started_at REAL,
     finished_at REAL,
     boot_id TEXT NOT NULL,           -- of the machine, when it was accepted
-    boot_clock REAL NOT NULL         -- CLOCK_BOOTTIME then, in seconds
+    boot_clock REAL NOT NULL         -- CLOCK_BOOTTIME then, in seconds; see EXITS_AND_TIME
 ) STRICT;
 CREATE INDEX runs_state ON runs (state);
 
@@ -61,12 +62,20 @@ CREATE TABLE attempts (
     step TEXT NOT NULL,
     attempt INTEGER NOT NULL,
     container TEXT NOT NULL,         -- the derived name
-    phase TEXT NOT NULL,             -- intended, started, done
+    phase TEXT NOT NULL,             -- see Phase
     boot_id TEXT NOT NULL,
-    boot_clock REAL NOT NULL,        -- CLOCK_BOOTTIME of the intent: the step's timeout counts from here
+    boot_clock REAL NOT NULL,        -- CLOCK_BOOTTIME of the intent: the step's timeout counts from here; see below
     engine_boot TEXT NOT NULL,       -- of the engine that it was made with
     PRIMARY KEY (run_id, step, attempt)
 ) STRICT;
+"""
+
+
+EXITS_AND_TIME = """
+ALTER TABLE attempts ADD COLUMN exit_code INTEGER;                 -- phase exited: how the container ended
+ALTER TABLE attempts ADD COLUMN oom_killed INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE attempts ADD COLUMN spent_s REAL NOT NULL DEFAULT 0;   -- of its time, before boot_clock
+ALTER TABLE runs ADD COLUMN spent_s REAL NOT NULL DEFAULT 0;
 """
 
 
@@ -83,6 +92,7 @@ def migrations() -> list[str]:
         volumes.MIGRATION,
         netpool.MIGRATION,
         containers.MIGRATION,
+        EXITS_AND_TIME,
     ]
 
 
@@ -96,7 +106,9 @@ TERMINAL_STEPS = frozenset(
     }
 )
 
-Phase = Literal["intended", "started", "done"]
+Phase = Literal["intended", "created", "started", "exited", "done"]
+"""How far an attempt came. ``created`` is on the disk before the container is started: one that is gone when it says
+``intended`` never ran, one that is gone later was removed by somebody."""
 Change = Callable[[sqlite3.Connection], object]
 
 
@@ -143,6 +155,9 @@ class AttemptRecord:
     boot_id: str
     boot_clock: float
     engine_boot: str
+    exit_code: int | None = None
+    oom_killed: bool = False
+    spent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +170,7 @@ class RunRecord:
     boot_clock: float
     steps: dict[str, StepRecord]
     attempts: dict[str, AttemptRecord]  # the last one of each step
+    spent_s: float = 0.0
 
 
 class State:
@@ -172,6 +188,14 @@ class State:
                 change(db)
 
         await self.journal.write(transition, work)
+
+    def submit(self, transition: Transition, change: Change) -> Future[None]:
+        """Like `commit` of one change, not waiting: what is committed later is on the disk no earlier than this."""
+
+        def work(db: sqlite3.Connection) -> None:
+            change(db)
+
+        return self.journal.submit(transition, work)
 
     async def get_meta(self, key: str) -> str | None:
         rows = await self.journal.query("SELECT value FROM meta WHERE key = ?", (key,))
@@ -214,6 +238,9 @@ class State:
                 each["boot_id"],
                 each["boot_clock"],
                 each["engine_boot"],
+                each["exit_code"],
+                bool(each["oom_killed"]),
+                each["spent_s"],
             )
             for each in self.journal.query_now("SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt", (run_id,))
         }
@@ -227,6 +254,7 @@ class State:
             boot_clock=row["boot_clock"],
             steps=steps,
             attempts=attempts,
+            spent_s=row["spent_s"],
         )
 
     # Changes, to be handed to `commit`.
@@ -284,13 +312,45 @@ class State:
     def attempt_intent(self, run_id: str, step: str, attempt: int, container: str, engine_boot: str) -> Change:
         """The container with this name is about to be made."""
         row = (run_id, step, attempt, container, "intended", self.clock.boot_id, self.clock.now(), engine_boot)
-        return lambda db: db.execute("INSERT OR IGNORE INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        sql = (
+            "INSERT OR IGNORE INTO attempts (run_id, step, attempt, container, phase, boot_id, boot_clock, engine_boot)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        )
+        return lambda db: db.execute(sql, row)
 
     def attempt_phase(self, run_id: str, step: str, attempt: int, phase: Phase) -> Change:
         return lambda db: db.execute(
             "UPDATE attempts SET phase = ? WHERE run_id = ? AND step = ? AND attempt = ?",
             (phase, run_id, step, attempt),
         )
+
+    def attempt_exited(self, run_id: str, step: str, attempt: int, exit_code: int, oom_killed: bool) -> Change:
+        """How its container ended: it counts, whatever becomes of the container."""
+        row = (exit_code, int(oom_killed), run_id, step, attempt)
+        return lambda db: db.execute(
+            "UPDATE attempts SET phase = 'exited', exit_code = ?, oom_killed = ?"
+            " WHERE run_id = ? AND step = ? AND attempt = ?",
+            row,
+        )
+
+    async def note_time(self) -> None:
+        """Write down how much of their time the runs and attempts that are not over have used.
+
+        The clock begins anew with each boot of the machine: what is written down is what outlives one.
+        """
+        boot_id, now = self.clock.boot_id, self.clock.now()
+        spent = "spent_s = spent_s + CASE WHEN boot_id = ? THEN max(0, ? - boot_clock) ELSE 0 END"
+        row = (boot_id, now, boot_id, now)
+        marks = ",".join(str(each) for each in sorted(TERMINAL))
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                f"UPDATE runs SET {spent}, boot_id = ?, boot_clock = ? WHERE state NOT IN ({marks})",  # noqa: S608
+                row,
+            )
+            db.execute(f"UPDATE attempts SET {spent}, boot_id = ?, boot_clock = ? WHERE phase != 'done'", row)  # noqa: S608
+
+        await self.journal.write(Transition.TIME_SPENT, work)
 
     def cancel_run(self, run_id: str, cancel: Cancellation) -> Change:
         text = json.dumps({"reason": cancel.reason, "grace_s": cancel.grace_s})

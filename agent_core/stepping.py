@@ -71,7 +71,7 @@ class StepRunner:
         env = await run.step_env(step, self._status)
         timeout_s = step.timeout_s or services.config.step_timeout_s
         if adopted is not None:
-            timeout_s -= services.state.clock.since(adopted.boot_id, adopted.boot_clock)
+            timeout_s -= adopted.spent_s + services.state.clock.since(adopted.boot_id, adopted.boot_clock)
         order = AttemptOrder(
             run_id=run.run_id,
             lease_id=run.lease_id,
@@ -102,7 +102,7 @@ class StepRunner:
             await asyncio.to_thread(services.plugins.before_step, step.uses, planned.context, planned.plan)
         run.running(step.name, attempt)
         try:
-            result = await attempt.run(None if adopted is None else adopted.phase)
+            result = await attempt.run(adopted)
         finally:
             run.running(step.name, None)
         if result.error is None:
