@@ -35,6 +35,16 @@ class ServerConfig(BaseModel):
     """How fast nodes that were all cut off are let back in; each of the others is told when its turn is."""
     command_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 20.0
     """How long an agent has to answer an operator's command, beyond the grace that the command itself gives."""
+    keep_events_days: Annotated[float, Field(ge=0)] = 90.0
+    """Older events are removed; 0 keeps them for ever."""
+    keep_events: Annotated[int, Field(ge=0)] = 1_000_000
+    """Of more than so many events the oldest are removed; 0 keeps all."""
+    keep_logs_days: Annotated[float, Field(ge=0)] = 30.0
+    """Logs of runs that have been over for longer are removed; 0 keeps them for ever."""
+    keep_store_bytes: Annotated[int, Field(ge=0)] = 20 * 1024**3
+    """Of a store that holds more than this the oldest logs are removed; 0 sets no limit."""
+    disk_reserve_bytes: Annotated[int, Field(ge=0)] = 128 * 1024**2
+    """With less free disk, new runs, objects, logs and events are refused; what running runs report is still taken."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("listen")

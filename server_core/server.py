@@ -38,10 +38,10 @@ from server_core.control.service import ControlService
 from server_core.dispatch import Dispatcher
 from server_core.drains import Drains
 from server_core.fleet import Fleet
+from server_core.housekeeping import Housekeeping
 from server_core.node_service import NodeService
 from server_core.security import certs, tokens, vault
 from server_core.services import Services
-from server_core.store import requests
 from server_core.store import tokens as token_rows
 from server_core.store.commits import Commit
 from server_core.store.common import get_meta, now_us, set_meta
@@ -61,7 +61,9 @@ _FAREWELL_S = 0.5
 _STUCK_S = 2.0
 _RESTART_TAKES_S = 2.0
 """How long a server that stops is away, if it is restarted: before that no agent needs to look for it."""
-_HOUSEKEEPING_EVERY = timedelta(hours=6)
+_HOUSEKEEPING_EVERY = timedelta(hours=1)
+_HOUSEKEEPING_FIRST = timedelta(minutes=1)
+"""Not at once: a fleet that comes back needs the store."""
 _RENEWAL_GRACE_S = 2.0
 
 
@@ -137,7 +139,7 @@ class Server:
             stack.enter_context(_Lock(config.data_dir))
             master_key = vault.read_master_key(config.key_file)
             certificate = await asyncio.to_thread(_certificate, config)
-            db = await asyncio.to_thread(SqliteDatabase, config.store_file)
+            db = await asyncio.to_thread(SqliteDatabase, config.store_file, reserve_bytes=config.disk_reserve_bytes)
             stack.push_async_callback(asyncio.to_thread, db.close)
             vault_, server_id = await db.write(
                 Commit.SERVER_START, lambda c: (vault.open_vault(c, master_key, now_us()), _server_id(c))
@@ -237,14 +239,16 @@ class Server:
             log.warning("calls were cut off, because they took longer than the grace", grace_s=grace)
 
     async def _housekeeping(self) -> None:
-        """Now and then: renew the certificate, forget old answers."""
+        """Now and then: renew the certificate, remove what is too old."""
+        housekeeping = Housekeeping(self._services.db, self._services.bus, self.config)
+        await asyncio.sleep(_HOUSEKEEPING_FIRST.total_seconds())
         while True:
+            for work in (self.renew_certificate, housekeeping.once):
+                try:
+                    await work()
+                except (OutriderError, OSError) as error:
+                    log.error("housekeeping failed", error=str(error))
             await asyncio.sleep(_HOUSEKEEPING_EVERY.total_seconds())
-            try:
-                await self.renew_certificate()
-                await self._services.db.write(Commit.REQUESTS_FORGOTTEN, requests.forget_old)
-            except OutriderError as error:
-                log.error("housekeeping failed", error=str(error))
 
 
 class _Lock:

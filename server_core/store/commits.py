@@ -45,6 +45,9 @@ class Commit(StrEnum):
     EVENTS = "events"
     # Now and then.
     REQUESTS_FORGOTTEN = "requests_forgotten"
+    EVENTS_RETIRED = "events_retired"
+    LOGS_RETIRED = "logs_retired"
+    STORE_RESTORED = "store_restored"
 
     @property
     def before(self) -> str:
@@ -55,3 +58,16 @@ class Commit(StrEnum):
     def after(self) -> str:
         """The failpoint behind the commit."""
         return f"store.{self.value}.after"
+
+    @property
+    def needs_room(self) -> bool:
+        """Whether it brings in something new, and is refused where the reserve of free disk is touched.
+
+        What ends or records what is under way is taken as long as there is any disk at all.
+        """
+        return self in _NEEDS_ROOM
+
+
+_NEEDS_ROOM = frozenset(
+    {Commit.RUN_ACCEPT, Commit.NODE_ADD, Commit.OBJECT_SET, Commit.ENV_SET, Commit.LOGS, Commit.EVENTS}
+)

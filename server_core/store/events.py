@@ -18,6 +18,7 @@ OWN = frozenset(
         "node.draining", "node.drained", "node.drain_ended",
         "node.online", "node.offline", "node.added", "node.removed",
         "object.changed", "object.removed", "env.changed", "env.removed",
+        "store.retired", "store.restored",
     }
 )  # fmt: skip
 """What only the server itself says: from a node it would be a forgery."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,29 +24,34 @@ from sqlalchemy.pool import NullPool, QueuePool
 
 from outrider.errors import Conflict, InvalidInput, OutriderError, PermanentError, TemporaryError
 from outrider.failpoints import failpoint
-from server_core.store import migrate
+from server_core.store import integrity, migrate
 from server_core.store.commits import Commit
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
+DAMAGED = "store_damaged"
+
 _MAX_GROUP = 500
 _READERS = 4
-# The check reads the whole file: about half a second for this much.
-_CHECKED_UP_TO_BYTES = 256 * 1024**2
+_ROOM_KNOWN_S = 0.5
 
 
 class SqliteDatabase:
     """The `server_core.store.base.Database` of one file.
 
     Opening it brings its schema up to date. Raises InvalidInput if the file is no store, is damaged, or was
-    written by a newer version.
+    written by a newer version. With less than ``reserve_bytes`` of free disk, commits that need room are refused.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, reserve_bytes: int = 0) -> None:
         self._path = path
+        self._reserve_bytes = reserve_bytes
+        self._room: tuple[float, int] = (0.0, 0)
+        self._damaged = False
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
+            integrity.break_seal(path)  # that of a store which was moved away
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._writer_engine = _engine(path, writing=True)
         self._reader_engine = _engine(path, writing=False)
@@ -52,9 +59,10 @@ class SqliteDatabase:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
         self._closed = False
         try:
-            if path.stat().st_size < _CHECKED_UP_TO_BYTES:
-                _refuse_damaged(self._writer_engine)
-            migrate.upgrade(self._writer_engine)
+            migrate.refuse_foreign(self._writer_engine)
+            integrity.refuse_damaged(path, self._writer_engine)
+            integrity.break_seal(path)
+            migrate.upgrade(self._writer_engine, copy=path.with_name(path.name + ".former"))
         except (exc.DatabaseError, sqlite3.DatabaseError) as error:
             self._dispose()
             raise _unusable(path, error) from error
@@ -84,6 +92,8 @@ class SqliteDatabase:
         self._queue.put(None)
         self._thread.join()
         self._dispose()
+        if not self._damaged:
+            integrity.set_seal(self._path)
 
     def _dispose(self) -> None:
         self._readers.shutdown(wait=True)
@@ -93,16 +103,32 @@ class SqliteDatabase:
     def _submit(self, commit: Commit, work: Work[T]) -> Future[T]:
         if self._closed:
             raise TemporaryError("the store is closed", code="unavailable")
+        if commit.needs_room:
+            self._refuse_without_room()
         future: Future[T] = Future()
         self._queue.put(_Job(commit, work, future))
         return future
+
+    def _refuse_without_room(self) -> None:
+        now = time.monotonic()
+        if now - self._room[0] > _ROOM_KNOWN_S:
+            self._room = (now, shutil.disk_usage(self._path.parent).free)
+        if self._room[1] < self._reserve_bytes:
+            raise TemporaryError(
+                f"the server's disk is nearly full: {mebibytes(self._room[1])} are free in {self._path.parent}, and "
+                f"the last {mebibytes(self._reserve_bytes)} are kept for what runs report",
+                code="store_disk_low",
+                hint="make room there; what was acknowledged is safe, and nodes keep their logs until then",
+            )
 
     def _read(self, work: Work[T]) -> T:
         try:
             with self._reader_engine.connect() as connection:
                 return work(connection)
         except exc.DBAPIError as error:
-            raise translate(error) from error
+            refusal = translate(error)
+            self._damaged = self._damaged or _is_damage(refusal)
+            raise refusal from error
 
     def _run(self) -> None:
         with self._writer_engine.connect() as connection:
@@ -112,6 +138,7 @@ class SqliteDatabase:
                 jobs = cast("list[_Job]", group[:-1] if ending else group)
                 if jobs:
                     _commit(connection, jobs)
+                    self._damaged = self._damaged or any(_is_damage(job.future.exception()) for job in jobs)
                 if ending:
                     return
 
@@ -178,7 +205,7 @@ def _refusal(error: BaseException) -> BaseException:
             former = former.__context__
         return translate(first)
     if isinstance(error, OSError):
-        return TemporaryError(f"the store can't be written: {error.strerror or error}", code="store_unwritable")
+        return _unwritable(error.strerror or str(error))
     return error
 
 
@@ -188,7 +215,9 @@ def translate(error: exc.DBAPIError) -> OutriderError:
     if isinstance(error, exc.IntegrityError):
         return Conflict(f"the store refused it: {text}")
     if "disk is full" in text or "disk I/O" in text:
-        return TemporaryError(f"the store can't be written: {text}", code="store_unwritable", hint="look at the disk")
+        return _unwritable(text)
+    if _speaks_of_damage(text):
+        return PermanentError(f"the server's store is damaged: {text}", code=DAMAGED, hint=integrity.RESTORE_HINT)
     if isinstance(error, exc.OperationalError):
         return TemporaryError(f"the store failed: {text}", code="store_failed")
     return PermanentError(f"the store failed: {text}", code="store_failed")
@@ -196,20 +225,35 @@ def translate(error: exc.DBAPIError) -> OutriderError:
 
 def _unusable(path: Path, error: BaseException) -> InvalidInput:
     text = str(getattr(error, "orig", None) or error)
-    if "not a database" in text or "malformed" in text:
+    if _speaks_of_damage(text):
         return InvalidInput(
-            f"the store {path} is damaged or is not a store: {text}",
-            code="store_damaged",
-            hint="restore it from a backup, or move it away and run `outrider server init`",
+            f"the store {path} is damaged or is not a store: {text}", code=DAMAGED, hint=integrity.RESTORE_HINT
         )
-    return InvalidInput(f"the store {path} can't be opened: {text}", code="store_unusable")
+    return InvalidInput(
+        f"the store {path} can't be opened: {text}",
+        code="store_unusable",
+        hint=f"{mebibytes(shutil.disk_usage(path.parent).free)} are free on its disk",
+    )
 
 
-def _refuse_damaged(engine: Engine) -> None:
-    with engine.connect() as connection:
-        result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-    if result != "ok":
-        raise sqlite3.DatabaseError(f"malformed: {result}")
+def _speaks_of_damage(text: str) -> bool:
+    return "not a database" in text or "malformed" in text
+
+
+def _is_damage(error: BaseException | None) -> bool:
+    return isinstance(error, OutriderError) and error.code == DAMAGED
+
+
+def _unwritable(text: str) -> TemporaryError:
+    return TemporaryError(
+        f"the server's store can't be written: {text}",
+        code="store_unwritable",
+        hint="make room on the server's disk; what was acknowledged is safe",
+    )
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 1024**2:.0f} MiB"
 
 
 def _engine(path: Path, *, writing: bool) -> Engine:
