@@ -147,6 +147,11 @@ def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+several_schemas = pytest.mark.skipif(
+    migrate._scripts().get_current_head() == "0001", reason="there is one schema only: nothing to bring up to date"
+)
+
+
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
     """A store of the first version, as it was written then."""
@@ -177,6 +182,7 @@ async def test_store_of_the_first_version_is_brought_up_to_date_with_all_that_is
         db.close()
 
 
+@several_schemas
 def test_store_is_copied_before_it_is_brought_up_to_date(older: Path) -> None:
     SqliteDatabase(older).close()
     former = older.with_name("store.db.former")
@@ -189,6 +195,7 @@ def test_store_is_copied_before_it_is_brought_up_to_date(older: Path) -> None:
     assert former.read_bytes() == before
 
 
+@several_schemas
 def test_upgrade_that_fails_leaves_the_store_as_it_was(older: Path) -> None:
     failpoints.arm(f"{Commit.SCHEMA_UPGRADE.before}=fail")
     try:
