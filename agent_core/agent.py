@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,10 +48,11 @@ from agent_core.volumes import Volumes
 from outrider import __version__
 from outrider.errors import Conflict, EngineUnavailable, InvalidInput, OutriderError
 from outrider.reports import held_digest
+from outrider.retry import OperationCounts
 from outrider.tls import read_ca
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
-from outrider.wire import dump_json
+from outrider.wire import class_to_proto, dump_json
 
 log = structlog.get_logger(__name__)
 
@@ -118,10 +120,17 @@ class Agent:
         volumes = Volumes(journal, config.state_dir / "volumes", identities, reserve_bytes=policy.disk_reserve_bytes)
         containers = Containers(runtime, journal, ports, volumes, policy, config.node_id)
         netpool = NetPool(runtime, policy, config.node_id, journal)
-        background = Background()
+        background, operations = Background(), OperationCounts()
         credentials = Credentials(config.server, config.node_id, config.read_token, config.ca_file, config.server_name)
         self._session = Session(
-            credentials, self, state, outbox, spool, labels=dict(config.labels), on_refused=self._refused
+            credentials,
+            self,
+            state,
+            outbox,
+            spool,
+            labels=dict(config.labels),
+            on_refused=self._refused,
+            operations=operations,
         )
         facts = {**machine_facts(), **await asyncio.to_thread(plugins.node_facts)}
         self._services = services = Services(
@@ -140,6 +149,7 @@ class Agent:
             envs=self._session,
             background=background,
             removals=Removals(),
+            operations=operations,
             facts=facts,
             live=self._session.send_progress,
         )
@@ -304,6 +314,15 @@ class Agent:
                 for state, count in Counter(info.state for info in found).items():
                     brief.containers[state] = count
         brief.runs.extend(self._runs.active)
+        brief.operations.extend(
+            types.OperationCount(
+                operation=each.operation,
+                error_class=class_to_proto(each.error_class),
+                retries=each.retries,
+                failures=each.failures,
+            )
+            for each in services.operations.all()
+        )
         brief.outbox_depth = services.outbox.depth
         brief.state_digest = held_digest(self.held_runs())
         return brief
@@ -349,6 +368,7 @@ class Agent:
             "containers": dict(brief.containers),
             "outbox_depth": brief.outbox_depth,
             "spool_bytes": services.spool.size_bytes,
+            "operations": [asdict(each) for each in services.operations.all()],
             "plugins": [
                 {"name": each.name, "version": each.version, "ok": each.ok, "error": each.error}
                 for each in services.plugins.plugins

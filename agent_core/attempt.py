@@ -138,7 +138,10 @@ class Attempt:
         """Remove container and directory; only after the result is on the disk. Its log is synced first."""
         if self._log is not None:
             await self._log.sync()
-        await RetryPolicy().run(lambda: self._services.runtime.remove(self._order.container, force=True))
+        services = self._services
+        await services.operations.run(
+            "container.remove", RetryPolicy(), lambda: services.runtime.remove(self._order.container, force=True)
+        )
         await asyncio.to_thread(self._directory.remove)
 
     async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
@@ -183,7 +186,9 @@ class Attempt:
     async def _create(self) -> ContainerInfo:
         order, services = self._order, self._services
         pull: Literal["missing", "never"] = "missing" if services.policy.images.pull else "never"
-        await RetryPolicy().run(lambda: services.runtime.ensure_image(order.plan.image, pull=pull))
+        await services.operations.run(
+            "image.pull", RetryPolicy(), lambda: services.runtime.ensure_image(order.plan.image, pull=pull)
+        )
         if self._pause is None:
             self._pause = await services.netpool.lease(order.run_id, order.plan.network)
         spec = order.spec(

@@ -12,8 +12,8 @@ from agent_core.execution import RunExecution
 from agent_core.services import Services
 from agent_core.state import Cancellation, RunRecord
 from agent_core.transitions import Transition
-from outrider.errors import Conflict, InvalidInput, OutriderError
-from outrider.pipeline import graph, load_pipeline
+from outrider.errors import Conflict, InvalidInput, OutriderError, PermanentError
+from outrider.pipeline import Pipeline, graph, load_pipeline
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
 from outrider.wire import failure_of
@@ -69,11 +69,7 @@ class RunEngine:
         if hashlib.sha256(run.pipeline_yaml).digest() != run.pipeline_sha256:
             raise InvalidInput(f"the pipeline of run {run.run_id} is not the one announced", code="digest_mismatch")
         pipeline = load_pipeline(run.pipeline_yaml)
-        needs = graph(pipeline)
-        statuses = [
-            types.StepStatus(name=step.name, uses=step.uses, state=types.STEP_STATE_PENDING, needs=needs[step.name])
-            for step in pipeline.steps
-        ]
+        statuses = first_statuses(pipeline, run)
         report = pb.RunReport(
             run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_DISPATCHED, steps=statuses
         )
@@ -128,6 +124,7 @@ class RunEngine:
 
     async def _give_up(self, run: RunExecution, error: Exception) -> None:
         state, failure = self._services.state, failure_of(error)
+        self._services.operations.failed("run", PermanentError(str(error), code="internal"))
         report = pb.RunReport(run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_UNKNOWN, failure=failure)
         report.finished_at.GetCurrentTime()
         await state.commit(
@@ -136,3 +133,22 @@ class RunEngine:
             self._services.outbox.run_report(report),
         )
         self._services.outbox.notify()
+
+
+def first_statuses(pipeline: Pipeline, run: pb.RunPipeline) -> list[types.StepStatus]:
+    """The steps as the run begins with them: those that it takes over from another run are over already.
+
+    Raises InvalidInput if it takes over what is no finished step of this pipeline.
+    """
+    needs = graph(pipeline)
+    taken_over = {status.name: status for status in run.finished}
+    wrong = [
+        name for name, status in taken_over.items() if name not in needs or status.state != types.STEP_STATE_SUCCEEDED
+    ]
+    if wrong:
+        raise InvalidInput(f"run {run.run_id} can't take over step {wrong[0]!r}", code="bad_finished_step")
+    return [
+        taken_over.get(step.name)
+        or types.StepStatus(name=step.name, uses=step.uses, state=types.STEP_STATE_PENDING, needs=needs[step.name])
+        for step in pipeline.steps
+    ]

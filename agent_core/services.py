@@ -17,6 +17,7 @@ from agent_core.plugins import PluginHost
 from agent_core.runtimes.base import Runtime
 from agent_core.spool import Spool
 from agent_core.state import State
+from outrider.retry import OperationCounts
 from outrider.v1 import node_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Services:
     envs: EnvSource
     background: Background
     removals: Removals
+    operations: OperationCounts = field(default_factory=OperationCounts)
     facts: Mapping[str, Any] = field(default_factory=dict)
     live: Callable[[pb.RunReport], None] = lambda _report: None  # progress, if anybody listens
 

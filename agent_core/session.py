@@ -29,7 +29,7 @@ from agent_core.transitions import Transition
 from agent_core.uplink import Uplink
 from outrider import __version__
 from outrider.errors import InvalidInput, OutriderError, PermissionDenied, Unauthenticated, Unavailable
-from outrider.retry import FOREVER, RetryPolicy
+from outrider.retry import FOREVER, OperationCounts, RetryPolicy
 from outrider.tls import Identity, open_channel, read_ca
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
@@ -96,6 +96,7 @@ class Session:
         labels: dict[str, str] | None = None,
         on_refused: Callable[[OutriderError], None] | None = None,
         retry: RetryPolicy = FOREVER,
+        operations: OperationCounts | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._credentials = credentials
@@ -105,7 +106,8 @@ class Session:
         self._on_refused = on_refused
         self._retry = retry
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
-        self._uplink = Uplink(outbox, spool)
+        self._operations = operations or OperationCounts()
+        self._uplink = Uplink(outbox, spool, self._operations)
         self._outgoing: asyncio.Queue[pb.AgentMessage] = asyncio.Queue()
         self._stub: pb_grpc.NodeServiceAsyncStub | None = None
         self._connected = asyncio.Event()
@@ -144,7 +146,9 @@ class Session:
             except grpc.aio.AioRpcError as error:
                 problem = from_rpc_error(error, target=self._credentials.server)
                 if problem.error_class == "permanent":
+                    self._operations.failed("envs.get", problem)
                     raise problem from error
+                self._operations.retried("envs.get", problem)
                 await asyncio.sleep(next(waits, self._retry.max_wait_s))
 
     def wake(self) -> None:
@@ -179,12 +183,14 @@ class Session:
                 log.info("session.lost", reason="the server asks for a new registration")
                 continue
             except (Unauthenticated, PermissionDenied) as error:
+                self._operations.failed("session.connect", error)
                 self._note(error)
                 if self._on_refused is not None:
                     self._on_refused(error)
                 await self._until_the_credential_changes()
                 continue
             except OutriderError as error:
+                self._operations.retried("session.connect", error)
                 self._note(error)
             tries += 1
             await asyncio.sleep(self._retry.wait_s(tries))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _ENGINE_STOPS = 5  # tries that an engine's restarts may cost an idempotent step, beside its own retries
+_KEPT_ERRORS = 10
 
 
 class StepRunner:
@@ -167,6 +168,7 @@ class StepRunner:
         status.stdout_bytes, status.stderr_bytes = result.log_bytes
         if result.error is not None:
             status.failure.CopyFrom(failure_of(result.error))
+            self._note(number, result, tried_again)
         if tried_again:
             status.state, status.reason = types.STEP_STATE_WAITING, "retry"
             await run.commit(Transition.ATTEMPT_RETRIED, status, done, *result.changes)
@@ -183,6 +185,18 @@ class StepRunner:
             state = types.STEP_STATE_FAILED
         reason = result.error.message if result.uncertain and result.error else ""
         await run.end(status, state, done, *result.changes, reason=reason)
+
+    def _note(self, number: int, result: AttemptResult, tried_again: bool) -> None:
+        """Keep how this attempt failed: the next one puts its own failure in place of this."""
+        assert result.error is not None
+        if result.cancelled:
+            return
+        error = self._status.errors.add(attempt=number, tried_again=tried_again, exit_code=result.exit_code or 0)
+        error.failure.CopyFrom(self._status.failure)
+        error.time.GetCurrentTime()
+        del self._status.errors[:-_KEPT_ERRORS]
+        counts = self._services.operations
+        (counts.retried if tried_again else counts.failed)("step", result.error)
 
     def _progress(self, line: ProgressLine) -> None:
         self._status.progress.done, self._status.progress.total = line.done, line.total

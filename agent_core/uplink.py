@@ -17,7 +17,7 @@ from agent_core.outbox import Item, Outbox
 from agent_core.runtimes.base import StreamName
 from agent_core.spool import WIRE_STREAM, LogFile, LogKey, Spool
 from outrider.errors import OutriderError
-from outrider.retry import FOREVER
+from outrider.retry import FOREVER, OperationCounts
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
 from outrider.v1 import types_pb2 as types
@@ -40,7 +40,8 @@ Send = Callable[[pb.AgentMessage], None]
 class Uplink:
     """Sends what outbox and spool hold over one connection after another."""
 
-    def __init__(self, outbox: Outbox, spool: Spool) -> None:
+    def __init__(self, outbox: Outbox, spool: Spool, operations: OperationCounts | None = None) -> None:
+        self._operations = operations or OperationCounts()
         self._outbox = outbox
         self._spool = spool
         self._reports = asyncio.Event()
@@ -114,11 +115,13 @@ class Uplink:
                 problem = from_rpc_error(error)
                 if problem.error_class == "permanent":
                     # The run has ended and can't be failed for it; it must not hold up the others for ever either.
+                    self._operations.failed("writeback.send", problem)
                     log.error("writeback.refused", run=item.run_id, error=str(problem), code=problem.code)
                     await self._outbox.emit(
                         "writeback.refused", item.run_id, {"error": problem.message, "code": problem.code}
                     )
                     break
+                self._operations.retried("writeback.send", problem)
                 await asyncio.sleep(next(waits))
         await self._outbox.acknowledge([item.sequence])
 
@@ -200,6 +203,7 @@ class Uplink:
         return None
 
     def _failed(self, what: str, error: OutriderError) -> None:
+        self._operations.retried(f"{what}.send", error)
         log.info("uplink.retry", what=what, error=str(error), code=error.code)
 
 

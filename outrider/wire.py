@@ -106,7 +106,7 @@ def failure_of(error: BaseException) -> types_pb2.Failure:
     """``error`` as a Failure message. What is not an OutriderError becomes a permanent one with code "internal"."""
     if isinstance(error, OutriderError):
         return types_pb2.Failure(
-            error_class=_CLASS_TO_PROTO[error.error_class],
+            error_class=class_to_proto(error.error_class),
             code=error.code,
             message=_clip(error.message),
             hint=_clip(error.hint),
@@ -236,6 +236,11 @@ def _make(kind: type[OutriderError], message: str, code: str, hint: str, problem
     if issubclass(kind, InvalidInput):
         return kind(message, problems, code=code, hint=hint)
     return kind(message, code=code, hint=hint)
+
+
+def class_to_proto(error_class: ErrorClass) -> types_pb2.ErrorClass.ValueType:
+    """The number on the wire."""
+    return _CLASS_TO_PROTO[error_class]
 
 
 def _class_of(value: int) -> ErrorClass:
