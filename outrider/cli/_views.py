@@ -28,6 +28,10 @@ def step_sentence(step: types.StepStatus) -> str:
     """What is to be said about a step in one line: its progress, what it waits for, why it failed."""
     if step.failure.message:
         return clean(step.failure.message)
+    if step.HasField("settlement"):
+        return clean(f"settled by {step.settlement.by}: {step.settlement.reason}")
+    if step.from_run:
+        return clean(f"taken over from run {step.from_run}")
     if step.reason:
         return clean(step.reason)
     if step.state == types.STEP_STATE_RUNNING:

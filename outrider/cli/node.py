@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from outrider.cli._main import App
-from outrider.cli._output import age, decoded, emit_json, fields, note, output_option, plain, size, table
-from outrider.cli._values import pairs
+from outrider.cli._main import DONE, INTERRUPTED, App
+from outrider.cli._output import age, decoded, emit_json, fields, note, output_option, plain, size, table, word
+from outrider.cli._values import Duration, pairs
+
+if TYPE_CHECKING:
+    from outrider.cli._client import Client
+    from outrider.v1 import types_pb2 as types
+
+DRAIN_POLL_S = 1.0
 
 
-@click.group("node", help="Nodes: add, list, show, rm.")
+@click.group("node", help="Nodes: add, list, show, drain, rm.")
 def command() -> None:
     """The nodes."""
 
@@ -81,7 +89,7 @@ def list_(app: App, as_json: bool) -> None:
     rows = [
         (
             node.node_id,
-            "online" if node.online else "offline",
+            _state(node),
             age(node.last_seen),
             node.agent_version,
             ("ok" if node.brief.engine_ok else "error") if node.online else "",
@@ -103,6 +111,7 @@ def list_(app: App, as_json: bool) -> None:
 def show(app: App, node_id: str, as_json: bool) -> None:
     """Show a node with its state, step types and plugins."""
     from outrider.v1 import control_service_pb2 as pb
+    from outrider.v1 import types_pb2 as types
 
     with app.client() as client:
         node = client.call(client.stub.GetNode, pb.GetNodeRequest(node_id=node_id))
@@ -114,7 +123,8 @@ def show(app: App, node_id: str, as_json: bool) -> None:
     fields(
         [
             ("node", node.node_id),
-            ("state", "online" if node.online else "offline"),
+            ("state", _state(node)),
+            ("drain", _drain(node)),
             ("last seen", f"{age(node.last_seen)} ago" if node.last_seen.seconds else "never"),
             ("role", node.role),
             ("labels", " ".join(f"{key}={value}" for key, value in sorted(node.labels.items()))),
@@ -131,6 +141,13 @@ def show(app: App, node_id: str, as_json: bool) -> None:
             *((f"fact {name}", value) for name, value in sorted(facts.items())),
         ]
     )
+    if brief.operations:
+        click.echo()
+        counts = [
+            (each.operation, word(types.ErrorClass, each.error_class), str(each.retries), str(each.failures))
+            for each in brief.operations
+        ]
+        table(("OPERATION", "ERROR CLASS", "RETRIES", "FAILURES"), counts, empty="")
     if node.step_types:
         click.echo()
         rows = [(kind.name, kind.distribution, kind.version, kind.description) for kind in node.step_types]
@@ -141,8 +158,73 @@ def show(app: App, node_id: str, as_json: bool) -> None:
         table(("PLUGIN", "FROM", "ERROR"), [(p.name, p.distribution, p.error) for p in broken], empty="")
 
 
+def _state(node: Any) -> str:
+    state = "online" if node.online else "offline"
+    return f"{state}, {'drained' if node.drain.drained else 'draining'}" if node.HasField("drain") else state
+
+
+def _drain(node: Any) -> str:
+    """Who drains it, why, and what it waits for."""
+    if not node.HasField("drain"):
+        return ""
+    drain = node.drain
+    parts = [f"by {drain.by} for {age(drain.since)}", drain.reason, drain.waits_for]
+    return "; ".join(part for part in parts if part)
+
+
 def _share(part: int, whole: int) -> str:
     return f"{size(part)} of {size(whole)}" if whole else ""
+
+
+@command.command("drain")
+@click.argument("node_id", metavar="NODE")
+@click.option("--deadline", type=Duration(), help="Cancel what still runs after this time, e.g. 30m.")
+@click.option("--reason", default="", help="Why; it is shown to who wants to run something there.")
+@click.option("--undo", is_flag=True, help="Let the node take runs again.")
+@click.option("--detach", "-d", is_flag=True, help="Don't wait until it is drained.")
+@output_option
+@click.pass_obj
+def drain(app: App, node_id: str, deadline: float | None, reason: str, undo: bool, detach: bool, as_json: bool) -> int:
+    """Let a node take no new runs, and wait until those that it has are over. Its managed containers go on."""
+    from outrider.cli._client import request_id
+    from outrider.v1 import control_service_pb2 as pb
+    from outrider.wire import duration
+
+    if undo and (deadline or reason):
+        raise click.UsageError("--undo takes neither --deadline nor --reason")
+    request = pb.DrainNodeRequest(
+        request_id=request_id(), node_id=node_id, reason=reason, deadline=duration(deadline), undo=undo
+    )
+    with app.client() as client:
+        node = client.call(client.stub.DrainNode, request)
+        if not (undo or detach):
+            try:
+                node = _until_drained(client, node)
+            except KeyboardInterrupt:
+                note(f"the drain goes on; `outrider node drain {node_id} --undo` ends it")
+                return INTERRUPTED
+    if as_json:
+        emit_json(node)
+    elif undo:
+        note(f"node {node_id} takes runs again" if not node.HasField("drain") else f"node {node_id} is {_state(node)}")
+    else:
+        waits_for = f": {node.drain.waits_for}" if node.drain.waits_for else ""
+        note(f"node {node_id} is drained" if node.drain.drained else f"node {node_id} is being drained{waits_for}")
+    return DONE
+
+
+def _until_drained(client: Client, node: types.Node) -> types.Node:
+    """Look at the node until it is drained, or its drain was undone; says what it waits for whenever that changes."""
+    from outrider.v1 import control_service_pb2 as pb
+
+    said = ""
+    while node.HasField("drain") and not node.drain.drained:
+        if node.drain.waits_for != said:
+            said = node.drain.waits_for
+            note(f"waiting: {said}")
+        time.sleep(DRAIN_POLL_S)
+        node = client.call(client.stub.GetNode, pb.GetNodeRequest(node_id=node.node_id))
+    return node
 
 
 @command.command("rm")

@@ -89,8 +89,8 @@ def command(
             sys.stdout.flush()
         if not detach:
             try:
-                run = _follow(client, run)
-            except _Left:
+                run = follow_run(client, run)
+            except LeftRun:
                 note(f"the run goes on; see it with: outrider runs show {run.run_id}")
                 return INTERRUPTED
         if as_json:
@@ -98,11 +98,12 @@ def command(
         return DONE if detach else report(client, run)
 
 
-class _Left(Exception):
+class LeftRun(Exception):
     """Ctrl-C for the third time."""
 
 
-def _follow(client: Client, run: types.Run) -> types.Run:
+def follow_run(client: Client, run: types.Run) -> types.Run:
+    """Show a run until it is over; gives its last state. Raises LeftRun if the person no longer wants to look on."""
     from outrider.cli._views import open_view
     from outrider.cli._watch import Left, follow
 
@@ -110,7 +111,7 @@ def _follow(client: Client, run: types.Run) -> types.Run:
         with open_view(run) as view:
             return follow(client, run, view)
     except Left:
-        raise _Left from None
+        raise LeftRun from None
 
 
 def report(client: Client, run: types.Run) -> int:

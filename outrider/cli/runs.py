@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import click
 
-from outrider.cli._main import INTERRUPTED, App
+from outrider.cli._main import DONE, INTERRUPTED, App
 from outrider.cli._output import age, compact, decoded, emit_json, fields, note, output_option, table, word
-from outrider.cli._values import Duration, Ref
+from outrider.cli._values import Duration, Ref, json_or_string, pairs
 
 STATES = ("queued", "dispatched", "running", "succeeded", "failed", "cancelled", "unknown")
 
 
-@click.group("runs", help="Runs: list, show, cancel.")
+@click.group("runs", help="Runs: list, show, cancel, retry, resolve.")
 def command() -> None:
     """The runs."""
 
@@ -89,6 +90,8 @@ def show(app: App, run_id: str, as_json: bool) -> None:
             ("what now", run.failure.hint),
             ("node", run.node_id),
             ("object", f"{run.object.kind}/{run.object.name}" if run.object.name else ""),
+            ("retry of", run.retry_of),
+            ("retried by", run.retried_by),
             ("key", run.key),
             ("by", run.created_by),
             ("created", f"{age(run.created_at)} ago" if run.created_at.seconds else ""),
@@ -104,11 +107,25 @@ def show(app: App, run_id: str, as_json: bool) -> None:
             word(types.StepState, step.state),
             str(step.attempt or ""),
             took(step),
-            step_sentence(step) or _outputs(step.outputs_json),
+            " ".join(filter(None, (step_sentence(step), _outputs(step.outputs_json)))),
         )
         for step in run.steps
     ]
     table(("STEP", "USES", "STATE", "ATTEMPT", "TOOK", "WHAT CAME OF IT"), rows, empty="no step is known yet")
+    errors = [
+        (
+            step.name,
+            str(error.attempt or ""),
+            word(types.ErrorClass, error.failure.error_class),
+            "tried again" if error.tried_again else "",
+            error.failure.message,
+        )
+        for step in run.steps
+        for error in step.errors
+    ]
+    if errors:
+        click.echo()
+        table(("ERROR IN", "ATTEMPT", "CLASS", "", "CAUSE"), errors, empty="")
     written = decoded(run.writeback_json) or {}
     if written:
         click.echo()
@@ -161,3 +178,111 @@ def cancel(app: App, run_ids: tuple[str, ...], reason: str, grace: float | None,
         except Left:
             note("the cancellation goes on")
             return INTERRUPTED
+
+
+@command.command("retry")
+@click.argument("run_id", metavar="RUN")
+@click.option("--from", "from_step", default="", metavar="STEP", help="Carry this step and all after it out again.")
+@click.option("--reason", default="", help="Why; it stands in the audit log.")
+@click.option("--detach", "-d", is_flag=True, help="Don't follow; print the new run's id and leave.")
+@click.option("--refuse-if-busy", is_flag=True, help="Refuse instead of queueing behind another run of the object.")
+@click.option("--allow-offline", is_flag=True, help="Accept the run although the node is offline now.")
+@output_option
+@click.pass_obj
+def retry(
+    app: App,
+    run_id: str,
+    from_step: str,
+    reason: str,
+    detach: bool,
+    refuse_if_busy: bool,
+    allow_offline: bool,
+    as_json: bool,
+) -> int:
+    """Go on with a run that did not succeed: a new run, which takes over the finished steps with their outputs."""
+    from outrider.cli._client import request_id
+    from outrider.cli.run import LeftRun, follow_run, report
+    from outrider.v1 import control_service_pb2 as pb
+
+    request = pb.RetryRunRequest(
+        request_id=request_id(),
+        run_id=run_id,
+        from_step=from_step,
+        reason=reason,
+        refuse_if_busy=refuse_if_busy,
+        allow_offline=allow_offline,
+    )
+    with app.client() as client:
+        run = client.call(client.stub.RetryRun, request)
+        if not as_json and (detach or not sys.stdout.isatty()):
+            click.echo(run.run_id)
+            sys.stdout.flush()
+        if not detach:
+            try:
+                run = follow_run(client, run)
+            except LeftRun:
+                note(f"the run goes on; see it with: outrider runs show {run.run_id}")
+                return INTERRUPTED
+        if as_json:
+            emit_json(run)
+        return DONE if detach else report(client, run)
+
+
+@command.command("resolve")
+@click.argument("run_id", metavar="RUN")
+@click.argument("steps", metavar="[STEP]...", nargs=-1)
+@click.option(
+    "--as", "verdict", type=click.Choice(["succeeded", "failed", "retry"]), required=True, help="What became of them."
+)
+@click.option("--reason", required=True, help="How you know; it stands with the step and in the audit log.")
+@click.option("--all", "all_", is_flag=True, help="All steps of the run whose outcome is unknown.")
+@click.option("--gave", "outputs", multiple=True, metavar="KEY=VALUE", help="An output of the step; JSON or text.")
+@output_option
+@click.pass_obj
+def resolve(
+    app: App,
+    run_id: str,
+    steps: tuple[str, ...],
+    verdict: str,
+    reason: str,
+    all_: bool,
+    outputs: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say what became of steps whose outcome is unknown. With `--as retry` the run is then tried again."""
+    from outrider.cli._client import request_id
+    from outrider.v1 import control_service_pb2 as pb
+    from outrider.v1 import types_pb2 as types
+
+    if bool(steps) == all_:
+        raise click.UsageError("name the steps, or give --all for all whose outcome is unknown")
+    given = {key: json_or_string(value) for key, value in pairs(outputs, "--gave").items()}
+    request = pb.ResolveRunRequest(
+        request_id=request_id(),
+        run_id=run_id,
+        steps=steps,
+        verdict=types.Settlement.Verdict.Value(f"VERDICT_{verdict.upper()}"),
+        reason=reason,
+        outputs_json=json.dumps(given).encode() if given else b"",
+    )
+    with app.client() as client:
+        run = client.call(client.stub.ResolveRun, request)
+    if as_json:
+        emit_json(run)
+        return
+    if run.retried_by:
+        click.echo(run.retried_by)
+    note(_settled(run))
+
+
+def _settled(run: Any) -> str:
+    from outrider.v1 import types_pb2 as types
+
+    state = word(types.RunState, run.state)
+    unknown = [step.name for step in run.steps if step.state == types.STEP_STATE_UNKNOWN]
+    if unknown:
+        return f"run {run.run_id} is {state}: {', '.join(unknown)} still to be settled"
+    if run.retried_by:
+        return f"run {run.run_id} is {state}; run {run.retried_by} goes on from it"
+    cause = f": {run.failure.message} ({run.failure.hint})" if run.failure.hint else ""
+    return f"run {run.run_id} is {state}{cause}"
