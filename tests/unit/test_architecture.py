@@ -65,7 +65,7 @@ def test_a_plugin_imports_nothing_of_ours_but_the_step_sdk() -> None:
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
     strays = []
-    # The connection, `outrider dev` proper and installing: commands import them when they run (test_cli_start.py looks).
+    # The connection, `outrider dev` proper, installing: commands import them when they run (test_cli_start.py looks).
     late = {"_client.py", "_dev.py", "_install.py"}
     commands = [file for file in (ROOT / "outrider/cli").glob("*.py") if file.name not in late]
     for file in [ROOT / "outrider/__init__.py", *commands]:

@@ -1,4 +1,4 @@
-"""The install commands: what they would do to a machine, and what they refuse. Under a real systemd: tests/services."""
+"""The install commands: what they would do to a machine, and what they refuse. Under a real systemd: integration/test_service.py."""
 
 from __future__ import annotations
 
