@@ -41,11 +41,14 @@ def source(choice: str, mirror: str, progress: Progress) -> str:
             return REGISTRY_IMAGE
         if choice == "registry":
             raise BuildError(f"{REGISTRY_IMAGE} could not be pulled from a registry: try --base debootstrap")
-    _debootstrap(mirror, progress)
+    bootstrap(BOOTSTRAPPED, SUITE, PACKAGES, progress, mirror=mirror)
     return BOOTSTRAPPED
 
 
-def _debootstrap(mirror: str, progress: Progress) -> None:
+def bootstrap(
+    tag: str, suite: str, packages: str, progress: Progress, *, mirror: str = "", components: str = "main"
+) -> None:
+    """Make the image ``tag`` of a small system of this ``suite`` with these packages, separated by commas."""
     if shutil.which("debootstrap") is None and not Path("/usr/sbin/debootstrap").exists():
         progress.note("installing debootstrap")
         _install_debootstrap(progress)
@@ -58,17 +61,18 @@ def _debootstrap(mirror: str, progress: Progress) -> None:
                 [
                     "/usr/sbin/debootstrap",
                     "--variant=minbase",
-                    f"--include={PACKAGES}",
-                    SUITE,
+                    f"--components={components}",
+                    f"--include={packages}",
+                    suite,
                     str(tree),
                     *([mirror] if mirror else []),
                 ]
             ),
-            what="making a Debian 12 root file system with debootstrap",
+            what=f"making a root file system of {suite} with debootstrap",
             on_line=lambda line: progress.note(line.removeprefix("I: ")),
         )
         progress.note("handing the root file system to the engine")
-        engine.import_tree(tree, BOOTSTRAPPED, LEFT_OUT, as_root([]))
+        engine.import_tree(tree, tag, LEFT_OUT, as_root([]))
     finally:
         # debootstrap may have been ended between mounting and unmounting; a tree with mounts in it must not be removed.
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]

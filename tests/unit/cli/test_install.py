@@ -1,4 +1,7 @@
-"""The install commands: what they would do to a machine, and what they refuse. Under a real systemd: integration/test_service.py."""
+"""The install commands: what they would do to a machine, and what they refuse.
+
+Under a real systemd: tests/integration/test_service.py.
+"""
 
 from __future__ import annotations
 
