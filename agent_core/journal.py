@@ -26,6 +26,7 @@ import structlog
 
 from agent_core.room import ReserveFile, free_bytes, is_out_of_space, preallocate
 from agent_core.transitions import Transition
+from outrider.errors import InvalidInput
 from outrider.failpoints import failpoint
 
 T = TypeVar("T")
@@ -144,6 +145,13 @@ class Journal:
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         done = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        if done > len(migrations):
+            self._writer.close()
+            raise InvalidInput(
+                f"the journal {self.path} was written by a newer version of the agent",
+                code="journal_newer",
+                hint="run that version; this one changes nothing in it, and containers go on",
+            )
         for number, script in enumerate(migrations[done:], start=done + 1):
             self._writer.executescript(f"BEGIN; {script}; PRAGMA user_version={number}; COMMIT;")
 

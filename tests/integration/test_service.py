@@ -158,10 +158,10 @@ def test_steps_volumes_and_games_work_for_an_agent_that_may_do_so_little(node: B
             "args": ["sh", "-c", "cd /saves; exec python3 -um http.server $(ports.http)"],
             "ports": [{"name": "http"}],
             "ready": {"http": {"port": "http", "path": "/world"}, "timeout": "30s"},
-            "volumes": {"saves": "/saves:rw"},
+            "volumes": saves,
             "init": True,
         },
-        "volumes": {"saves": "/saves:rw"},
+        "volumes": saves,
     }
     node.ok("outrider", "object", "set", "game/one", "players=1")
     node.write("/root/game.yaml", pipeline(write, start, volumes={"saves": {"keep": True, "scope": "object"}}))
