@@ -146,9 +146,8 @@ def test_systemd_finds_no_fault_and_the_recorded_exposure(node: Box, unit: str) 
 
 def test_steps_volumes_and_games_work_for_an_agent_that_may_do_so_little(node: Box) -> None:
     """The whole of what an agent does to its machine, under the restrictions of its unit."""
-    write = python(
-        "write", "open('/saves/world', 'w').write('1'); out(uid=os.getuid())", volumes={"saves": "/saves:rw"}
-    )
+    saves = {"saves": "/saves:rw"}
+    write = python("write", "open('/saves/world', 'w').write('1'); out(uid=os.getuid())", volumes=saves)
     start = {
         "name": "start",
         "uses": "container.start",
