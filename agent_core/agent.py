@@ -26,6 +26,7 @@ from agent_core.cleanup import Cleanup
 from agent_core.commands import Commands
 from agent_core.config import AgentConfig
 from agent_core.containers import Containers
+from agent_core.diskwatch import DiskWatch
 from agent_core.engine import EngineWatch
 from agent_core.identities import Identities
 from agent_core.journal import RESERVE_BYTES, Journal
@@ -133,13 +134,21 @@ class Agent:
             operations=operations,
         )
         facts = {**machine_facts(), **await asyncio.to_thread(plugins.node_facts)}
+        engine = EngineWatch(runtime, outbox, on_return=netpool.start)
+        disk = DiskWatch(
+            config.state_dir,
+            config.state_dir / "volumes",
+            reserve_bytes=policy.disk_reserve_bytes,
+            more=lambda: Path(engine.info.root) if engine.info else None,
+        )
         self._services = services = Services(
             config=config,
             state=state,
             outbox=outbox,
             spool=spool,
             runtime=runtime,
-            engine=EngineWatch(runtime, outbox, on_return=netpool.start),
+            engine=engine,
+            disk=disk,
             plugins=plugins,
             policy=policy,
             volumes=volumes,
@@ -172,8 +181,9 @@ class Agent:
         finally:
             await services.removals.drain(_LAST_REMOVALS_S)
             await self._remote.stop_streams()
-            with contextlib.suppress(OutriderError):
-                await netpool.aclose()
+            with contextlib.suppress(OutriderError, TimeoutError):
+                async with asyncio.timeout(_LAST_REMOVALS_S):  # an engine that hangs must not keep the agent
+                    await netpool.aclose()
             if self._given_runtime is None:
                 await runtime.aclose()
             spool.close()
@@ -191,6 +201,7 @@ class Agent:
                     ("engine", services.engine.run()),
                     ("events", self._watch_events()),
                     ("cleanup", cleanup.run()),
+                    ("disk", self._watch_disk(cleanup)),
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
                     ("time", self._keep_time()),
                     ("session", self._link()),
@@ -201,6 +212,10 @@ class Agent:
             log.info("agent stops", runs=len(self._runs.active))
             for task in tasks:
                 task.cancel()
+
+    async def _watch_disk(self, cleanup: Cleanup) -> None:
+        services = self._services
+        await services.disk.run(services.outbox.emit, cleanup.relieve, services.state.journal.keep_room)
 
     async def _keep_time(self) -> None:
         # What a reboot of the machine can make a timeout forget is at most this much.
@@ -306,6 +321,8 @@ class Agent:
         services = self._services
         brief = load(self.config.state_dir)
         brief.engine_ok, brief.engine_error = services.engine.ok, services.engine.error
+        if services.engine.ok and services.engine.stuck:
+            brief.engine_error = f"it hangs on {', '.join(sorted(services.engine.stuck))}"
         if services.engine.ok:
             # A heartbeat never waits for an engine that hangs.
             with contextlib.suppress(OutriderError, TimeoutError):
@@ -363,7 +380,10 @@ class Agent:
                 "ok": services.engine.ok,
                 "error": services.engine.error,
                 "version": services.engine.info.version if services.engine.info else "",
+                "stuck": dict(services.engine.stuck),
             },
+            "disk": services.disk.describe(),
+            "journal": {"blocked": services.state.journal.blocked},
             "runs": self._runs.describe(),
             "containers": dict(brief.containers),
             "outbox_depth": brief.outbox_depth,

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import structlog
@@ -18,36 +19,25 @@ import structlog
 from agent_core.container_spec import ContainerScope, GrantedVolume
 from agent_core.control import ControlSocket
 from agent_core.orders import AttemptOrder, AttemptResult
+from agent_core.outcome import Uncertain, Why, container_gone, engine_stopped, failure, stopped
+from agent_core.room import disk_errors
 from agent_core.runtimes.base import LABEL_PLAN, ContainerInfo, Exit
 from agent_core.services import Services
 from agent_core.state import AttemptRecord, Phase
 from agent_core.stepfiles import MAX_DIRECTORY_BYTES, ProgressLine, StepDirectory
 from agent_core.steplog import StepLog
 from agent_core.transitions import Transition
-from outrider.errors import (
-    Conflict,
-    EngineUnavailable,
-    NotFound,
-    OperationTimeout,
-    OutriderError,
-    StepFailed,
-    TemporaryError,
-)
+from outrider.errors import Conflict, EngineUnavailable, NotFound, OperationTimeout, OutriderError
 from outrider.retry import RetryPolicy
-from outrider.steps import EXIT_DONE, EXIT_TEMPORARY
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _DRAIN_S = 5.0  # between the exit and the end of the output; then the engine's own log is asked
 _PROGRESS_S = 0.25
+_CUT_S = 2.0  # between the end of the output and the exit; then the output was cut off, and goes on somewhere
 _ENGINE_LOG_FACTOR = 16  # its file has a record around each write: short lines take that much more room
-
-Why = Literal["cancelled", "timeout", "output_limit", "directory_limit"]
-
-
-class _Uncertain(Exception):
-    """The container is gone or its engine stopped under it: its exit says nothing."""
+_HANGS_S = 1.0  # between two questions to an engine that let the former time out
 
 
 class _Stopped(Exception):
@@ -56,6 +46,10 @@ class _Stopped(Exception):
 
 class _NamespaceGone(Exception):
     """The pause container whose network the step joins does not run any more."""
+
+
+class _StartUnclear(Exception):
+    """The engine did not answer the start in time: it may have been carried out, or be still on its way."""
 
 
 class Attempt:
@@ -79,6 +73,7 @@ class Attempt:
         self._directory = StepDirectory(path)
         self._stopping = asyncio.Event()
         self._started = asyncio.Event()
+        self._ended = asyncio.Event()
         self._over = False
         self._why: Why | None = None
         self._grace_s = 0.0
@@ -109,22 +104,18 @@ class Attempt:
                 if former is not None and former.exit_code is not None:
                     end, drained = await self._seen(former), False
                 else:
-                    phase = former.phase if former is not None else None
-                    container, running = await self._interruptible(self._obtain(phase, stack))
+                    # Not to be broken off: what a former agent started may be running, and ends by being stopped.
+                    found = None if former is None else await self._recover(former.phase)
+                    container, running = await self._interruptible(self._obtain(former, found, stack))
                     drained = False
                     end, drained = await self._see_through(container, running)
                 result.exit_code = end.exit_code
-                if end.engine_stopped:
-                    raise _Uncertain(f"the container engine stopped while step {order.step} was running")
                 self._judge(end, result)
                 self._over = True
         except _Stopped:
             result.error = self._stopped_error()
-        except _Uncertain as error:
-            result.uncertain = True
-            result.error = OutriderError(str(error), code="outcome_unknown")
         except OutriderError as error:
-            result.error = error
+            result.error, result.uncertain = error, isinstance(error, Uncertain)
         finally:
             timer.cancel()
             if self._pause is not None:
@@ -155,7 +146,7 @@ class Attempt:
                 return task.result()
             finally:
                 task.cancel()
-                with suppress(asyncio.CancelledError, OutriderError, _Uncertain):
+                with suppress(asyncio.CancelledError, OutriderError):
                     await task
 
     async def _seen(self, former: AttemptRecord) -> Exit:
@@ -165,20 +156,26 @@ class Attempt:
         assert former.exit_code is not None
         return Exit(former.container, former.exit_code, former.oom_killed)
 
-    async def _obtain(self, phase: Phase | None, stack: AsyncExitStack) -> tuple[str, bool]:
-        """The container of this attempt, and whether it has been started already. Waits for the engine."""
-        info = None
-        if phase is not None:
-            info = await self._with_engine(lambda: self._find(fence=True))
-            if info is None and phase != "intended":
-                raise _Uncertain(f"the container of step {self._order.step} was removed by somebody else")
-            if info is None:
-                self._directory.unfence()
+    async def _recover(self, phase: Phase) -> ContainerInfo | None:
+        """What a former agent left of this attempt, if it was started. Waits for the engine as long as it takes."""
+        info = await self._with_engine(lambda: self._find(fence=True))
+        if info is None and phase != "intended":
+            raise container_gone(self._order.step)
         if info is None:
-            await asyncio.to_thread(self._directory.prepare, self._order.inputs, *self._order.runs_as)
+            self._directory.unfence()
+        return info
+
+    async def _obtain(
+        self, former: AttemptRecord | None, info: ContainerInfo | None, stack: AsyncExitStack
+    ) -> tuple[str, bool]:
+        """The container of this attempt, and whether it has been started already. Waits for the engine."""
+        if info is None:
+            self._services.disk.check(f"run step {self._order.step}")
+            with disk_errors(f"prepare step {self._order.step}"):
+                await asyncio.to_thread(self._directory.prepare, self._order.inputs, *self._order.runs_as)
         await self._serve_control(stack)
         if info is None:
-            if phase is None:
+            if former is None:
                 await self._begin()
             info = await self._with_engine(self._create)
         return info.id, info.started_at is not None
@@ -186,8 +183,12 @@ class Attempt:
     async def _create(self) -> ContainerInfo:
         order, services = self._order, self._services
         pull: Literal["missing", "never"] = "missing" if services.policy.images.pull else "never"
+        # A question that timed out is asked again by who called this, after saying so.
         await services.operations.run(
-            "image.pull", RetryPolicy(), lambda: services.runtime.ensure_image(order.plan.image, pull=pull)
+            "image.pull",
+            RetryPolicy(),
+            lambda: services.runtime.ensure_image(order.plan.image, pull=pull),
+            idempotent=False,
         )
         if self._pause is None:
             self._pause = await services.netpool.lease(order.run_id, order.plan.network)
@@ -203,8 +204,8 @@ class Attempt:
         except Conflict:
             # Ours, if the answer to a former request was lost: the name is the attempt's.
             info = await self._find(fence=False)
-            if info is None:
-                raise
+            if info is None:  # a create that the engine was hanging on; it is there soon, or its name is free again
+                raise OperationTimeout(f"the container engine holds the name {spec.name} without a container") from None
             self._created = self._mark("created")
             return info
         except OutriderError:
@@ -254,8 +255,15 @@ class Attempt:
                 return await self._accompany(container, running)
             except _NamespaceGone:
                 await self._never_ran()
-                await self._services.runtime.remove(container, force=True)
+                await self._with_engine(partial(self._services.runtime.remove, container, force=True))
                 container = (await self._interruptible(self._with_engine(self._create))).id
+            except _StartUnclear:
+                # Behind the fence either it has started by now, or it never will.
+                info = await self._with_engine(lambda: self._find(fence=True))
+                if info is None:
+                    self._directory.unfence()
+                    info = await self._interruptible(self._with_engine(self._create))
+                container, running = info.id, info.started_at is not None
 
     async def _accompany(self, container: str, running: bool) -> tuple[Exit, bool]:
         runtime = self._services.runtime
@@ -264,15 +272,17 @@ class Attempt:
                 chunks: Any = runtime.logs(container, follow=True)
                 self._started.set()
             else:
-                chunks = await stack.enter_async_context(runtime.attach(container))
-            works = (self._pump(chunks, patient=running), self._stop_when_told(container), self._poll())
-            pump, *_ = await stack.enter_async_context(_beside(*works))
+                attach = lambda: stack.enter_async_context(runtime.attach(container))  # noqa: E731
+                chunks = await self._interruptible(self._with_engine(attach))
+            works = (self._read(container, chunks, patient=running), self._stop_when_told(container), self._poll())
+            reading, *_ = await stack.enter_async_context(_beside(*works))
             if not running:
                 await self._start(container)
             end = await self._exit_of(container)
             self._mark_exit(end)
-            await asyncio.wait({pump}, timeout=_DRAIN_S)
-            return end, pump.done() and bool(pump.result())
+            self._ended.set()
+            await asyncio.wait({reading}, timeout=_DRAIN_S)
+            return end, reading.done() and bool(reading.result()) and not end.gap
 
     async def _start(self, container: str) -> None:
         if self._created is not None:
@@ -285,8 +295,13 @@ class Attempt:
                 await self._services.runtime.start(container)
             except EngineUnavailable as error:
                 await self._wait_for_engine(error)
-                if (await self._services.runtime.inspect(container)).started_at is None:
+                info = await self._with_engine(partial(self._services.runtime.inspect, container))
+                await self._on_waiting("")
+                if info.started_at is None:
                     continue
+            except OperationTimeout as error:
+                await self._wait_for_engine(error)
+                raise _StartUnclear from error
             except OutriderError as error:
                 if await self._namespace_is_gone():
                     raise _NamespaceGone from error
@@ -299,9 +314,13 @@ class Attempt:
         """Whether somebody (an engine's restart, a person) took the pause container; then it is given up."""
         if self._pause is None:
             return False
-        with suppress(NotFound):
+        try:
             if (await self._services.runtime.inspect(self._pause)).state == "running":
                 return False
+        except (EngineUnavailable, OperationTimeout):
+            return False  # nobody knows
+        except NotFound:
+            pass
         self._services.netpool.discard(self._order.run_id, self._pause)
         self._pause = None
         return True
@@ -312,11 +331,24 @@ class Attempt:
                 return await self._services.runtime.exited(container, boot=self._order.engine_boot)
             except EngineUnavailable as error:
                 await self._wait_for_engine(error)
+                await self._on_waiting("")
             except NotFound as error:
-                raise _Uncertain(f"the container of step {self._order.step} was removed by somebody else") from error
+                raise container_gone(self._order.step) from error
+
+    async def _read(self, container: str, chunks: Any, *, patient: bool) -> bool:
+        """Whether the output was read to its end; where it is cut off before that, it is read on from the engine's."""
+        while True:
+            whole = await self._pump(chunks, patient=patient)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CUT_S):
+                    await self._ended.wait()
+                return whole
+            # The engine was restarted and the container survived it, or the connection was lost.
+            await self._services.engine.available()
+            chunks, patient = self._services.runtime.logs(container, follow=True), True
 
     async def _pump(self, chunks: Any, *, patient: bool) -> bool:
-        """Whether the output was read to its end."""
+        """Whether ``chunks`` came to their end."""
         assert self._log is not None
         try:
             await self._log.pump(chunks, patient=patient)
@@ -332,10 +364,14 @@ class Attempt:
         while True:
             try:
                 await self._services.runtime.stop(container, grace_s=self._grace_s)
+                await self._services.engine.answers(self._order.container)
                 return
             except EngineUnavailable as error:
                 self._services.engine.doubt(error)
                 await self._services.engine.available()
+            except OperationTimeout as error:
+                await self._services.engine.hangs(self._order.container, error)
+                await asyncio.sleep(_HANGS_S)
             except OutriderError as error:
                 log.warning("a step's container can't be stopped", container=container, error=str(error))
                 await asyncio.sleep(1)
@@ -355,53 +391,47 @@ class Attempt:
 
     def _judge(self, end: Exit, result: AttemptResult) -> None:
         self._look()
+        if end.engine_stopped:
+            raise engine_stopped(self._order.step)
         if self._why is not None:
             raise self._stopped_error()
-        if end.exit_code == EXIT_DONE:
-            result.outputs = self._directory.read_outputs()
-            return
-        step = self._order.step
-        said = self._directory.error
-        if end.oom_killed:
-            limit = self._order.resources.memory_bytes
-            size = f" of {limit // 1024**2} MiB" if limit else ""
-            raise StepFailed(
-                f"step {step} was killed because it needs more memory than its limit{size}",
-                code="out_of_memory",
-                hint="raise the step's resources.memory",
-            )
-        cause = said.message if said else ""
-        message = f"step {step} failed: {cause}" if cause else f"step {step} ended with exit code {end.exit_code}"
-        code = said.code if said else "step_failed"
-        if end.exit_code == EXIT_TEMPORARY:
-            raise TemporaryError(message, code=code)
-        raise StepFailed(message, code=code, hint="" if cause else "its log has the cause")
+        error = failure(self._order, end, self._directory.error, disk_is_full=self._services.disk.full_now())
+        if error is not None:
+            raise error
+        result.outputs = self._directory.read_outputs()
 
     def _stopped_error(self) -> OutriderError:
-        step = self._order.step
-        if self._why == "timeout":
-            return OperationTimeout(f"step {step} did not end within its timeout", code="step_timeout")
-        if self._why == "output_limit":
-            limit = self._services.policy.limits.step_log_bytes
-            return StepFailed(f"step {step} wrote more than {limit} bytes of output", code="output_limit")
-        if self._why == "directory_limit":
-            return StepFailed(
-                f"step {step} wrote more than {MAX_DIRECTORY_BYTES} bytes into /outrider", code="directory_limit"
-            )
-        return OutriderError(f"step {step} was cancelled", code="cancelled")
+        assert self._why is not None
+        return stopped(self._order.step, self._why, self._services.policy.limits)
 
     async def _with_engine(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """``work``, again whenever the engine goes away in the middle of it, until the attempt's time is over."""
+        """``work``, again whenever the engine goes away or hangs in the middle of it, until the attempt is stopped."""
+        waited = False
         while True:
             try:
-                return await work()
-            except EngineUnavailable as error:
+                done = await work()
+            except (EngineUnavailable, OperationTimeout) as error:
+                waited = True
                 await self._wait_for_engine(error)
+                continue
+            if waited:
+                await self._engine_answers()
+            return done
 
     async def _wait_for_engine(self, error: OutriderError) -> None:
-        self._services.engine.doubt(error)
-        await self._on_waiting("engine")
-        await self._services.engine.available()
+        engine = self._services.engine
+        if isinstance(error, OperationTimeout):
+            # It answers others, perhaps. What was asked of it may be done by now, and is looked up by trying again.
+            await engine.hangs(self._order.container, error)
+            await self._on_waiting("the engine hangs on its container")
+            await asyncio.sleep(_HANGS_S)
+        else:
+            engine.doubt(error)
+            await self._on_waiting("engine")
+        await engine.available()
+
+    async def _engine_answers(self) -> None:
+        await self._services.engine.answers(self._order.container)
         await self._on_waiting("")
 
     def _mark(self, phase: Phase) -> Future[None]:

@@ -8,28 +8,43 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
 
 from agent_core.runner import RunEngine
-from agent_core.runtimes.base import LABEL_ATTEMPT, LABEL_KIND, LABEL_NODE, LABEL_RUN, LABEL_STEP, ContainerInfo
+from agent_core.runtimes.base import LABEL_ATTEMPT, LABEL_RUN, LABEL_STEP, ContainerInfo
 from agent_core.services import Services
 from outrider.errors import OutriderError
 
 log = structlog.get_logger(__name__)
 
 INTERVAL_S = 600.0
+_ENGINE_S = 60.0  # for all that needs the engine
 _KEEP_COMMANDS_S = 7 * 24 * 3600.0
-_STRAY_S = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ages:
+    """How old, in seconds, what nobody needs any more may get. What is needed is kept at any age."""
+
+    stray_s: float = 24 * 3600.0  # ended containers of steps that the journal does not know
+    missing_s: float = 24 * 3600.0  # what is held for a managed container that somebody removed
+    unknown_volume_s: float = 7 * 24 * 3600.0  # volumes of runs that the journal does not know
+
+
+UNDER_PRESSURE = Ages(stray_s=600.0, missing_s=600.0, unknown_volume_s=3600.0)
+"""While the disk has less free than the reserve."""
 
 
 class Cleanup:
-    """`once` at every start and return of the engine; `run` from time to time."""
+    """`run` does it from time to time, `relieve` at once because the disk gets full."""
 
     def __init__(self, services: Services, runs: RunEngine) -> None:
         self._services = services
         self._runs = runs
+        self._one = asyncio.Lock()
 
     async def run(self) -> None:
         """For ever."""
@@ -41,10 +56,34 @@ class Cleanup:
                 log.info("clean-up is put off", error=str(error))
             await asyncio.sleep(INTERVAL_S)
 
-    async def once(self) -> None:
-        """Everything that is left over now."""
+    async def relieve(self) -> None:
+        """Make room: what would go by and by goes now."""
+        log.info("collecting what nobody needs, because the disk gets full")
+        await self.once(UNDER_PRESSURE)
+
+    async def once(self, ages: Ages = Ages()) -> None:
+        """Everything that is left over now, as far as the engine answers."""
+        async with self._one:
+            try:
+                async with asyncio.timeout(_ENGINE_S):
+                    await self._of_engine(ages)
+            except (OutriderError, TimeoutError) as error:
+                log.info("what is left over in the engine is put off", error=str(error))
+            await self._of_disk()
+
+    async def _of_engine(self, ages: Ages) -> None:
+        """Containers of steps, what was held for containers that are gone, and volumes that none of them has."""
         services = self._services
-        await self._containers()
+        found = await services.runtime.list()
+        await self._containers(found, ages)
+        await services.containers.forget_missing(found, older_than_s=ages.missing_s, active=self._runs.active)
+        mounted = {mount.source for info in found for mount in info.mounts}
+        await services.volumes.remove_unknown_runs(
+            keep=self._runs.active, mounted=mounted, older_than_s=ages.unknown_volume_s
+        )
+
+    async def _of_disk(self) -> None:
+        services = self._services
         active = set(self._runs.active)
         await asyncio.to_thread(self._directories, active)
         rows = await services.state.journal.query(
@@ -58,14 +97,14 @@ class Cleanup:
         await services.state.forget(commands_before=time.time() - _KEEP_COMMANDS_S)
         services.spool.remove_strays(self._runs.active)
 
-    async def _containers(self) -> None:
-        labels = {LABEL_NODE: self._services.config.node_id, LABEL_KIND: "step"}
-        for info in await self._services.runtime.list(labels=labels):
-            if await self._is_left_over(info):
+    async def _containers(self, found: list[ContainerInfo], ages: Ages) -> None:
+        for info in found:
+            if self._services.containers.owner(info) == "step" and await self._is_left_over(info, ages):
                 log.info("removing a step's container that is left over", container=info.name, state=info.state)
-                await self._services.runtime.remove(info.id, force=True)
+                # Not waited for: an engine that hangs on one holds up no other.
+                self._services.removals.add(self._services.runtime.remove(info.id, force=True))
 
-    async def _is_left_over(self, info: ContainerInfo) -> bool:
+    async def _is_left_over(self, info: ContainerInfo, ages: Ages) -> bool:
         run_id = info.labels.get(LABEL_RUN, "")
         journal = self._services.state.journal
         rows = await journal.query(
@@ -81,7 +120,7 @@ class Cleanup:
             return True
         # The journal was lost, which is no reason to kill somebody's work; or it is of another agent on this engine,
         # whose node has the same name under another server, and which is about to look at its end.
-        old = info.created_at is not None and (datetime.now(UTC) - info.created_at).total_seconds() > _STRAY_S
+        old = info.created_at is not None and (datetime.now(UTC) - info.created_at).total_seconds() > ages.stray_s
         return old and info.state not in ("running", "paused", "restarting")
 
     def _directories(self, active: set[str]) -> None:

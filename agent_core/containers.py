@@ -11,9 +11,10 @@ import contextlib
 import logging
 import socket
 import sqlite3
+import time
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -94,6 +95,7 @@ class Containers:
         self._volumes = volumes
         self._policy = policy
         self._node_id = node_id
+        self._missing_since: dict[str, float] = {}
         # Held by whoever works on that name, and gone with the last of them: any name can be asked for.
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
@@ -267,6 +269,27 @@ class Containers:
                 info = await self._find(name)
                 ours = info is not None and self.owner(info) == "managed" and info.labels.get(LABEL_RUN) == scope.run_id
                 await self._clean_up(name, info.id if info is not None and ours else "")
+
+    async def forget_missing(
+        self, found: Sequence[ContainerInfo], *, older_than_s: float, active: Collection[str]
+    ) -> None:
+        """Give back ports and volumes of containers that somebody removed long ago, but for those of ``active`` runs.
+
+        ``found`` is what the engine has now. How long one has been missing counts from when that was first seen.
+        """
+        there, now = {info.name for info in found}, time.monotonic()
+        rows = await self._journal.query("SELECT name, run_id, state FROM managed")
+        missing = {str(row["name"]) for row in rows if row["name"] not in there}
+        beginning = {str(row["name"]) for row in rows if row["state"] == "starting" and row["run_id"] in active}
+        self._missing_since = {name: self._missing_since.get(name, now) for name in missing - beginning}
+        for name, since in list(self._missing_since.items()):
+            if now - since < older_than_s:
+                continue
+            async with self._alone(name):
+                if await self._find(name) is None:
+                    log.info("the container %s is gone for good: what was held for it is given back", name)
+                    await self._clean_up(name, "")
+                    self._missing_since.pop(name, None)
 
     # -- inside
 

@@ -10,12 +10,13 @@ import structlog
 
 from agent_core.outbox import Outbox
 from agent_core.runtimes.base import EngineInfo, Runtime
-from outrider.errors import OutriderError
+from outrider.errors import EngineUnavailable, OutriderError
 
 log = structlog.get_logger(__name__)
 
 _CHECK_S = 15.0  # while it answers; work that meets a missing engine says so at once
 _RETRY_S = 1.0
+_ANSWER_S = 20.0  # to a question about itself, however busy it is
 
 
 class EngineWatch:
@@ -28,6 +29,7 @@ class EngineWatch:
         self._up = asyncio.Event()
         self._doubt = asyncio.Event()
         self.asked = asyncio.Event()  # it has answered, or not, for the first time
+        self.stuck: dict[str, str] = {}  # containers that it hangs on, and what it did not answer
         self.info: EngineInfo | None = None
         self.error = "the container engine has not been asked yet"
 
@@ -44,6 +46,20 @@ class EngineWatch:
             log.warning("the container engine does not answer", error=str(error))
         self._doubt.set()
 
+    async def hangs(self, container: str, error: OutriderError) -> None:
+        """It did not answer in time about this container; it may answer about all others."""
+        self._doubt.set()
+        if container not in self.stuck:
+            self.stuck[container] = str(error)
+            log.warning("the container engine hangs on a container", container=container, error=str(error))
+            await self._outbox.emit("engine.hangs", container, {"error": str(error)})
+
+    async def answers(self, container: str) -> None:
+        """It answers about this container; nothing is said where it always did."""
+        if self.stuck.pop(container, None) is not None:
+            log.info("the container engine answers about the container again", container=container)
+            await self._outbox.emit("engine.answers", container, {})
+
     def look_again(self) -> None:
         """Something happened to it (its events had a gap): ask it now."""
         self._doubt.set()
@@ -58,7 +74,7 @@ class EngineWatch:
         boot = ""
         while True:
             try:
-                info = await self._runtime.info()
+                info = await self._ask()
                 if not self._up.is_set() or info.boot != boot:
                     if self._on_return is not None:
                         await self._on_return()
@@ -68,7 +84,7 @@ class EngineWatch:
                 was_up, boot, self.info, self.error = True, info.boot, info, ""
                 self._up.set()
             except OutriderError as error:
-                self.doubt(error)
+                self.doubt(error)  # an engine that hangs as a whole is as good as away
                 self.error = str(error)
                 if was_up is not False:
                     was_up = False
@@ -81,3 +97,12 @@ class EngineWatch:
             else:
                 await asyncio.sleep(_RETRY_S)
             self._doubt.clear()
+
+    async def _ask(self) -> EngineInfo:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await self._runtime.info()
+        except TimeoutError as error:
+            raise EngineUnavailable(
+                f"the container engine has not answered for {_ANSWER_S:.0f} s", hint="look whether it hangs"
+            ) from error

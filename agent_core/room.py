@@ -29,12 +29,11 @@ def is_out_of_space(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in _OUT_OF_SPACE
 
 
-def disk_full(doing: str) -> TemporaryError:
+def disk_full(doing: str, path: Path | None = None, free: int = 0) -> TemporaryError:
     """The error of an operation that needs room which is not there; ``doing`` reads like "prepare step a"."""
+    where = f" at {path} ({free // 1024} KiB left)" if path else ""
     return TemporaryError(
-        f"the disk of the node's state directory is full: can't {doing}",
-        code="disk_full",
-        hint="free some space there; steps can be run again as soon as there is some",
+        f"the node's disk{where} is full: can't {doing}", code="disk_full", hint="free some space on the node"
     )
 
 

@@ -68,6 +68,7 @@ class RunEngine:
             return
         if hashlib.sha256(run.pipeline_yaml).digest() != run.pipeline_sha256:
             raise InvalidInput(f"the pipeline of run {run.run_id} is not the one announced", code="digest_mismatch")
+        self._services.disk.check(f"take on run {run.run_id}")
         pipeline = load_pipeline(run.pipeline_yaml)
         statuses = first_statuses(pipeline, run)
         report = pb.RunReport(

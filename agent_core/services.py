@@ -22,6 +22,7 @@ from outrider.v1 import node_service_pb2 as pb
 
 if TYPE_CHECKING:
     from agent_core.containers import Containers
+    from agent_core.diskwatch import DiskWatch
     from agent_core.engine import EngineWatch
     from agent_core.identities import Identities
     from agent_core.netpool import NetPool
@@ -75,24 +76,34 @@ class Removals:
     """
 
     DELAY_S = 2.0
+    PATIENCE_S = 10.0  # for one removal; what takes longer goes on beside the next
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[tuple[float, Coroutine[Any, Any, object]]] = asyncio.Queue()
+        self._slow: set[asyncio.Task[None]] = set()
 
     def add(self, removal: Coroutine[Any, Any, object]) -> None:
         """Have ``removal`` done."""
         self._queue.put_nowait((asyncio.get_running_loop().time() + self.DELAY_S, removal))
 
     async def run(self) -> None:
-        """For ever; start it twice for two at a time."""
-        while True:
-            due, removal = await self._queue.get()
-            try:
-                await asyncio.sleep(due - asyncio.get_running_loop().time())
-            except asyncio.CancelledError:
-                self._queue.put_nowait((due, removal))
-                raise
-            await _logged(removal, "removal")
+        """For ever; start it twice for two at a time. One that the engine hangs on holds up no other."""
+        try:
+            while True:
+                due, removal = await self._queue.get()
+                try:
+                    await asyncio.sleep(due - asyncio.get_running_loop().time())
+                except asyncio.CancelledError:
+                    self._queue.put_nowait((due, removal))
+                    raise
+                task = asyncio.create_task(_logged(removal, "removal"), name="removal")
+                self._slow.add(task)
+                task.add_done_callback(self._slow.discard)
+                await asyncio.wait({task}, timeout=self.PATIENCE_S)
+        finally:
+            for task in self._slow:
+                task.cancel()
+            await asyncio.gather(*self._slow, return_exceptions=True)
 
     async def drain(self, within_s: float) -> None:
         """Do what is left, now; what takes too long is left to the next agent's clean-up."""
@@ -121,6 +132,7 @@ class Services:
     spool: Spool
     runtime: Runtime
     engine: EngineWatch
+    disk: DiskWatch
     plugins: PluginHost
     policy: NodePolicy
     volumes: Volumes

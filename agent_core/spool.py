@@ -142,6 +142,12 @@ class Spool:
         self._queue.put(future)
         await asyncio.wrap_future(future)
 
+    def mend(self, log: LogFile) -> None:
+        """Go on with a log that the disk refused, once it is flushed: what was refused counts as not taken."""
+        self._bytes -= log.accepted - log.written
+        log.accepted = log.written
+        log.broken = False
+
     def finished(self, log: LogFile, *, gap: int = 0) -> Callable[[sqlite3.Connection], object]:
         """The log has ended and is flushed (a change for `State.commit`); ``gap`` bytes are missing, -1: unknown."""
         if log.written < log.accepted and gap >= 0:

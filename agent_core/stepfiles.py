@@ -73,7 +73,7 @@ class StepDirectory:
                 try:
                     os.fchmod(descriptor, mode)
                     if content:
-                        os.write(descriptor, content)
+                        _write_all(descriptor, content)
                     elif os.geteuid() == 0:
                         os.fchown(descriptor, uid, gid)
                 finally:
@@ -192,6 +192,13 @@ class StepDirectory:
             return os.pread(descriptor, limit, offset)
         finally:
             os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    # A disk that gets full takes a part of it, says so, and refuses the next write.
+    done = 0
+    while done < len(content):
+        done += os.write(descriptor, memoryview(content)[done:])
 
 
 def _refused(message: str, *, code: str = "outputs_invalid") -> StepFailed:

@@ -48,6 +48,8 @@ class StepLog:
         self._max_bytes = max_bytes
         self._on_limit = on_limit
         self.over_limit = False
+        self._raw = self._lost = 0
+        self._streams: dict[StreamName, _Stream] = {}
         self._begin()
 
     async def pump(self, chunks: Chunks, *, patient: bool = False) -> None:
@@ -81,14 +83,22 @@ class StepLog:
         unknown = False
         if ended:
             await self._flush()
+        await self._spool.flush()
+        for file in self._files.values():
+            if file.broken:
+                self._spool.mend(file)  # the disk was full then; the engine still has it all
         if not (ended and self.complete):
+            seen = self._streams, self._raw, self._lost
             try:
                 async with asyncio.timeout(60), aclosing(engine_log()) as chunks:  # type: ignore[type-var]
                     await self.pump(chunks, patient=True)
                     await self._flush()
             except (OutriderError, TimeoutError) as error:
                 log.warning("a step's log can't be completed from the engine's", error=str(error))
-                unknown = True
+                if ended:
+                    self._streams, self._raw, self._lost = seen  # how much there was is known all the same
+                else:
+                    unknown = True
         await self._spool.flush()
         changes = []
         for name, each in self._streams.items():
@@ -112,11 +122,8 @@ class StepLog:
             await self._take(name, each.masker.flush(), patient=False)
 
     def _begin(self) -> None:
-        self._raw = 0
-        self._lost = 0
-        self._streams: dict[StreamName, _Stream] = {
-            name: _Stream(file, self._secrets) for name, file in self._files.items()
-        }
+        self._raw = self._lost = 0
+        self._streams = {name: _Stream(file, self._secrets) for name, file in self._files.items()}
 
     def _noisiest(self) -> StreamName:
         return max(self._streams, key=lambda name: self._streams[name].position)

@@ -12,6 +12,7 @@ but not while a managed container still mounts it. A volume of scope ``object`` 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import secrets
@@ -19,7 +20,8 @@ import shutil
 import sqlite3
 import stat
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Literal
 
 from agent_core.identities import SHARED_GID, Identities, owner_of
 from agent_core.journal import Journal
+from agent_core.room import disk_errors
 from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, NotFound, TemporaryError
 
@@ -55,6 +58,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _TRASH = ".trash"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WALK_LIMIT = 200_000
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +134,8 @@ class Volumes:
         await asyncio.to_thread(self._check_disk, size_bytes)
         # The row first: a directory that nobody knows of would never be collected.
         await self._journal.write(Transition.VOLUME_ALLOTTED, record)
-        await asyncio.to_thread(self._make, parts, uid, gid, scope == "node")
+        with disk_errors(f"make the volume {name}"):
+            await asyncio.to_thread(self._make, parts, uid, gid, scope == "node")
         return AllottedVolume(
             name=name,
             host_path=str(self._root / path),
@@ -183,6 +189,25 @@ class Volumes:
         await asyncio.to_thread(self._empty_trash)
         return len(rows)
 
+    async def remove_unknown_runs(
+        self, *, keep: Collection[str], mounted: Collection[str], older_than_s: float
+    ) -> list[str]:
+        """Remove volumes of runs that the journal knows nothing of, as after its loss; returns those runs.
+
+        Those of the runs ``keep`` stay, and those with a path that a container has ``mounted``. The age is that of the
+        run's last change to its volumes' directories.
+        """
+        known = {str(row["owner"]) for row in await self._journal.query("SELECT owner FROM volumes WHERE scope='run'")}
+        gone = []
+        for run_id in await asyncio.to_thread(self._runs_on_disk, older_than_s):
+            prefix = str(self._root / "run" / run_id)
+            in_use = any(path == prefix or path.startswith(f"{prefix}/") for path in mounted)
+            if run_id not in known and run_id not in keep and not in_use:
+                log.info("removing the volumes of run %s, which nobody knows any more", run_id)
+                await asyncio.to_thread(self._discard, f"run/{run_id}")
+                gone.append(run_id)
+        return gone
+
     async def usage(self, run_id: str, object_ref: str | None = None) -> list[Usage]:
         """What the volumes of a run, and of its object, take up now."""
         rows = await self._journal.query(
@@ -213,6 +238,21 @@ class Volumes:
                 code="disk_full",
                 hint="free some space below the agent's state directory",
             )
+
+    def _runs_on_disk(self, older_than_s: float) -> list[str]:
+        """Runs with directories of which none was changed for so long."""
+        found = []
+        before = time.time() - older_than_s
+        with ExitStack() as stack, suppress(FileNotFoundError):
+            runs = self._descend(stack, ["run"], create=False)
+            for run_id in os.listdir(runs):
+                with ExitStack() as inner, suppress(OSError):
+                    run = os.open(run_id, _DIRECTORY, dir_fd=runs)
+                    inner.callback(os.close, run)
+                    names = [".", *os.listdir(run)]
+                    if all(os.stat(each, dir_fd=run, follow_symlinks=False).st_mtime < before for each in names):
+                        found.append(run_id)
+        return found
 
     def _make(self, parts: Sequence[str], uid: int, gid: int, shared: bool) -> None:
         with ExitStack() as stack:

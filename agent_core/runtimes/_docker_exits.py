@@ -69,6 +69,7 @@ class Exits:
         self._watched: OrderedDict[str, int] = OrderedDict()
         self._dying: dict[str, asyncio.Task[None]] = {}
         self._out_of_memory: OrderedDict[str, None] = OrderedDict()
+        self._signalled: OrderedDict[str, None] = OrderedDict()
         self._looks: set[asyncio.Task[None]] = set()
         self._subscribers: set[asyncio.Queue[EngineEvent]] = set()
         self._generation = 0
@@ -221,10 +222,11 @@ class Exits:
                 dying.add_done_callback(lambda _: self._ended.pop(container, None))
             self._ended.pop(container, None)
             self._out_of_memory.pop(container, None)
+            self._signalled.pop(container, None)
         elif action == "oom":
-            self._out_of_memory[container] = None
-            while len(self._out_of_memory) > _REMEMBERED:
-                self._out_of_memory.popitem(last=False)
+            _note(self._out_of_memory, container)
+        elif action == "kill":
+            _note(self._signalled, container)
         elif action == "die":
             # Aside: an engine that hangs on one container must not hold up what is told about others.
             task = asyncio.create_task(self._died(container, code or 0))
@@ -250,7 +252,12 @@ class Exits:
             # An engine that stops takes no calls any more, and then ends its containers, while this stream
             # still stands: what killed this one is told when the engine is back.
             return
-        end = Exit(container, code, oom_killed=container in self._out_of_memory)
+        end = Exit(
+            container,
+            code,
+            oom_killed=container in self._out_of_memory,
+            signalled=container in self._signalled,
+        )
         if container in self._waiters:
             end = await self._explained(end)
         self._ended[container] = end
@@ -295,3 +302,9 @@ class Exits:
                     queue.get_nowait()
                 event = replace(event, action="resync", container_id="", name="", labels={})
             queue.put_nowait(event)
+
+
+def _note(containers: OrderedDict[str, None], container: str) -> None:
+    containers[container] = None
+    while len(containers) > _REMEMBERED:
+        containers.popitem(last=False)

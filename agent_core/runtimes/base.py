@@ -114,8 +114,9 @@ class Exit:
     """How a container ended.
 
     ``oom_killed``: a process of it was killed for want of memory. ``engine_stopped``: the engine restarted under it,
-    the code says nothing. ``removed``: it was killed by somebody who removed it. ``gap``: while it was waited for, the
-    engine was away; what else was read from the engine meanwhile may lack something, too.
+    the code says nothing. ``removed``: it was killed by somebody who removed it. ``signalled``: somebody had the engine
+    send it a signal. ``gap``: while it was waited for, the engine was away; what else was read from the engine
+    meanwhile may lack something, too.
     """
 
     container_id: str
@@ -123,6 +124,7 @@ class Exit:
     oom_killed: bool = False
     engine_stopped: bool = False
     removed: bool = False
+    signalled: bool = False
     gap: bool = False
 
 

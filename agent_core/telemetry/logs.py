@@ -34,7 +34,7 @@ def configure_logging(level: str = "info", form: Literal["text", "json"] = "text
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
         ]
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
@@ -45,6 +45,15 @@ def configure_logging(level: str = "info", form: Literal["text", "json"] = "text
     root.setLevel(level.upper())
     for chatty in ("alembic", "urllib3", "docker", "stevedore", "asyncio", "grpc"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Writes to a stream that may be a file on a full disk, or a pipe that nobody reads any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        # The line is lost; saying so on the same stream would fail, too, and must never reach who wanted to log.
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 def _without_secrets(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
