@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
-import os
 import secrets
 import socket
 import time
@@ -35,6 +33,7 @@ from server_core.admission import Admission
 from server_core.bus.local import LocalBus
 from server_core.config import ServerConfig
 from server_core.control.service import ControlService
+from server_core.datadir import DataDirLock
 from server_core.dispatch import Dispatcher
 from server_core.drains import Drains
 from server_core.fleet import Fleet
@@ -85,7 +84,7 @@ async def init(config: ServerConfig, *, new_token: bool = False) -> InitResult:
 
 
 def _init(config: ServerConfig, new_token: bool) -> InitResult:
-    with _Lock(config.data_dir, make=True):
+    with DataDirLock(config.data_dir, make=True):
         if config.store_file.exists() and not config.key_file.exists():
             vault.read_master_key(config.key_file)  # says what is wrong: a new key would open nothing of this store
         vault.make_master_key(config.key_file)
@@ -136,7 +135,7 @@ class Server:
             )
         table = access.permission_table(_SERVICES)
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(_Lock(config.data_dir))
+            stack.enter_context(DataDirLock(config.data_dir))
             master_key = vault.read_master_key(config.key_file)
             certificate = await asyncio.to_thread(_certificate, config)
             db = await asyncio.to_thread(SqliteDatabase, config.store_file, reserve_bytes=config.disk_reserve_bytes)
@@ -249,36 +248,6 @@ class Server:
                 except (OutriderError, OSError) as error:
                     log.error("housekeeping failed", error=str(error))
             await asyncio.sleep(_HOUSEKEEPING_EVERY.total_seconds())
-
-
-class _Lock:
-    """One server per data directory."""
-
-    def __init__(self, data_dir: Path, *, make: bool = False) -> None:
-        self._data_dir = data_dir
-        self._make = make
-        self._descriptor = -1
-
-    def __enter__(self) -> None:
-        try:
-            if self._make:
-                self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._descriptor = os.open(self._data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._descriptor)
-            raise Conflict(
-                f"another server uses the data directory {self._data_dir}",
-                code="data_dir_taken",
-                hint="stop it first, or give another data_dir",
-            ) from error
-        except OSError as error:
-            raise InvalidInput(
-                f"the data directory {self._data_dir} can't be used: {error.strerror}", code="data_dir_unusable"
-            ) from error
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
 
 
 def _server_id(connection: Connection) -> str:

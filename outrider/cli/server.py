@@ -14,7 +14,7 @@ import click
 
 from outrider.cli._machine import How, install_options, this_command
 from outrider.cli._main import App, say_error
-from outrider.cli._output import emit_json, note, output_option
+from outrider.cli._output import emit_json, note, output_option, size
 from outrider.cli._service import (
     act_as_owner,
     check_port,
@@ -23,7 +23,7 @@ from outrider.cli._service import (
     run_until_signal,
     show_settings,
 )
-from outrider.errors import OutriderError
+from outrider.errors import InvalidInput, OutriderError
 from outrider.sdnotify import Notifier, serving, starting
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ CONFIG_FILE = Path("/etc/outrider/server.yaml")
 STOP_GRACE_S = 10.0
 
 
-@click.group("server", help="The server: init, run, config, install.")
+@click.group("server", help="The server: init, run, backup, restore, config, install.")
 def command() -> None:
     """The server."""
 
@@ -168,6 +168,84 @@ async def _renewing(server: Server, notifier: Notifier) -> AsyncIterator[None]:
 def config(as_json: bool, **flags: Any) -> None:
     """Print the effective settings and where each came from."""
     show_settings(_load(**flags), as_json)
+
+
+_passphrase_option = click.option(
+    "--passphrase-file",
+    type=click.Path(path_type=Path),
+    help="A file with the passphrase that guards the keys in the backup; - for stdin.",
+)
+
+
+@command.command("backup")
+@click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
+@_options
+@_passphrase_option
+@output_option
+def backup(target: Path, passphrase_file: Path | None, as_json: bool, **flags: Any) -> None:
+    """Write a backup to FILE; the server may be running.
+
+    With a passphrase it holds everything that another machine needs to take over. Without one it holds neither the
+    master key nor the key of the CA, and is of use only together with them.
+    """
+    from server_core import backup as backups
+
+    config = _load(**flags).value
+    made = backups.make(
+        config,
+        target,
+        passphrase=_passphrase(passphrase_file),
+        as_owner=lambda: act_as_owner(config.data_dir),
+    )
+    if as_json:
+        emit_json({"file": str(target), "bytes": target.stat().st_size, "schema": made.schema, "keys": bool(made.kdf)})
+        return
+    click.echo(str(target))
+    note(f"the backup has {size(target.stat().st_size)}; it was checked and is whole")
+    if made.kdf is None:
+        keys = f"{config.key_file} and {config.ca_file.with_name('ca.key')}"
+        note(f"it holds no keys: keep {keys} elsewhere, or give --passphrase-file and they are in it, encrypted")
+
+
+@command.command("restore")
+@click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
+@_options
+@_passphrase_option
+@click.option("--replace", is_flag=True, help="Put the server that is there aside.")
+@output_option
+def restore(target: Path, passphrase_file: Path | None, replace: bool, as_json: bool, **flags: Any) -> None:
+    """Make the data directory the server of the backup FILE. No server may run on it."""
+    from server_core.restore import restore as make
+
+    config = _load(**flags).value
+    passphrase = _passphrase(passphrase_file)
+    try:
+        source = target.open("rb")
+    except OSError as error:
+        raise InvalidInput(f"{target} can't be read: {error.strerror}", code="file_unreadable") from error
+    with source, act_as_owner(config.data_dir):
+        made = make(config, source, passphrase=passphrase, replace=replace)
+    taken = made.manifest.made_at.strftime("%Y-%m-%d %H:%M:%S UTC")
+    if as_json:
+        replaced = None if made.replaced is None else str(made.replaced)
+        unknown = list(made.unknown_runs)
+        emit_json({"data_dir": str(config.data_dir), "made_at": taken, "replaced": replaced, "unknown_runs": unknown})
+        return
+    note(f"the server in {config.data_dir} is as it was at {taken}; agents register anew and say what they hold")
+    if made.replaced is not None:
+        note(f"what was there before is in {made.replaced}")
+    if made.unknown_runs:
+        note(f"{len(made.unknown_runs)} runs are unknown now, because the backup is too old to send them again")
+
+
+def _passphrase(file: Path | None) -> bytes | None:
+    """The first line of the file. Raises InvalidInput if it can't be read."""
+    if file is None:
+        return None
+    from outrider.cli._files import read_bytes
+
+    lines = read_bytes(file, at_most=1024 * 1024).splitlines()
+    return lines[0] if lines else b""
 
 
 @command.command("install")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 from pathlib import Path
 
 from sqlalchemy import Engine
 
 from outrider.errors import InvalidInput
-from server_core.security.files import write_private
+from server_core.security.files import sync_directory, write_private
 
 RESTORE_HINT = "restore a backup with `outrider server restore FILE`; the file is left as it is"
 
@@ -46,7 +45,7 @@ def break_seal(path: Path) -> None:
     seal = _seal_of(path)
     if seal.exists():
         seal.unlink()
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def set_seal(path: Path) -> None:
@@ -93,11 +92,3 @@ def _refusal(path: Path, why: str) -> InvalidInput:
 
 def _seal_of(path: Path) -> Path:
     return path.with_name(path.name + ".seal")
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

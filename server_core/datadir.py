@@ -1,0 +1,39 @@
+"""The server's data directory: one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from outrider.errors import Conflict, InvalidInput
+
+
+class DataDirLock:
+    """Held as long as its context. Entering raises Conflict if another process has it, InvalidInput if it can't be."""
+
+    def __init__(self, data_dir: Path, *, make: bool = False) -> None:
+        self._data_dir = data_dir
+        self._make = make
+        self._descriptor = -1
+
+    def __enter__(self) -> None:
+        try:
+            if self._make:
+                self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._descriptor = os.open(self._data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._descriptor)
+            raise Conflict(
+                f"another server uses the data directory {self._data_dir}",
+                code="data_dir_taken",
+                hint="stop it first, or give another data_dir",
+            ) from error
+        except OSError as error:
+            raise InvalidInput(
+                f"the data directory {self._data_dir} can't be used: {error.strerror}", code="data_dir_unusable"
+            ) from error
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
