@@ -19,11 +19,12 @@ from outrider.pipeline import ATTRIBUTE_PATTERN, load_pipeline, plain_envs
 from outrider.v1 import node_service_pb2, node_service_pb2_grpc, types_pb2
 from server_core.access import current_caller, current_session
 from server_core.bus.base import EVENTS, NODES, log_topic, run_topic
+from server_core.control.common import request_digest
 from server_core.channel import ControlChannel
 from server_core.security import tokens
 from server_core.security.vault import env_purpose
 from server_core.services import Services
-from server_core.store import envs, events, logs, nodes, objects, runs
+from server_core.store import envs, events, logs, nodes, objects, requests, runs
 from server_core.store.commits import Commit
 from server_core.store.common import now_us, stamp
 from server_core.store.runs import RunRow
@@ -220,21 +221,28 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
     async def WriteBack(
         self, request: node_service_pb2.WriteBackRequest, context: Context
     ) -> node_service_pb2.WriteBackResponse:
-        """Idempotent by itself: the same values of the same run change nothing the second time."""
-        node_id = current_caller().name
+        """Recorded once: a repeated request gets the answer of the first, whatever has changed since."""
+        caller, node_id = current_caller(), current_caller().name
         values = {}
         for attribute in request.attributes:
             if not _ATTRIBUTE.fullmatch(attribute.name):
                 raise InvalidInput(f"{attribute.name!r} can't be the name of an attribute", code="bad_attribute")
             values[attribute.name] = wire.load_json(attribute.value_json)
+        digest = request_digest("WriteBack", request)
 
         def write(connection: Connection) -> int:
+            answered = requests.answer_of(connection, caller.key, request.request_id, digest)
+            if answered is not None:
+                return int(answered)
             row = _run_of(connection, node_id, request.run)
             runs.merge_writeback(connection, row.run_id, values)
-            if row.object is None:
-                return 0
-            ref = types_pb2.ObjectRef(kind=row.object_kind, name=row.object_name)
-            return objects.write_back(connection, ref, row.run_id, row.sequence, values)
+            version = 0
+            if row.object is not None:
+                snapshot = types_pb2.Object.FromString(row.object)
+                version = objects.write_back(connection, snapshot, row.run_id, row.sequence, values)
+            # Nothing in it is secret, so it needs no seal.
+            requests.keep(connection, caller.key, request.request_id, digest, b"%d" % version)
+            return version
 
         version = await self._s.db.write(Commit.WRITE_BACK, write)
         self._s.bus.publish(run_topic(request.run.run_id))

@@ -102,14 +102,19 @@ def remove(connection: Connection, ref: types_pb2.ObjectRef) -> None:
 
 
 def write_back(
-    connection: Connection, ref: types_pb2.ObjectRef, run_id: str, run_sequence: int, values: Mapping[str, Any]
+    connection: Connection, target: types_pb2.Object, run_id: str, run_sequence: int, values: Mapping[str, Any]
 ) -> int:
-    """Put what a run learned onto the object's status; returns its version, 0 where the object is gone.
+    """Put what a run learned onto the status of ``target``, its object as it was when the run was accepted.
 
+    Returns the status' version, 0 where that object is gone; another that has its name now is another object.
     Ordered by run sequence: what a later run wrote stays.
     """
-    table = schema.objects.c
-    where = (table.kind == ref.kind, table.name == ref.name)
+    table, ref = schema.objects.c, target.ref
+    where = (
+        table.kind == ref.kind,
+        table.name == ref.name,
+        table.created_at == target.created_at.ToMicroseconds(),
+    )
     version = connection.execute(select(table.status_version).where(*where)).scalar()
     if version is None:
         return 0

@@ -232,7 +232,8 @@ async def test_write_back_is_ordered_by_run_and_outlives_an_edit(
     await control.ExecutePipeline(second_request, timeout=TIMEOUT)
     second = (await agent.runs(2))[1]
     later = npb.WriteBackRequest.Attribute(name="port", value_json=b"1")
-    await agent.stub.WriteBack(npb.WriteBackRequest(run=ref(second), attributes=[later]), timeout=TIMEOUT)
+    request_of_second = npb.WriteBackRequest(request_id="w2", run=ref(second), attributes=[later])
+    assert (await agent.stub.WriteBack(request_of_second, timeout=TIMEOUT)).status_version == 2
     await agent.stub.WriteBack(request, timeout=TIMEOUT)  # a straggler of the first run
     got = await control.GetObject(cpb.GetObjectRequest(ref=arena), timeout=TIMEOUT)
     assert got.status_json == b'{"port":1}'

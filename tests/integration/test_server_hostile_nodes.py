@@ -139,7 +139,9 @@ async def test_a_node_can_say_nothing_of_anothers_run(
     assert "r" + "0" * 20 not in rig.server._services.dispatcher.progress
     for call in (
         stranger.stub.GetObject(npb.RunRef(run_id=order.run_id, lease_id=order.lease_id), timeout=TIMEOUT),
-        stranger.stub.WriteBack(npb.WriteBackRequest(run=npb.RunRef(run_id=order.run_id)), timeout=TIMEOUT),
+        stranger.stub.WriteBack(
+            npb.WriteBackRequest(request_id="w", run=npb.RunRef(run_id=order.run_id)), timeout=TIMEOUT
+        ),
         stranger.stub.StreamRunLogs(
             iter([npb.RunLogBatch(chunks=[tpb.RunLogChunk(run_id=order.run_id, step="say", stream=1, data=b"x")])]),
             timeout=TIMEOUT,
