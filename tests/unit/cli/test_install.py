@@ -6,6 +6,7 @@ Under a real systemd: tests/integration/test_service.py.
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import subprocess
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 from outrider.cli import _install
 from outrider.cli._install import Places, plan_agent, plan_server
 from outrider.cli._machine import Plan, beneath, may_read, write_file
+from outrider.cli._service import act_as_owner
 from outrider.errors import Conflict, InvalidInput
 from tests.unit.cli.conftest import OUTRIDER
 
@@ -250,3 +252,21 @@ def test_a_machine_without_systemd_is_told_what_to_do_instead() -> None:
     assert done.returncode == 4
     assert "this machine is not run by systemd" in done.stderr
     assert "outrider agent run" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as somebody else")
+def test_what_root_does_in_a_servers_directory_belongs_to_the_servers_user(tmp_path: Path) -> None:
+    owner = pwd.getpwnam("nobody")
+    data = tmp_path / "data"
+    data.mkdir()
+    os.chown(data, owner.pw_uid, owner.pw_gid)
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o001)  # pytest's directories are its user's alone
+    with act_as_owner(data):
+        (data / "store.db").touch()
+        assert os.geteuid() == owner.pw_uid
+    assert os.geteuid() == 0
+    assert ((data / "store.db").stat().st_uid, (data / "store.db").stat().st_gid) == (owner.pw_uid, owner.pw_gid)
+    with act_as_owner(tmp_path / "not-there"):
+        assert os.geteuid() == 0
