@@ -17,7 +17,7 @@ import aiohttp
 
 from agent_core.runtimes._docker_wire import Json
 from agent_core.runtimes.base import StreamName
-from outrider.errors import EngineUnavailable, PermanentError
+from outrider.errors import EngineUnavailable, OperationTimeout, PermanentError
 
 _CHUNK = 256 * 1024
 _HEADER = struct.Struct(">BxxxI")
@@ -64,8 +64,13 @@ class Demultiplexer:
 
 
 @contextlib.asynccontextmanager
-async def hijack(socket_path: str, target: str) -> AsyncIterator[AsyncIterator[tuple[StreamName, bytes]]]:
-    """POST ``target`` and take the connection over: yields what the container writes until it ends."""
+async def hijack(
+    socket_path: str, target: str, timeout_s: float
+) -> AsyncIterator[AsyncIterator[tuple[StreamName, bytes]]]:
+    """POST ``target`` and take the connection over: yields what the container writes until it ends.
+
+    Raises OperationTimeout if the engine has not handed it over after ``timeout_s``.
+    """
     reader, writer = await connect(socket_path)
     try:
         writer.write(
@@ -73,7 +78,10 @@ async def hijack(socket_path: str, target: str) -> AsyncIterator[AsyncIterator[t
             "Content-Length: 0\r\n\r\n".encode()
         )
         try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            async with asyncio.timeout(timeout_s):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        except TimeoutError as error:
+            raise OperationTimeout("the container engine did not answer in time: attach to a container") from error
         except (asyncio.IncompleteReadError, OSError) as error:
             raise EngineUnavailable("the container engine closed the connection while attaching") from error
         status = head.split(" ", 2)[1]

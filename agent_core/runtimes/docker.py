@@ -57,7 +57,8 @@ log = logging.getLogger(__name__)
 class DockerRuntime:
     """The `Runtime` of one engine at a Unix socket.
 
-    ``threads`` answer quick calls, ``slow_threads`` those that last by nature (stop with its grace, remove).
+    ``threads`` answer quick calls, ``slow_threads`` those that last by nature (stop with its grace, remove). Questions
+    about no one container have two of their own: an engine may hang on as many containers as it likes.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DockerRuntime:
         self._timeout_s = call_timeout_s
         self._quick = ThreadPoolExecutor(threads, "docker")
         self._slow = ThreadPoolExecutor(slow_threads, "docker-slow")
+        self._general = ThreadPoolExecutor(2, "docker-general")
         self._local = threading.local()
         self._clients: set[Client] = set()
         self._version = ""
@@ -86,7 +88,7 @@ class DockerRuntime:
     # -- the engine
 
     async def info(self) -> EngineInfo:
-        answer = await self._call("ask about itself", "", lambda client: client.info())
+        answer = await self._about_itself()
         return EngineInfo(
             name="docker",
             version=str(answer.get("ServerVersion", "")),
@@ -145,14 +147,14 @@ class DockerRuntime:
 
     async def stop(self, container: str, *, grace_s: float) -> None:
         grace = math.ceil(grace_s)
-        await self._call("stop", container, lambda client: client.stop(container, timeout=grace), slow=True)
+        await self._call("stop", container, lambda client: client.stop(container, timeout=grace), pool=self._slow)
 
     async def restart(self, container: str, *, grace_s: float) -> None:
         grace = math.ceil(grace_s)
-        await self._call("restart", container, lambda client: client.restart(container, timeout=grace), slow=True)
+        await self._call("restart", container, lambda client: client.restart(container, timeout=grace), pool=self._slow)
 
     async def kill(self, container: str, *, signal: str = "SIGKILL") -> None:
-        await self._call("kill", container, lambda client: client.kill(container, signal), slow=True)
+        await self._call("kill", container, lambda client: client.kill(container, signal), pool=self._slow)
 
     async def remove(self, container: str, *, force: bool = False) -> None:
         def remove(client: Client) -> None:
@@ -165,7 +167,7 @@ class DockerRuntime:
                 if "already in progress" not in str(error.explanation):
                     raise
 
-        await self._call("remove", container, remove, slow=True)
+        await self._call("remove", container, remove, pool=self._slow)
 
     async def inspect(self, container: str) -> ContainerInfo:
         if not _CONTAINER_NAME.fullmatch(container):
@@ -178,7 +180,7 @@ class DockerRuntime:
         wanted = [f"{name}={value}" if value else name for name, value in (labels or {}).items()]
         filters: dict[str, Any] = {"label": wanted} if wanted else {}
         items: list[Json] = await self._call(
-            "list", "containers", lambda client: client.containers(all=all, filters=filters)
+            "list", "containers", lambda client: client.containers(all=all, filters=filters), pool=self._general
         )
         return [wire.info_from_list(item) for item in items]
 
@@ -188,7 +190,7 @@ class DockerRuntime:
     async def attach(self, container: str) -> AsyncIterator[AsyncIterator[tuple[StreamName, bytes]]]:
         target = f"{await self._prefix()}/containers/{container}/attach?stream=1&stdout=1&stderr=1"
         try:
-            async with streams.hijack(self._socket, target) as output:
+            async with streams.hijack(self._socket, target, self._timeout_s) as output:
                 yield output
         except streams.HijackRefused as error:
             raise wire.translate_answer(error.status, error.message, "attach to", container) from error
@@ -229,7 +231,7 @@ class DockerRuntime:
         if self._session is not None:
             await self._session.close()
             self._session = None
-        for pool in (self._quick, self._slow):
+        for pool in (self._quick, self._slow, self._general):
             # A hung call must not keep the agent from ending; its thread is left to its own timeout.
             pool.shutdown(wait=False, cancel_futures=True)
         while self._clients:
@@ -237,10 +239,12 @@ class DockerRuntime:
 
     # -- inside
 
-    async def _call(self, doing: str, subject: str, work: Callable[[Client], T], *, slow: bool = False) -> T:
+    async def _call(
+        self, doing: str, subject: str, work: Callable[[Client], T], *, pool: ThreadPoolExecutor | None = None
+    ) -> T:
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._slow if slow else self._quick, lambda: work(self._client()))
+            return await loop.run_in_executor(pool or self._quick, lambda: work(self._client()))
         except (docker.errors.DockerException, OSError, ValueError) as error:  # requests' errors are OSErrors
             raise wire.translate(error, url=self._url, doing=doing, subject=subject) from error
 
@@ -275,7 +279,7 @@ class DockerRuntime:
 
     async def _prefix(self) -> str:
         if not self._version:
-            await self._call("ask about itself", "", lambda client: client.ping())
+            await self._call("ask about itself", "", lambda client: client.ping(), pool=self._general)
         return f"/v{self._version}"
 
     @contextlib.asynccontextmanager
@@ -323,15 +327,19 @@ class DockerRuntime:
                     yield item
 
     async def _boot(self) -> tuple[str, bool]:
-        answer = await self._call("ask about itself", "", lambda client: client.info())
+        answer = await self._about_itself()
         return await self._boot_identity(), bool(answer.get("LiveRestoreEnabled"))
+
+    async def _about_itself(self) -> Json:
+        answer: Json = await self._call("ask about itself", "", lambda client: client.info(), pool=self._general)
+        return answer
 
     async def _alive(self) -> bool:
         return await streams.answers(self._socket)
 
     async def _boot_identity(self) -> str:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._quick, streams.boot_identity, self._socket)
+            return await asyncio.get_running_loop().run_in_executor(self._general, streams.boot_identity, self._socket)
         except OSError as error:
             raise wire.unavailable(self._url, error) from error
 

@@ -30,7 +30,7 @@ from agent_core.runtimes.base import (
     StreamName,
     secrets_in,
 )
-from outrider.errors import Conflict, EngineUnavailable, NotFound
+from outrider.errors import Conflict, EngineUnavailable, NotFound, OperationTimeout
 
 
 @dataclass
@@ -57,12 +57,15 @@ class _Container:
     task: asyncio.Task[None] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     engine_stopped: bool = False
+    removed: bool = False
 
 
 class FakeRuntime:
     """Keeps the `Runtime` protocol. ``images``: what exists beside the keys of ``programs``; ``None``: every image.
 
-    ``calls`` has every method call in order; `stop_engine` and `start_engine` do what they say.
+    ``calls`` has every method call in order; `stop_engine` and `start_engine` do what they say. Calls about a container
+    whose name is in ``hangs_on`` time out; a call in ``unanswered`` (method, name) does so once, having been carried
+    out or, with False, not.
     """
 
     def __init__(self, programs: Mapping[str, Program] | None = None, *, images: set[str] | None = None) -> None:
@@ -72,6 +75,8 @@ class FakeRuntime:
         self.calls: list[tuple[str, str]] = []
         self._containers: dict[str, _Container] = {}
         self._ids = itertools.count(1)
+        self.hangs_on: set[str] = set()
+        self.unanswered: dict[tuple[str, str], bool] = {}
         self._boot = 1
         self._available = True
         self._subscribers: set[asyncio.Queue[EngineEvent]] = set()
@@ -134,6 +139,7 @@ class FakeRuntime:
             secrets=secrets_in(spec.env, spec.labels),
         )
         self._containers[container_id] = _Container(info, FakeProcess(spec))
+        self._answer("create", spec.name)
         return container_id
 
     async def start(self, container: str) -> None:
@@ -150,6 +156,7 @@ class FakeRuntime:
         )
         self._publish("start", found)
         found.task = asyncio.create_task(self._run(found))
+        self._answer("start", container)
 
     async def stop(self, container: str, *, grace_s: float) -> None:
         self._call("stop", container)
@@ -187,6 +194,7 @@ class FakeRuntime:
         if found.info.state == "running":
             if not force:
                 raise Conflict(f"the container {found.info.name} is running", code="container_running")
+            found.removed = True
             await self.kill(container)
         self._containers.pop(found.info.id, None)
         self._publish("destroy", found)
@@ -223,7 +231,9 @@ class FakeRuntime:
         found = self._find(container)
         if found.info.state in ("created", "running"):
             await found.ended.wait()
-        return Exit(found.info.id, found.info.exit_code or 0, found.info.oom_killed, found.engine_stopped)
+        return Exit(
+            found.info.id, found.info.exit_code or 0, found.info.oom_killed, found.engine_stopped, found.removed
+        )
 
     async def events(self) -> AsyncGenerator[EngineEvent, None]:
         queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
@@ -276,10 +286,23 @@ class FakeRuntime:
 
     def _call(self, name: str, subject: str) -> None:
         self.calls.append((name, subject))
+        container = self._name(subject)
+        if container in self.hangs_on or self.unanswered.get((name, container)) is False:
+            self.unanswered.pop((name, container), None)
+            raise OperationTimeout(f"the container engine did not answer in time: {name} {container}")
         if not self._available:
             raise EngineUnavailable(
                 "the container engine is not running", hint="start it; the agent recovers by itself"
             )
+
+    def _answer(self, name: str, subject: str) -> None:
+        container = self._name(subject)
+        if self.unanswered.pop((name, container), False):
+            raise OperationTimeout(f"the container engine did not answer in time: {name} {container}")
+
+    def _name(self, subject: str) -> str:
+        found = self._containers.get(subject)
+        return found.info.name if found else subject
 
     def _publish(self, action: str, container: _Container | None) -> None:
         info = container.info if container else None
