@@ -19,8 +19,8 @@ from outrider.pipeline import ATTRIBUTE_PATTERN, load_pipeline, plain_envs
 from outrider.v1 import node_service_pb2, node_service_pb2_grpc, types_pb2
 from server_core.access import current_caller, current_session
 from server_core.bus.base import EVENTS, NODES, log_topic, run_topic
-from server_core.control.common import request_digest
 from server_core.channel import ControlChannel
+from server_core.control.common import request_digest
 from server_core.security import tokens
 from server_core.security.vault import env_purpose
 from server_core.services import Services
