@@ -40,11 +40,17 @@ class FakeProcess:
     spec: ContainerSpec
     signalled: asyncio.Event = field(default_factory=asyncio.Event)
     log: list[tuple[StreamName, bytes]] = field(default_factory=list)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def write(self, data: bytes, stream: StreamName = "stdout") -> None:
         """Output, as a program would print it."""
         self.log.append((stream, data))
+        self.notify()
+
+    def notify(self) -> None:
+        """Something changed: wake all who read. Each change has an event of its own, so that no reader misses one."""
+        former, self.changed = self.changed, asyncio.Event()
+        former.set()
 
 
 Program = Callable[[FakeProcess], Awaitable[int]]
@@ -147,13 +153,14 @@ class FakeRuntime:
         found = self._find(container)
         if found.info.state == "running":
             return
-        log = found.process.log
-        found.process = FakeProcess(found.process.spec, log=log)
+        former = found.process
+        found.process = FakeProcess(former.spec, log=former.log)
         found.ended.clear()
         found.engine_stopped = False
         found.info = replace(
             found.info, state="running", started_at=datetime.now(UTC), exit_code=None, finished_at=None
         )
+        former.notify()
         self._publish("start", found)
         found.task = asyncio.create_task(self._run(found))
         self._answer("start", container)
@@ -197,6 +204,7 @@ class FakeRuntime:
             found.removed = True
             await self.kill(container)
         self._containers.pop(found.info.id, None)
+        found.process.notify()
         self._publish("destroy", found)
 
     async def inspect(self, container: str) -> ContainerInfo:
@@ -264,6 +272,7 @@ class FakeRuntime:
             code = 1
         container.info = replace(container.info, state="exited", exit_code=code, finished_at=datetime.now(UTC))
         container.ended.set()
+        container.process.notify()
         self._publish("die", container)
 
     async def _output(
@@ -271,12 +280,15 @@ class FakeRuntime:
     ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
         log = container.process.log
         while True:
+            changed = container.process.changed
             while position < len(log):
                 yield log[position]
                 position += 1
-            if not follow or container.info.state not in ("created", "running"):
+            gone = container.info.id not in self._containers
+            if not follow or gone or container.info.state not in ("created", "running"):
                 return
-            await asyncio.sleep(0.005)
+            if changed is container.process.changed:
+                await changed.wait()
 
     def _find(self, container: str) -> _Container:
         for found in self._containers.values():
