@@ -153,7 +153,7 @@ class Model(RuleBasedStateMachine):
     def meddle(self, index: int, remove: bool) -> None:
         self.driver.act("meddle", index, remove)
 
-    @rule(seconds=st.sampled_from([-86400.0, 3600.0, 3e8]))
+    @rule(seconds=st.sampled_from([-86400.0, 3600.0, 1e6]))
     def jump(self, seconds: float) -> None:
         self.driver.act("jump", seconds)
 
