@@ -80,6 +80,7 @@ class Attempt:
         self._pause: str | None = None
         self._log: StepLog | None = None
         self._created: Future[None] | None = None
+        self._fenced = False  # the container that a former agent left had never run, and was done away with
 
     def stop(self, why: Why, grace_s: float) -> None:
         """End it: stop signal, then kill. The first reason counts."""
@@ -105,8 +106,13 @@ class Attempt:
                     end, drained = await self._seen(former), False
                 else:
                     # Not to be broken off: what a former agent started may be running, and ends by being stopped.
-                    found = None if former is None else await self._recover(former.phase)
-                    container, running = await self._interruptible(self._obtain(former, found, stack))
+                    found = None
+                    if former is not None:
+                        drained = False  # what a container that is gone had written can't be known
+                        found = await self._recover(former.phase)
+                    drained = found is None
+                    obtaining = self._obtain(former, found, stack)
+                    container, running = await (obtaining if found else self._interruptible(obtaining))
                     drained = False
                     end, drained = await self._see_through(container, running)
                 result.exit_code = end.exit_code
@@ -159,7 +165,7 @@ class Attempt:
     async def _recover(self, phase: Phase) -> ContainerInfo | None:
         """What a former agent left of this attempt, if it was started. Waits for the engine as long as it takes."""
         info = await self._with_engine(lambda: self._find(fence=True))
-        if info is None and phase != "intended":
+        if info is None and phase != "intended" and not self._fenced:
             raise container_gone(self._order.step)
         if info is None:
             self._directory.unfence()
@@ -247,6 +253,7 @@ class Attempt:
         order, state = self._order, self._services.state
         change = state.attempt_phase(order.run_id, order.step, order.number, "intended")
         await state.commit(Transition.ATTEMPT_FENCED, change)
+        self._fenced = True
 
     async def _see_through(self, container: str, running: bool) -> tuple[Exit, bool]:
         """Start it if it is not running, and stay with it until it has ended; whether its output was all read."""
