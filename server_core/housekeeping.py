@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 import structlog
@@ -17,12 +18,17 @@ log = structlog.get_logger(__name__)
 
 
 class Housekeeping:
-    """Keeps the store at the size that the configuration asks for."""
+    """Keeps the store at the size that the configuration asks for.
+
+    Ages are judged by the time at which this was made, carried on by the monotonic clock: a wall clock that is set
+    forward while the server runs makes nothing old.
+    """
 
     def __init__(self, db: Database, bus: Bus, config: ServerConfig) -> None:
         self._db = db
         self._bus = bus
         self._config = config
+        self._ahead_us = now_us() - _monotonic_us()
 
     async def once(self) -> None:
         """Everything that is due now, in small transactions. Raises the store's errors; what is done stays done."""
@@ -37,7 +43,7 @@ class Housekeeping:
             self._bus.publish(EVENTS)
 
     async def _retire_events(self) -> int:
-        before, keep = _ago_us(self._config.keep_events_days), self._config.keep_events
+        before, keep = self._ago_us(self._config.keep_events_days), self._config.keep_events
         up_to = await self._db.read(lambda c: retention.last_event_to_retire(c, before, keep))
         gone = 0
         while up_to and (some := await self._db.write(
@@ -47,7 +53,7 @@ class Housekeeping:
         return gone
 
     async def _retire_old_logs(self) -> list[retention.RetiredLog]:
-        before = _ago_us(self._config.keep_logs_days)
+        before = self._ago_us(self._config.keep_logs_days)
         retired: list[retention.RetiredLog] = []
         while before and (run_ids := await self._db.read(lambda c: retention.runs_with_old_logs(c, before))):
             retired += [await self._retire_log(run_id) for run_id in run_ids]
@@ -70,7 +76,12 @@ class Housekeeping:
     async def _retire_log(self, run_id: str) -> retention.RetiredLog:
         return await self._db.write(Commit.LOGS_RETIRED, lambda c: retention.retire_log(c, run_id))
 
+    def _ago_us(self, days: float) -> int:
+        """That many days ago; 0 for none."""
+        if not days:
+            return 0
+        return self._ahead_us + _monotonic_us() - round(timedelta(days=days).total_seconds() * 1e6)
 
-def _ago_us(days: float) -> int:
-    """That many days ago; 0 for none."""
-    return now_us() - round(timedelta(days=days).total_seconds() * 1e6) if days else 0
+
+def _monotonic_us() -> int:
+    return time.monotonic_ns() // 1000

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from outrider.v1 import control_service_pb2, types_pb2
+from server_core import housekeeping
 from server_core.bus.local import LocalBus
 from server_core.config import ServerConfig
 from server_core.housekeeping import Housekeeping
@@ -117,6 +118,19 @@ async def test_events_go_by_age_and_by_number_whatever_the_clock_of_a_node_says(
     kept = await db.read(lambda c: events.after(c, 0, ALL, 100))
     assert [event.sequence for event in kept if event.type != "store.retired"][-4:] == [17, 18, 19, 20]
     assert len(kept) == 6  # the newest five, and that older ones went
+
+
+async def test_wall_clock_that_is_set_forward_makes_nothing_old(
+    db: SqliteDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(db, "young", state=types_pb2.RUN_STATE_SUCCEEDED, age_days=1)
+    running = keeping(db, keep_logs_days=30, keep_events_days=90)
+    monkeypatch.setattr(housekeeping, "now_us", lambda: now_us() + 400 * DAY_US)
+    await running.once()
+    assert await text_of(db, "young") == (b"x" * 2000, 0)
+    # As a server that is started after so long would have it: the guard is not for want of a clock.
+    await keeping(db, keep_logs_days=30).once()
+    assert await text_of(db, "young") == (b"", 2000)
 
 
 async def test_nothing_goes_where_nothing_is_set(db: SqliteDatabase) -> None:
