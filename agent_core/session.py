@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import random
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +20,15 @@ from typing import Any, Protocol, cast
 import grpc
 import structlog
 
+from agent_core.heartbeat import Heartbeats
 from agent_core.outbox import Outbox
+from agent_core.reconnect import SUPERSEDED, Reconnect
 from agent_core.spool import Spool
 from agent_core.state import State
 from agent_core.transitions import Transition
-from agent_core.uplink import Uplink
+from agent_core.uplink import Uplink, of_the_link
 from outrider import __version__
-from outrider.errors import InvalidInput, OutriderError, PermissionDenied, Unauthenticated, Unavailable
+from outrider.errors import Conflict, InvalidInput, OutriderError, PermissionDenied, Unauthenticated, Unavailable
 from outrider.retry import FOREVER, OperationCounts, RetryPolicy
 from outrider.tls import Identity, open_channel, read_ca
 from outrider.v1 import node_service_pb2 as pb
@@ -41,8 +41,7 @@ log = structlog.get_logger(__name__)
 REGISTER_TIMEOUT_S = 20.0
 CALL_TIMEOUT_S = 30.0
 CREDENTIAL_POLL_S = 5.0
-MISSED_HEARTBEATS = 2
-"""A control channel on which so many heartbeats stay unanswered is half-open: it is given up."""
+_QUEUED_REPORTS = 256
 
 
 class Host(Protocol):
@@ -78,10 +77,6 @@ class Credentials:
     server_name: str | None = None
 
 
-class _RegisterAgain(Exception):
-    """The server does not know this session any more."""
-
-
 class Session:
     """The link of one agent. `run` never returns by itself; cancel it."""
 
@@ -105,7 +100,6 @@ class Session:
         self._labels = labels or {}
         self._on_refused = on_refused
         self._retry = retry
-        self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._operations = operations or OperationCounts()
         self._uplink = Uplink(outbox, spool, self._operations)
         self._outgoing: asyncio.Queue[pb.AgentMessage] = asyncio.Queue()
@@ -113,11 +107,13 @@ class Session:
         self._connected = asyncio.Event()
         self._registered_once = asyncio.Event()
         self.asked = asyncio.Event()  # a registration has worked, or failed, for the first time
-        self._sequence = 0
-        self._heartbeat = (10.0, 0.2)
-        self._unanswered = 0
+        self._room = asyncio.Event()
+        self._report_wanted = asyncio.Event()
         self.last_error = ""
         self.identity = Identity(token="", node_id=credentials.node_id)
+        rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._reconnect = Reconnect(retry, rng)
+        self._heartbeats = Heartbeats(self.identity, host.brief, self._send, rng=rng)
 
     # What the rest of the agent uses.
 
@@ -145,11 +141,11 @@ class Session:
                 return dict(answer.values), frozenset(answer.secret_names)
             except grpc.aio.AioRpcError as error:
                 problem = from_rpc_error(error, target=self._credentials.server)
-                if problem.error_class == "permanent":
+                if problem.error_class == "permanent" and not of_the_link(problem):
                     self._operations.failed("envs.get", problem)
                     raise problem from error
                 self._operations.retried("envs.get", problem)
-                await asyncio.sleep(next(waits, self._retry.max_wait_s))
+                await asyncio.sleep(self._retry.obeying(next(waits, self._retry.max_wait_s), problem))
 
     def wake(self) -> None:
         """The outbox or a log has something new."""
@@ -172,28 +168,32 @@ class Session:
 
     async def run(self) -> None:
         """Keep the node connected until cancelled."""
-        tries = 0
         while True:
             try:
                 async with self._registered() as stub:
-                    tries = 0
                     await self._hold(stub)
-            except _RegisterAgain:
-                await self._state.set_meta(Transition.SESSION_KEPT, "session_id", "")
-                log.info("session.lost", reason="the server asks for a new registration")
-                continue
             except (Unauthenticated, PermissionDenied) as error:
                 self._operations.failed("session.connect", error)
                 self._note(error)
                 if self._on_refused is not None:
                     self._on_refused(error)
                 await self._until_the_credential_changes()
-                continue
             except OutriderError as error:
                 self._operations.retried("session.connect", error)
                 self._note(error)
-            tries += 1
-            await asyncio.sleep(self._retry.wait_s(tries))
+                await self._pause(error)
+            except Exception as error:
+                # A defect of ours, or a disk that fails, must not cut the node off for ever.
+                log.exception("session.failed", server=self._credentials.server)
+                problem = OutriderError(f"the session failed: {error}", code="internal")
+                self._note(problem)
+                await self._pause(problem)
+
+    async def _pause(self, error: OutriderError) -> None:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError  # a task group whose tasks fail while it is cancelled tells of them alone
+        await asyncio.sleep(self._reconnect.wait_s(error))
 
     def _note(self, error: OutriderError) -> None:
         # Said once, not at every try: a server that is away for a night would fill the log.
@@ -243,7 +243,7 @@ class Session:
         await self._state.set_meta(Transition.SESSION_KEPT, "session_id", answer.session_id)
         self.identity.session_id, self.identity.epoch = answer.session_id, answer.epoch
         self._obey(answer.heartbeat)
-        self._sequence, self._unanswered = 0, 0
+        self._heartbeats.began()
         self.last_error = ""
         log.info("session.up", server=self._credentials.server, epoch=answer.epoch, resumed=answer.resumed)
 
@@ -254,31 +254,63 @@ class Session:
         self._outgoing = asyncio.Queue()
         commands: asyncio.Queue[pb.Command] = asyncio.Queue()
         self._stub = stub
+        self._reconnect.began()
         try:
             async with asyncio.TaskGroup() as tasks:
-                await call.write(pb.AgentMessage(full_report=await self._host.full_report()))
+                self._connected.set()
+                tasks.create_task(self._heartbeats.run(self._credentials.server))
                 tasks.create_task(self._write(call))
                 tasks.create_task(self._read(call, commands))
                 tasks.create_task(self._carry_out(commands))
-                tasks.create_task(self._beat())
-                tasks.create_task(self._uplink.run(stub, self._send))
-                self._connected.set()
-                self.asked.set()
-        except* grpc.aio.AioRpcError as group:
-            raise from_rpc_error(_first(group), target=self._credentials.server) from group
-        except* (OutriderError, _RegisterAgain) as group:
-            raise _first(group) from group
-        except* asyncio.InvalidStateError as group:  # grpc.aio's word for writing to a call that has ended
-            raise Unavailable(f"the connection to {self._credentials.server} ended") from group
+                tasks.create_task(self._give_account(stub))
+        except BaseExceptionGroup as group:
+            raise self._why(group) from group
         finally:
             self._connected.clear()
             self._stub = None
             call.cancel()
             await self._host.stop_streams()
 
-    async def _write(self, call: Any) -> None:
+    def _why(self, group: BaseExceptionGroup[Any]) -> BaseException:
+        """The one error that ended the control channel, of those that its tasks met with at the same time."""
+        errors = list(_leaves(group))
+        for each in errors:
+            if not isinstance(each, (OutriderError, grpc.aio.AioRpcError)):
+                return group  # nobody foresaw it
+        for each in errors:
+            if isinstance(each, grpc.aio.AioRpcError):
+                return from_rpc_error(each, target=self._credentials.server)
+        return errors[0]
+
+    async def _give_account(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
+        # First what the node holds, then what changes; an engine that hangs delays these, never the heartbeats.
+        await self._report()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._uplink.run(stub, self._send, self._has_room))
+            tasks.create_task(self._report_when_asked())
+
+    async def _report_when_asked(self) -> None:
         while True:
-            await call.write(await self._outgoing.get())
+            await self._report_wanted.wait()
+            await self._report()
+
+    async def _report(self) -> None:
+        self._report_wanted.clear()
+        self._send(pb.AgentMessage(full_report=await self._host.full_report()))
+
+    async def _write(self, call: Any) -> None:
+        # InvalidStateError is grpc.aio's word for writing to a call that has ended; the reader hears why it has.
+        with contextlib.suppress(asyncio.InvalidStateError):
+            while True:
+                await call.write(await self._outgoing.get())
+                if self._outgoing.qsize() < _QUEUED_REPORTS:
+                    self._room.set()
+
+    async def _has_room(self) -> None:
+        """Until the channel keeps up: after a long time alone there may be more reports than memory."""
+        while self._outgoing.qsize() >= _QUEUED_REPORTS:
+            self._room.clear()
+            await self._room.wait()
 
     async def _read(self, call: Any, commands: asyncio.Queue[pb.Command]) -> None:
         async for message in call:
@@ -286,13 +318,13 @@ class Session:
                 case "command":
                     commands.put_nowait(message.command)
                 case "heartbeat":
-                    await self._heartbeat_answered(message.heartbeat)
+                    self._heartbeat_answered(message.heartbeat)
                 case "outbox_ack":
                     await self._uplink.acknowledged(message.outbox_ack.sequences)
                 case "log_ack":
                     await self._uplink.logs_acknowledged(message.log_ack)
                 case "full_report_request":
-                    self._send(pb.AgentMessage(full_report=await self._host.full_report()))
+                    self._report_wanted.set()
         raise Unavailable(f"the server {self._credentials.server} closed the connection")
 
     async def _carry_out(self, commands: asyncio.Queue[pb.Command]) -> None:
@@ -301,47 +333,19 @@ class Session:
             command = await commands.get()
             self._send(pb.AgentMessage(command_ack=await self._host.handle(command)))
 
-    async def _beat(self) -> None:
-        while True:
-            if self._unanswered >= MISSED_HEARTBEATS:
-                raise Unavailable(
-                    f"the server {self._credentials.server} left {self._unanswered} heartbeats unanswered"
-                )
-            self._sequence += 1
-            self._unanswered += 1
-            session_id, epoch = self.identity.session_id, self.identity.epoch
-            self._send(
-                pb.AgentMessage(
-                    heartbeat=pb.HeartbeatRequest(
-                        session_id=session_id,
-                        epoch=epoch,
-                        sequence=self._sequence,
-                        proof=heartbeat_proof(self.identity.token, session_id, epoch, self._sequence),
-                        brief=await self._host.brief(),
-                    )
-                )
-            )
-            interval, jitter = self._heartbeat
-            await asyncio.sleep(interval * self._rng.uniform(1 - jitter, 1 + jitter))
-
-    async def _heartbeat_answered(self, answer: pb.HeartbeatResponse) -> None:
-        self._unanswered = 0
+    def _heartbeat_answered(self, answer: pb.HeartbeatResponse) -> None:
         self._obey(answer.heartbeat)
         if answer.register_again:
-            raise _RegisterAgain
+            raise Conflict("the server knows a newer session of this node", code=SUPERSEDED)
+        self._heartbeats.answered()
+        self._reconnect.worked()
         if answer.full_report_wanted:
-            self._send(pb.AgentMessage(full_report=await self._host.full_report()))
+            self._report_wanted.set()
 
     def _obey(self, policy: types.HeartbeatPolicy) -> None:
-        interval = seconds(policy.interval) or 0.0
-        if interval > 0:
-            self._heartbeat = (interval, min(max(policy.jitter, 0.0), 0.9))
-
-
-def heartbeat_proof(token: str, session_id: str, epoch: int, sequence: int) -> bytes:
-    """HMAC-SHA256 (RFC 2104), keyed with the token's SHA-256, over session, epoch and sequence, a line each."""
-    key = hashlib.sha256(token.encode()).digest()
-    return hmac.digest(key, f"{session_id}\n{epoch}\n{sequence}".encode("ascii"), "sha256")
+        self._heartbeats.obey(policy)
+        if policy.HasField("interval"):
+            self._reconnect.told_spread(seconds(policy.reconnect_spread))
 
 
 def token_reader(token: str | None, token_file: Path | None) -> Callable[[], str]:
@@ -360,9 +364,10 @@ def token_reader(token: str | None, token_file: Path | None) -> Callable[[], str
     return read
 
 
-def _first(group: BaseExceptionGroup[Any]) -> Any:
-    """The first error of a group, however deep."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors of a group, however deep."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error

@@ -67,6 +67,7 @@ class LogFile:
         self.gap = 0
         self.sent = acked  # of the present stream to the server; begins anew with each
         self.gap_sent = False
+        self.aside = False  # the server has no run for it; it is offered again in the next session
         self.broken = False  # the disk refused a write: what comes after it would stand in the wrong place
         self.descriptor: int | None = None
 
@@ -77,12 +78,16 @@ class LogFile:
 
     @property
     def settled(self) -> bool:
-        """Done, and the server has all of it."""
-        return self.length is not None and self.acked >= self.length and (self.gap_sent or self.gap >= 0)
+        """Done, and the server has all of it, or will never have it."""
+        if self.length is None:
+            return False
+        return self.aside or (self.acked >= self.length and (self.gap_sent or self.gap >= 0))
 
     @property
     def unsent(self) -> bool:
         """There is something to send: bytes, or the gap at the end."""
+        if self.aside:
+            return False
         return self.sent < self.written or (self.length is not None and bool(self.gap) and not self.gap_sent)
 
 
@@ -207,7 +212,22 @@ class Spool:
         for log in self._logs.values():
             log.sent = (positions or {}).get(log.key, log.acked)
             log.gap_sent = False
+            log.aside = False
         self._changed.set()
+
+    def go_back(self, key: LogKey, offset: int) -> None:
+        """The server has only what is before ``offset``, whatever it said before: it was restored from a backup."""
+        log = self._logs.get(key)
+        if log is not None:
+            log.acked = log.sent = offset
+            log.gap_sent = False
+            self._changed.set()
+
+    def set_aside(self, run_id: str) -> None:
+        """The server does not know this run: send nothing of it in this session. What is done of it is forgotten."""
+        for log in self._logs.values():
+            if log.key.run_id == run_id:
+                log.aside = True
 
     async def wait(self) -> None:
         """Until something was written or ended since the last wait."""

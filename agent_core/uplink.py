@@ -7,16 +7,17 @@ run wrote back. Events and logs have calls of their own and delay neither.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
 import grpc
 import structlog
 import zstandard
 
 from agent_core.outbox import Item, Outbox
+from agent_core.reconnect import SUPERSEDED
 from agent_core.runtimes.base import StreamName
 from agent_core.spool import WIRE_STREAM, LogFile, LogKey, Spool
-from outrider.errors import OutriderError
+from outrider.errors import OutriderError, PermissionDenied, Unauthenticated
 from outrider.retry import FOREVER, OperationCounts
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
@@ -35,6 +36,14 @@ COMPRESS_FROM_BYTES = 1024
 _NAME_OF_STREAM: dict[int, StreamName] = {types.LOG_STREAM_STDOUT: "stdout", types.LOG_STREAM_STDERR: "stderr"}
 
 Send = Callable[[pb.AgentMessage], None]
+Room = Callable[[], Awaitable[None]]
+_UNFORESEEN_TRIES = 5
+
+
+def of_the_link(problem: OutriderError) -> bool:
+    """Whether a call was refused for the connection that it came on, and not for what it asked: the session is not the
+    newest any more, or the credential is not taken. The same may succeed in the next session."""
+    return problem.code == SUPERSEDED or isinstance(problem, (Unauthenticated, PermissionDenied))
 
 
 class Uplink:
@@ -53,14 +62,14 @@ class Uplink:
         for each in (self._reports, self._events, self._logs):
             each.set()
 
-    async def run(self, stub: pb_grpc.NodeServiceAsyncStub, send: Send) -> None:
+    async def run(self, stub: pb_grpc.NodeServiceAsyncStub, send: Send, room: Room) -> None:
         """Serve one connection until it ends; what it did not acknowledge is sent again on the next."""
         self._spool.rewind()
         self.wake()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch_outbox())
             tasks.create_task(self._watch_spool())
-            tasks.create_task(self._send_reports(stub, send))
+            tasks.create_task(self._send_reports(stub, send, room))
             tasks.create_task(self._send_events(stub))
             tasks.create_task(self._send_logs(stub))
 
@@ -69,12 +78,14 @@ class Uplink:
         await self._outbox.acknowledge(sequences)
 
     async def logs_acknowledged(self, ack: pb.RunLogAck) -> None:
-        """The server has these logs up to these offsets."""
-        for position in ack.positions:
-            stream = _NAME_OF_STREAM.get(position.stream)
-            if stream is not None:
-                key = LogKey(position.run_id, position.step, position.attempt, stream)
-                await self._spool.acknowledge(key, position.offset)
+        """The server has these logs up to these offsets, wants some from an earlier one, and others not at all."""
+        for key, offset in _placed(ack.positions):
+            await self._spool.acknowledge(key, offset)
+        for key, offset in _placed(ack.resend):
+            log.warning("the server goes back in a log", run=key.run_id, step=key.step, offset=offset)
+            self._spool.go_back(key, offset)
+        for run_id in ack.unknown_runs:
+            self._spool.set_aside(run_id)
 
     async def _watch_outbox(self) -> None:
         while True:
@@ -89,12 +100,13 @@ class Uplink:
 
     # Reports and write-backs.
 
-    async def _send_reports(self, stub: pb_grpc.NodeServiceAsyncStub, send: Send) -> None:
+    async def _send_reports(self, stub: pb_grpc.NodeServiceAsyncStub, send: Send, room: Room) -> None:
         sent = 0
         while True:
             await self._reports.wait()
             self._reports.clear()
             while items := self._outbox.read(("run_report", "write_back"), after=sent):
+                await room()
                 for item in items:
                     sent = item.sequence
                     if item.kind == "write_back":
@@ -106,14 +118,15 @@ class Uplink:
 
     async def _write_back(self, stub: pb_grpc.NodeServiceAsyncStub, item: Item) -> None:
         request = pb.WriteBackRequest.FromString(item.body)
-        waits = FOREVER.waits()
-        while True:
+        for tries, wait_s in enumerate(FOREVER.waits(), start=1):
             try:
                 await stub.WriteBack(request, timeout=CALL_TIMEOUT_S)
                 break
             except grpc.aio.AioRpcError as error:
                 problem = from_rpc_error(error)
-                if problem.error_class == "permanent":
+                if of_the_link(problem):
+                    raise problem from error  # it stays in the outbox, and goes again in the next session
+                if problem.error_class == "permanent" and (problem.code != "internal" or tries > _UNFORESEEN_TRIES):
                     # The run has ended and can't be failed for it; it must not hold up the others for ever either.
                     self._operations.failed("writeback.send", problem)
                     log.error("writeback.refused", run=item.run_id, error=str(problem), code=problem.code)
@@ -122,7 +135,7 @@ class Uplink:
                     )
                     break
                 self._operations.retried("writeback.send", problem)
-                await asyncio.sleep(next(waits))
+                await asyncio.sleep(FOREVER.obeying(wait_s, problem))
         await self._outbox.acknowledge([item.sequence])
 
     # Events.
@@ -141,8 +154,8 @@ class Uplink:
                         break  # nothing got through: not again at once
                 waits = FOREVER.waits()
             except grpc.aio.AioRpcError as error:
-                self._failed("events", from_rpc_error(error))
-                await asyncio.sleep(next(waits))
+                problem = self._failed("events", error)
+                await asyncio.sleep(FOREVER.obeying(next(waits), problem))
                 self._events.set()
 
     # Logs.
@@ -155,9 +168,9 @@ class Uplink:
                 await self._stream_logs(stub)
                 waits = FOREVER.waits()
             except grpc.aio.AioRpcError as error:
-                self._failed("logs", from_rpc_error(error))
+                problem = self._failed("logs", error)
                 self._spool.rewind()
-                await asyncio.sleep(next(waits))
+                await asyncio.sleep(FOREVER.obeying(next(waits), problem))
                 self._logs.set()
 
     async def _stream_logs(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
@@ -202,9 +215,18 @@ class Uplink:
             return chunk
         return None
 
-    def _failed(self, what: str, error: OutriderError) -> None:
-        self._operations.retried(f"{what}.send", error)
-        log.info("uplink.retry", what=what, error=str(error), code=error.code)
+    def _failed(self, what: str, error: grpc.aio.AioRpcError) -> OutriderError:
+        problem = from_rpc_error(error)
+        self._operations.retried(f"{what}.send", problem)
+        log.info("uplink.retry", what=what, error=str(problem), code=problem.code)
+        return problem
+
+
+def _placed(positions: Iterable[pb.RunLogAck.Position]) -> Iterator[tuple[LogKey, int]]:
+    for each in positions:
+        stream = _NAME_OF_STREAM.get(each.stream)
+        if stream is not None:
+            yield LogKey(each.run_id, each.step, each.attempt, stream), each.offset
 
 
 async def _batches(items: list[Item]) -> AsyncIterator[pb.EventBatch]:

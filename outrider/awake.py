@@ -18,7 +18,7 @@ class AwakeClock:
     """
 
     def __init__(self, max_step_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_step_s = max_step_s
+        self.max_step_s = max_step_s
         self._clock = clock
         self._looked = clock()
         self._awake = 0.0
@@ -29,8 +29,8 @@ class AwakeClock:
         moment = self._clock()
         step = moment - self._looked
         self._looked = moment
-        self._awake += min(step, self._max_step_s)
-        self._paused += max(0.0, step - self._max_step_s)
+        self._awake += min(step, self.max_step_s)
+        self._paused += max(0.0, step - self.max_step_s)
         return self._awake
 
     def take_pause(self) -> float:

@@ -1,0 +1,147 @@
+"""Heartbeats: the sign of life on the control channel, and the proof that the other end is alive too.
+
+Each is answered. Where no answer has come for two of the longest intervals, the connection is half-open: one
+direction of it is dead, or both, and nobody has said so. Time that this process slept through is not silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+from outrider.awake import AwakeClock
+from outrider.errors import OutriderError, Unavailable
+from outrider.tls import Identity
+from outrider.v1 import node_service_pb2 as pb
+from outrider.v1 import types_pb2 as types
+from outrider.wire import seconds
+
+MISSED = 2
+"""After the longest time that so many heartbeats can take without an answer a connection is given up."""
+_MAX_JITTER = 0.9
+_BRIEF_TAKES_S = 1.0
+
+
+class Heartbeats:
+    """The heartbeats of one agent, on one control channel after another."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        brief: Callable[[], Awaitable[types.BriefState]],
+        send: Callable[[pb.AgentMessage], None],
+        *,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._identity = identity
+        self._brief = brief
+        self._send = send
+        self._rng = rng
+        self._interval_s = 10.0
+        self._jitter = 0.2
+        self._awake = AwakeClock(self._look_every_s * 2, clock)
+        self._answered_at = 0.0
+        self._sequence = 0
+        self._told = asyncio.Event()
+        self._last_brief = types.BriefState()
+
+    @property
+    def longest_silence_s(self) -> float:
+        """How long the server may leave heartbeats unanswered."""
+        return self._interval_s * (1 + self._jitter) * MISSED
+
+    @property
+    def _look_every_s(self) -> float:
+        return min(self._interval_s / 4, 5.0)
+
+    def obey(self, policy: types.HeartbeatPolicy) -> None:
+        """Take over the server's interval; it holds at once, not only after the present one."""
+        interval_s = seconds(policy.interval)
+        if interval_s > 0:
+            self._interval_s = interval_s
+            self._jitter = min(max(policy.jitter, 0.0), _MAX_JITTER)
+            self._awake.max_step_s = self._look_every_s * 2
+            self._told.set()
+
+    def began(self) -> None:
+        """A registration was answered: heartbeats are numbered from 1 again."""
+        self._sequence = 0
+        self._answered_at = self._awake.now()
+
+    def answered(self) -> None:
+        self._answered_at = self._awake.now()
+
+    async def run(self, server: str) -> None:
+        """Send them until cancelled. Raises Unavailable once ``server`` has left them unanswered for too long."""
+        gathering: asyncio.Task[types.BriefState] | None = None
+        self._answered_at = self._awake.now()
+        try:
+            while True:
+                # A heartbeat never waits for an engine that hangs: it goes with what was known before.
+                gathering = gathering or asyncio.ensure_future(self._gather())
+                await asyncio.wait({gathering}, timeout=min(self._interval_s / 4, _BRIEF_TAKES_S))
+                if gathering.done():
+                    self._last_brief = gathering.result()
+                    gathering = None
+                    self._send_one(self._last_brief)
+                else:
+                    stale = types.BriefState()
+                    stale.CopyFrom(self._last_brief)
+                    stale.state_digest = b""  # of runs as they were: nothing to compare with
+                    self._send_one(stale)
+                await self._until_the_next(server)
+        finally:
+            if gathering is not None:
+                gathering.cancel()
+                with contextlib.suppress(asyncio.CancelledError, OutriderError):
+                    await gathering
+
+    async def _gather(self) -> types.BriefState:
+        try:
+            return await self._brief()
+        except OutriderError:
+            return self._last_brief
+
+    def _send_one(self, brief: types.BriefState) -> None:
+        self._sequence += 1
+        session_id, epoch = self._identity.session_id, self._identity.epoch
+        self._send(
+            pb.AgentMessage(
+                heartbeat=pb.HeartbeatRequest(
+                    session_id=session_id,
+                    epoch=epoch,
+                    sequence=self._sequence,
+                    proof=heartbeat_proof(self._identity.token, session_id, epoch, self._sequence),
+                    brief=brief,
+                )
+            )
+        )
+
+    async def _until_the_next(self, server: str) -> None:
+        sent_at, share = self._awake.now(), self._rng.uniform(-1, 1)
+        while True:
+            now = self._awake.now()
+            silent_s = now - self._answered_at
+            if silent_s > self.longest_silence_s:
+                raise Unavailable(
+                    f"the server {server} has left heartbeats unanswered for {silent_s:.0f} s", code="server_silent"
+                )
+            left_s = sent_at + self._interval_s * (1 + share * self._jitter) - now
+            if left_s <= 0:
+                return
+            self._told.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, self._look_every_s)):
+                    await self._told.wait()
+
+
+def heartbeat_proof(token: str, session_id: str, epoch: int, sequence: int) -> bytes:
+    """HMAC-SHA256 (RFC 2104), keyed with the token's SHA-256, over session, epoch and sequence, a line each."""
+    key = hashlib.sha256(token.encode()).digest()
+    return hmac.digest(key, f"{session_id}\n{epoch}\n{sequence}".encode("ascii"), "sha256")
