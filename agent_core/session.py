@@ -245,6 +245,7 @@ class Session:
         self._obey(answer.heartbeat)
         self._heartbeats.began()
         self.last_error = ""
+        self.asked.set()
         log.info("session.up", server=self._credentials.server, epoch=answer.epoch, resumed=answer.resumed)
 
     async def _hold(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
