@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,32 +11,18 @@ import pytest
 
 from agent_core.journal import RESERVE_BYTES, Journal
 from agent_core.outbox import Outbox
-from agent_core.room import free_bytes
 from agent_core.state import State, migrations
 from agent_core.transitions import Transition
 from outrider.v1 import node_service_pb2 as pb
+from tests.small_disk import fill, small_disk
 
 NOTED, KEPT = Transition.EVENT_NOTED, Transition.SESSION_KEPT
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=0711", "tmpfs", mount], check=True)
-    yield mount
-    subprocess.run(["umount", "-l", mount], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Until not a byte is left."""
-    hog = disk / "hog"
-    with hog.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"\0" * 65536)
-    assert free_bytes(disk) == 0
-    return hog
+    with small_disk(tmp_path / "disk", 64) as mount:
+        yield mount
 
 
 def report(number: int, size: int = 500) -> pb.RunReport:
