@@ -24,7 +24,7 @@ from typing import TypeVar, cast
 
 import structlog
 
-from agent_core.room import ReserveFile, free_bytes, is_out_of_space, preallocate
+from agent_core.room import ReserveFile, could_be_out_of_space, is_out_of_space, preallocate
 from agent_core.transitions import Transition
 from outrider.errors import InvalidInput
 from outrider.failpoints import failpoint
@@ -71,11 +71,13 @@ class Journal:
         self._readers_lock = threading.Lock()
         self._closed = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        if free_bytes(path.parent) < 2 * reserve_bytes:
-            self._reserve.release()  # opening it takes some room already
-        self._writer = self._open()
-        os.chmod(path, 0o600)
-        self._migrate(migrations)
+        try:
+            self._writer = self._open_and_migrate(migrations)
+        except sqlite3.Error as error:
+            # Opening it takes some room already.
+            if not could_be_out_of_space(error) or not self._reserve.release():
+                raise
+            self._writer = self._open_and_migrate(migrations)
         self._keep_room()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -142,6 +144,16 @@ class Journal:
                 self._local.reader = reader
                 self._readers.append(reader)
         return reader
+
+    def _open_and_migrate(self, migrations: Sequence[str]) -> sqlite3.Connection:
+        self._writer = self._open()
+        try:
+            os.chmod(self.path, 0o600)
+            self._migrate(migrations)
+        except BaseException:
+            self._writer.close()
+            raise
+        return self._writer
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         done = self._writer.execute("PRAGMA user_version").fetchone()[0]

@@ -29,6 +29,11 @@ def is_out_of_space(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in _OUT_OF_SPACE
 
 
+def could_be_out_of_space(error: sqlite3.Error) -> bool:
+    """Whether ``error`` may be that of a full disk: a file that can't be made is told like one that can't be opened."""
+    return is_out_of_space(error) or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CANTOPEN
+
+
 def disk_full(doing: str, path: Path | None = None, free: int = 0) -> TemporaryError:
     """The error of an operation that needs room which is not there; ``doing`` reads like "prepare step a"."""
     where = f" at {path} ({free // 1024} KiB left)" if path else ""
