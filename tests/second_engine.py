@@ -20,8 +20,16 @@ class Engine:
         self.root = root
         self.socket = str(root / "engine.sock")
         self.process: subprocess.Popen[bytes] | None = None
+        self.live_restore = False
 
-    def start(self) -> None:
+    def docker(self, *arguments: str) -> str:
+        """This engine's own command; its output."""
+        command = ["docker", "-H", f"unix://{self.socket}", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def start(self, *, live_restore: bool | None = None) -> None:
+        """``live_restore``: whether containers survive the next stop of this engine; None: as it was last."""
+        self.live_restore = self.live_restore if live_restore is None else live_restore
         name = self.root.name
         self.process = subprocess.Popen(
             [
@@ -32,6 +40,7 @@ class Engine:
                 "--pidfile", self.root / "engine.pid", "-H", f"unix://{self.socket}", "--bridge", "none",
                 "--iptables=false", "--ip-forward=false", "--containerd-namespace", name,
                 "--containerd-plugins-namespace", f"{name}-plugins",
+                *(["--live-restore"] if self.live_restore else []),
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
