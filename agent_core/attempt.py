@@ -112,7 +112,8 @@ class Attempt:
                         found = await self._recover(former.phase)
                     drained = found is None
                     obtaining = self._obtain(former, found, stack)
-                    container, running = await (obtaining if found else self._interruptible(obtaining))
+                    with services.removals.held_back():
+                        container, running = await (obtaining if found else self._interruptible(obtaining))
                     drained = False
                     end, drained = await self._see_through(container, running)
                 result.exit_code = end.exit_code
@@ -186,16 +187,8 @@ class Attempt:
             info = await self._with_engine(self._create)
         return info.id, info.started_at is not None
 
-    async def _create(self) -> ContainerInfo:
+    async def _create(self, *, pulled: bool = False) -> ContainerInfo:
         order, services = self._order, self._services
-        pull: Literal["missing", "never"] = "missing" if services.policy.images.pull else "never"
-        # A question that timed out is asked again by who called this, after saying so.
-        await services.operations.run(
-            "image.pull",
-            RetryPolicy(),
-            lambda: services.runtime.ensure_image(order.plan.image, pull=pull),
-            idempotent=False,
-        )
         if self._pause is None:
             self._pause = await services.netpool.lease(order.run_id, order.plan.network)
         spec = order.spec(
@@ -214,7 +207,18 @@ class Attempt:
                 raise OperationTimeout(f"the container engine holds the name {spec.name} without a container") from None
             self._created = self._mark("created")
             return info
-        except OutriderError:
+        except OutriderError as error:
+            if error.code == "image_not_found" and not pulled:
+                # Nearly always it is here: asked for only where the engine says that it is not.
+                pull: Literal["missing", "never"] = "missing" if services.policy.images.pull else "never"
+                # A question that timed out is asked again by who called this, after saying so.
+                await services.operations.run(
+                    "image.pull",
+                    RetryPolicy(),
+                    lambda: services.runtime.ensure_image(order.plan.image, pull=pull),
+                    idempotent=False,
+                )
+                return await self._create(pulled=True)
             if await self._namespace_is_gone():
                 return await self._create()
             raise
@@ -299,7 +303,8 @@ class Attempt:
             raise _Stopped
         while True:
             try:
-                await self._services.runtime.start(container)
+                with self._services.removals.held_back():
+                    await self._services.runtime.start(container)
             except EngineUnavailable as error:
                 await self._wait_for_engine(error)
                 info = await self._with_engine(partial(self._services.runtime.inspect, container))
@@ -310,6 +315,9 @@ class Attempt:
                 await self._wait_for_engine(error)
                 raise _StartUnclear from error
             except OutriderError as error:
+                if error.code == "being_removed":
+                    # The engine takes back what a former agent asked for: its create failed on the directory, made anew.
+                    raise _StartUnclear from error
                 if await self._namespace_is_gone():
                     raise _NamespaceGone from error
                 raise

@@ -141,6 +141,10 @@ class PluginHost:
         )
         return next((each for each in answers if isinstance(each, ErrorClass)), None)
 
+    def listens(self, hook: str) -> bool:
+        """Whether any plugin implements ``hook``: most have none of those around a step, which need no thread then."""
+        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+
     def node_facts(self) -> dict[str, Any]:
         """Facts of all plugins, joined; those that are not JSON are left out and logged."""
         facts: dict[str, Any] = {}

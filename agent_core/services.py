@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -72,15 +72,32 @@ class Background:
 class Removals:
     """Containers and directories of attempts that are over, removed a little later and never many at once.
 
-    Removing takes the engine as long as a step's own work often does; the next step goes first.
+    Removing takes the engine as long as a step's own work often does: it waits for a moment in which no step is
+    being started, nor was just before, though not for ever, because what is finished takes room.
     """
 
     DELAY_S = 2.0
+    CALM_S = 0.5
+    LATEST_S = 30.0
     PATIENCE_S = 10.0  # for one removal; what takes longer goes on beside the next
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[tuple[float, Coroutine[Any, Any, object]]] = asyncio.Queue()
         self._slow: set[asyncio.Task[None]] = set()
+        self._starting = 0
+        self._calm = asyncio.Event()
+        self._calm.set()
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Nothing that can wait is removed within this context: a step is being started."""
+        self._starting += 1
+        self._calm.clear()
+        try:
+            yield
+        finally:
+            self._starting -= 1
+            asyncio.get_running_loop().call_later(self.CALM_S, self._look_again)
 
     def add(self, removal: Coroutine[Any, Any, object]) -> None:
         """Have ``removal`` done."""
@@ -93,6 +110,9 @@ class Removals:
                 due, removal = await self._queue.get()
                 try:
                     await asyncio.sleep(due - asyncio.get_running_loop().time())
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout_at(due + self.LATEST_S):
+                            await self._calm.wait()
                 except asyncio.CancelledError:
                     self._queue.put_nowait((due, removal))
                     raise
@@ -104,6 +124,10 @@ class Removals:
             for task in self._slow:
                 task.cancel()
             await asyncio.gather(*self._slow, return_exceptions=True)
+
+    def _look_again(self) -> None:
+        if not self._starting:
+            self._calm.set()
 
     async def drain(self, within_s: float) -> None:
         """Do what is left, now; what takes too long is left to the next agent's clean-up."""

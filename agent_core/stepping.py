@@ -99,7 +99,7 @@ class StepRunner:
             await run.waiting(self._status, reason)
 
         attempt = Attempt(services, order, begin=begin, on_waiting=waiting, on_progress=self._progress)
-        if adopted is None:
+        if adopted is None and services.plugins.listens("outrider_before_step"):
             await asyncio.to_thread(services.plugins.before_step, step.uses, planned.context, planned.plan)
         run.running(step.name, attempt)
         try:
@@ -140,6 +140,8 @@ class StepRunner:
                 kind = {ErrorClass.PERMANENT: PermanentError}.get(word, OutriderError)
                 result.error = kind(error.message, code=error.code, hint=error.hint)
                 result.error.error_class = word
+        if not plugins.listens("outrider_after_step"):
+            return
         outcome = StepOutcome(
             exit_code=result.exit_code,
             succeeded=result.error is None,

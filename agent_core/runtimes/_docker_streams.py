@@ -10,7 +10,7 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -144,13 +144,6 @@ async def json_lines(response: aiohttp.ClientResponse) -> AsyncGenerator[Json, N
                 yield json.loads(line)
 
 
-def knock(socket_path: str) -> None:
-    """Connect and hang up; OSError if nobody is there. Blocking, but only for a connect."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(5)
-        probe.connect(socket_path)
-
-
 def boot_identity(socket_path: str) -> str:
     """What changes when the engine restarts: its process' number and start time, and the machine's boot.
 
@@ -170,13 +163,6 @@ def boot_identity(socket_path: str) -> str:
         # proc(5): the start time is field 22; the name in field 2 may hold spaces and ends with ")".
         started = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     return f"{machine}/{pid}/{started}"
-
-
-def query(parameters: Mapping[str, object]) -> dict[str, str]:
-    """Query parameters; mappings as JSON, the way the engine wants filters."""
-    return {
-        name: json.dumps(value) if isinstance(value, dict | list) else str(value) for name, value in parameters.items()
-    }
 
 
 async def _frames(reader: asyncio.StreamReader) -> AsyncIterator[tuple[StreamName, bytes]]:

@@ -12,16 +12,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
-import docker.errors
-import requests.exceptions
-
 from agent_core.runtimes.base import ContainerInfo, ContainerSpec, Mount, PortBinding, secrets_in
 from outrider.errors import (
     Conflict,
     EngineUnavailable,
     InvalidInput,
     NotFound,
-    OperationTimeout,
     OutriderError,
     PermanentError,
     TemporaryError,
@@ -203,19 +199,6 @@ def unavailable(url: str, error: object) -> EngineUnavailable:
     )
 
 
-def translate(error: Exception, *, url: str, doing: str, subject: str) -> OutriderError:
-    """An error of docker-py or requests in our words. ``doing`` reads like "start", ``subject`` names a thing."""
-    if isinstance(error, docker.errors.ImageNotFound):
-        return image_not_found(subject if doing == "find the image" else _image_in(str(error.explanation), subject))
-    if isinstance(error, docker.errors.APIError):
-        return translate_answer(int(error.status_code or 500), str(error.explanation or error), doing, subject)
-    if isinstance(error, requests.exceptions.ReadTimeout):
-        return OperationTimeout(f"the container engine did not answer in time: {doing} {subject}")
-    if isinstance(error, requests.exceptions.ConnectionError | docker.errors.DockerException | OSError):
-        return unavailable(url, error)
-    return PermanentError(f"the container engine's answer can't be understood ({doing} {subject}): {error}")
-
-
 def image_not_found(image: str, tried: str = "") -> NotFound:
     """No such image, neither here nor where it was looked for."""
     return NotFound(
@@ -242,12 +225,16 @@ def translate_answer(status: int, message: str, doing: str, subject: str) -> Out
         return PermanentError(f"{subject} can't be started: {_plain(message)}", code="cannot_start")
     if "bind source path does not exist" in lower:
         return PermanentError(f"{subject} can't be started: {_plain(message)}", code="mount_missing")
+    if status == 404 and "no such image" in lower:
+        return image_not_found(subject if doing == "find the image" else _image_in(message, subject))
     if status == 404 and "network" in lower:
         return NotFound(f"the engine's network that {subject} needs is gone: {message}", code="network_not_found")
     if status == 404:
         return NotFound(f"there is no container {subject} on this node", code="container_not_found")
     if status == 409 and "is already in use by container" in lower:
         return Conflict(f"there is a container named {subject} on this node already", code="name_taken")
+    if status == 409 and "marked for removal" in lower:
+        return Conflict(f"{subject} is being removed", code="being_removed")
     if status == 409:
         return Conflict(f"{doing} {subject}: {_plain(message)}", code="container_busy")
     if status == 400:

@@ -149,7 +149,7 @@ async def test_hung_engine_call_blocks_no_other_and_times_out(node: Node, tmp_pa
                 await over.wait()
             else:
                 inner_reader, inner_writer = await asyncio.open_unix_connection("/var/run/docker.sock")
-                inner_writer.write(head.replace(b"keep-alive", b"close"))
+                inner_writer.write(head[:-2] + b"Connection: close\r\n\r\n")
                 writer.write(await inner_reader.read(-1))
                 inner_writer.close()
         writer.close()
@@ -229,7 +229,7 @@ async def test_a_name_leads_to_no_other_thing_of_the_engines(runtime: DockerRunt
 
 
 async def test_connections_to_the_engine_stay_few(runtime: DockerRuntime) -> None:
-    """docker-py keeps one for each of the last 25 paths and thread: 800 of an agent's 1,024 descriptors."""
+    """As many as there are calls at a time, whatever the paths; a pool for each path would take all descriptors."""
 
     async def ask(number: int) -> None:
         with contextlib.suppress(NotFound):
@@ -239,4 +239,4 @@ async def test_connections_to_the_engine_stay_few(runtime: DockerRuntime) -> Non
     before = len(os.listdir("/proc/self/fd"))
     for group in range(10):
         await asyncio.gather(*(ask(group * 60 + number) for number in range(60)))
-    assert len(os.listdir("/proc/self/fd")) - before <= 40
+    assert len(os.listdir("/proc/self/fd")) - before <= 60

@@ -163,12 +163,16 @@ def _judge_objects(world: World, runs: dict[str, types.Run]) -> None:
         wrote = [
             asked.run_id
             for asked in world.submitted
-            if asked.object_name == name and asked.pipeline.writes and json.loads(runs[asked.run_id].writeback_json or b"{}")
+            if asked.object_name == name
+            and asked.pipeline.writes
+            and json.loads(runs[asked.run_id].writeback_json or b"{}")
         ]
         for asked in world.submitted:
             run = runs[asked.run_id]
             if asked.object_name == name and asked.pipeline.writes and run.state == types.RUN_STATE_SUCCEEDED:
-                assert json.loads(run.writeback_json) == {asked.pipeline.writes: run.run_id}, f"{run.run_id} wrote nothing"
+                assert json.loads(run.writeback_json) == {asked.pipeline.writes: run.run_id}, (
+                    f"{run.run_id} wrote nothing"
+                )
         assert made.status_version == len(wrote), f"{name}: {made.status_version} write-backs of {len(wrote)} runs"
         if wrote:
             assert json.loads(made.status_json)["last"] == max(wrote, key=lambda run_id: runs[run_id].sequence), name

@@ -229,7 +229,10 @@ class _Call:
             request: Any = self._requests(handler.request_deserializer)
             if not handler.request_streaming:
                 request = await anext(request)
-            kind = ("stream" if handler.request_streaming else "unary", "stream" if handler.response_streaming else "unary")
+            kind = (
+                "stream" if handler.request_streaming else "unary",
+                "stream" if handler.response_streaming else "unary",
+            )
             behaviour = getattr(handler, "_".join(kind))
             if inspect.isasyncgenfunction(behaviour):
                 async for answer in behaviour(request, context):

@@ -14,7 +14,7 @@ from agent_core.policy import NodePolicy
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.state import Cancellation
 from agent_core.transitions import Transition
-from outrider.errors import InvalidInput
+from outrider.errors import Conflict, InvalidInput
 from tests.agent_rig import BASE_IMAGE, Rig, rig
 
 
@@ -408,3 +408,24 @@ async def test_a_container_that_somebody_removed_leaves_the_outcome_unknown(
     async with rig(tmp_path / "state", runtime, node_id="n1") as second:
         run = await second.end(run_id)
     assert (run.state, run.states["a"]) == ("unknown", "unknown")
+
+
+async def test_a_container_that_the_engine_is_taking_back_is_made_anew(
+    agent: Rig, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a dead agent's create left, and the engine removes: it was never started, so the attempt goes on."""
+    refused = []
+    start = runtime.start
+
+    async def being_removed_once(container: str) -> None:
+        if not refused:
+            refused.append(container)
+            await runtime.remove(container, force=True)
+            raise Conflict(f"{container} is being removed", code="being_removed")
+        await start(container)
+
+    monkeypatch.setattr(runtime, "start", being_removed_once)
+    run = await agent.run(pipeline({"name": "a", "do": {"print": ["once"]}}))
+    assert (run.state, run.steps["a"].attempt) == ("succeeded", 1)
+    assert refused
+    assert agent.log(run.run_id, "a") == b"once"

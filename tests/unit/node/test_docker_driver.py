@@ -1,25 +1,73 @@
-"""What of the Docker driver needs no engine: frames, create bodies, errors, and ends known from events."""
+"""What of the Docker driver needs no api: frames, create bodies, errors, and ends known from events."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-import docker.errors
 import pytest
-import requests
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_core.runtimes._docker_exits import Exits
 from agent_core.runtimes._docker_streams import Demultiplexer
-from agent_core.runtimes._docker_wire import create_body, moment, translate
+from agent_core.runtimes._docker_wire import create_body, moment, unavailable
 from agent_core.runtimes.base import ContainerInfo, ContainerSpec, Mount, PortBinding
+from agent_core.runtimes.docker import DockerRuntime
 from outrider.errors import Conflict, EngineUnavailable, NotFound, OperationTimeout, OutriderError, TemporaryError
 from outrider.retry import RetryPolicy
+
+
+class FakeEngine:
+    """An engine's socket that gives the answers it is told to, and counts what it was asked."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self.path = socket_path
+        self.answers: dict[str, tuple[int, object]] = {}
+        self.hanging: set[str] = set()
+        self.calls: Counter[str] = Counter()
+        self.runtime = DockerRuntime(str(socket_path), call_timeout_s=1.0)
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, handler_cancellation=True)
+        await self._runner.setup()
+        await web.UnixSite(self._runner, str(self.path)).start()
+
+    async def stop(self) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        self.calls[request.raw_path.partition("?")[0]] += 1
+        if request.path in self.hanging:
+            await asyncio.sleep(60)
+        if request.path == "/version":
+            return web.json_response({"ApiVersion": "1.41"})
+        default = (404, {"message": f"No such image: {request.path.split('images/')[-1]}"})
+        if request.method == "POST":
+            default = (204, b"")
+        status, body = self.answers.get(f"{request.method} {request.path}", default)
+        return web.Response(status=status, body=body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[FakeEngine]:
+    api = FakeEngine(tmp_path / "e.sock")
+    await api.start()
+    yield api
+    await api.runtime.aclose()
+    await api.stop()
+
 
 FRAMES = st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=50)), max_size=20)
 
@@ -62,36 +110,71 @@ def test_two_ports_of_one_number_in_both_protocols() -> None:
     assert set(body["HostConfig"]["PortBindings"]) == {"1/udp", "1/tcp"}
 
 
-def api_error(status: int, message: str, kind: Any = docker.errors.APIError) -> Exception:
-    response = requests.Response()
-    response.status_code = status
-    error: Exception = kind(message, response=response, explanation=message)
-    return error
-
-
 PORT = "driver failed programming external connectivity: Bind for 0.0.0.0:27000 failed: port is already allocated"
 
 
 @pytest.mark.parametrize(
-    ("error", "expected", "words"),
+    ("status", "message", "expected", "words"),
     [
-        (api_error(500, PORT), Conflict, "port 27000 is taken"),
-        (api_error(500, "listen tcp4 0.0.0.0:27001: bind: address already in use"), Conflict, "port 27001"),
-        (api_error(404, "No such image: a/b:1", docker.errors.ImageNotFound), NotFound, "image a/b:1"),
-        (api_error(404, "No such container: x", docker.errors.NotFound), NotFound, "no container game"),
-        (api_error(409, 'The container name "/game" is already in use by container "1"'), Conflict, "named game"),
-        (api_error(500, "write /x: no space left on device"), TemporaryError, "disk is full"),
-        (api_error(409, "cannot join network of a non running container: 1"), TemporaryError, "namespace"),
-        (requests.exceptions.ReadTimeout(), OperationTimeout, "in time"),
-        (requests.exceptions.ConnectionError(ConnectionRefusedError(111, "Connection refused")), EngineUnavailable,
-         "unix:///e.sock can't be reached: Connection refused"),
-        (requests.exceptions.ConnectionError(PermissionError(13, "Permission denied")), EngineUnavailable, "as root"),
+        (500, PORT, Conflict, "port 27000 is taken"),
+        (500, "listen tcp4 0.0.0.0:27001: bind: address already in use", Conflict, "port 27001"),
+        (404, "No such image: a/b:1", NotFound, "image a/b:1"),
+        (404, "No such container: x", NotFound, "no container game"),
+        (409, 'The container name "/game" is already in use by container "1"', Conflict, "named game"),
+        (500, "write /x: no space left on device", TemporaryError, "disk is full"),
+        (409, "cannot join network of a non running container: 1", TemporaryError, "namespace"),
     ],
-)  # fmt: skip
-def test_errors_are_translated(error: Exception, expected: type[OutriderError], words: str) -> None:
-    translated = translate(error, url="unix:///e.sock", doing="start", subject="game")
-    assert type(translated) is expected
-    assert words in str(translated)
+)
+async def test_refusals_are_translated(
+    api: FakeEngine, status: int, message: str, expected: type[OutriderError], words: str
+) -> None:
+    api.answers["POST /v1.41/containers/game/start"] = (status, {"message": message})
+    with pytest.raises(OutriderError, match=words) as caught:
+        await api.runtime.start("game")
+    assert type(caught.value) is expected
+
+
+async def test_an_engine_that_hangs_on_one_call_holds_up_no_other(api: FakeEngine) -> None:
+    api.hanging.add("/v1.41/containers/game/start")
+    hanging = asyncio.create_task(api.runtime.start("game"))
+    await asyncio.gather(*(api.runtime.start(f"other{number}") for number in range(40)))
+    assert not hanging.done()
+    with pytest.raises(OperationTimeout, match="did not answer in time: start game"):
+        await hanging
+    assert api.calls["/v1.41/containers/other39/start"] == 1
+
+
+async def test_an_engine_that_came_back_is_spoken_to_on_new_connections(api: FakeEngine) -> None:
+    await api.runtime.start("game")
+    await api.stop()
+    with pytest.raises(EngineUnavailable, match="can't be reached"):
+        await api.runtime.start("game")
+    await api.start()
+    await api.runtime.start("game")
+    assert api.calls["/v1.41/containers/game/start"] == 2
+
+
+async def test_an_answer_that_is_no_json(api: FakeEngine) -> None:
+    api.answers["GET /v1.41/containers/game/json"] = (200, b"<html>")
+    with pytest.raises(OutriderError, match="can't be understood"):
+        await api.runtime.inspect("game")
+
+
+async def test_names_can_not_lead_to_other_paths(api: FakeEngine) -> None:
+    for name in ("../images", "a/b", "a?force=1", ""):
+        with pytest.raises(NotFound, match="no container"):
+            await api.runtime.inspect(name)
+    with pytest.raises(NotFound, match=r"image a%2\?b"):
+        await api.runtime.ensure_image("a%2?b", pull="never")
+    assert set(api.calls) <= {"/version", "/v1.41/images/a%252%3Fb/json"}
+
+
+async def test_no_engine_and_no_permission(tmp_path: Path) -> None:
+    runtime = DockerRuntime(str(tmp_path / "none.sock"))
+    with pytest.raises(EngineUnavailable, match=r"none\.sock can't be reached: No such file"):
+        await runtime.start("game")
+    await runtime.aclose()
+    assert "as root" in str(unavailable("unix:///e.sock", PermissionError(13, "Permission denied")))
 
 
 def test_moments() -> None:
