@@ -316,7 +316,7 @@ class Attempt:
                 raise _StartUnclear from error
             except OutriderError as error:
                 if error.code == "being_removed":
-                    # The engine takes back what a former agent asked for: its create failed on the directory, made anew.
+                    # The engine takes back what a former agent asked for: its create failed midway.
                     raise _StartUnclear from error
                 if await self._namespace_is_gone():
                     raise _NamespaceGone from error

@@ -66,6 +66,7 @@ class NetPool:
         self._refilling: dict[str, asyncio.Task[None]] = {}
         self._urgent: dict[str, asyncio.Event] = {}
         self._networks: set[str] = set()
+        self._making: set[str] = set()  # names of those that are being created and started just now
         self._closed = False
 
     async def start(self) -> None:
@@ -74,8 +75,9 @@ class NetPool:
         Raises EngineUnavailable; call it again when the engine is back (or has been restarted).
         """
         known = {str(row["container_id"]): row for row in await self._journal.query("SELECT * FROM network_leases")}
+        mine = self._all()
         found = await self._runtime.list(labels={LABEL_NODE: self._node_id, LABEL_KIND: "pause"})
-        mine = {container for warm in self._warm.values() for container in warm}
+        fresh = self._all() - mine  # made while the engine was asked, for runs that go on: its answer may not know them
         alive: set[str] = set()
         for info in found:
             if info.id in known and info.state == "running":
@@ -85,9 +87,11 @@ class NetPool:
                 self._runs[str(row["run_id"])].all[info.id] = str(row["network_class"])
             elif info.labels.get(LABEL_POOL) != self._pool:
                 continue  # of another agent on this engine, whose node has the same name under another server
+            elif info.id in fresh or info.name in self._making:
+                continue
             elif info.id not in mine or info.state != "running":
                 self._background(self._discard(info.id))
-        running = {info.id for info in found if info.state == "running"}
+        running = {info.id for info in found if info.state == "running"} | fresh
         for warm in self._warm.values():
             warm[:] = [container for container in warm if container in running]
         for held in self._runs.values():
@@ -172,14 +176,22 @@ class NetPool:
             pids=16,
             log_max_bytes=1024**2,
         )
-        container = await self._runtime.create(spec)
+        self._making.add(spec.name)
         try:
-            await self._runtime.start(container)
-        except BaseException:
-            self._background(self._discard(container))
-            self._networks.discard(network)
-            raise
+            container = await self._runtime.create(spec)
+            try:
+                await self._runtime.start(container)
+            except BaseException:
+                self._background(self._discard(container))
+                self._networks.discard(network)
+                raise
+        finally:
+            self._making.discard(spec.name)
         return container
+
+    def _all(self) -> set[str]:
+        warm = {container for containers in self._warm.values() for container in containers}
+        return warm.union(*(held.all for held in self._runs.values()))
 
     def _wanted(self, network_class: str) -> int:
         found = self._policy.networks.get(network_class)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,3 +121,55 @@ async def test_engine_that_restarted_costs_new_ones_only(pool: NetPool, runtime:
 async def test_unknown_class_is_refused(pool: NetPool) -> None:
     with pytest.raises(PolicyViolation):
         await pool.lease("r1", "lan")
+
+
+@pytest.mark.parametrize("moment", ["create", "start", "leased"])
+async def test_what_a_run_gets_while_the_pool_looks_around_is_kept(
+    runtime: FakeRuntime, journal: Journal, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """At the start of an agent runs go on while the pool asks what a former agent left."""
+    pool = NetPool(runtime, NodePolicy(warm_none=0, networks={}), "n1", journal)
+    listed, go_on = asyncio.Event(), asyncio.Event()
+    real = {name: getattr(runtime, name) for name in ("list", "create", "start")}
+
+    async def list_late(**given: Any) -> Any:
+        found = await real["list"](**given)
+        listed.set()
+        await go_on.wait()
+        return found
+
+    async def create(spec: Any) -> str:
+        container: str = await real["create"](spec)
+        if moment == "create":
+            await go_on.wait()
+        return container
+
+    async def start(container: str) -> None:
+        if moment == "start":
+            looking.append(asyncio.create_task(pool.start()))
+            await listed.wait()
+        await real["start"](container)
+
+    looking: list[asyncio.Task[None]] = []
+    monkeypatch.setattr(runtime, "list", list_late)
+    monkeypatch.setattr(runtime, "create", create)
+    monkeypatch.setattr(runtime, "start", start)
+    if moment == "leased":
+        looking.append(asyncio.create_task(pool.start()))
+        await listed.wait()
+    leasing = asyncio.create_task(pool.lease("r1", "none"))
+    if moment == "create":
+        while not await real["list"]():
+            await asyncio.sleep(0)
+        looking.append(asyncio.create_task(pool.start()))
+        await listed.wait()
+    else:
+        await leasing
+    go_on.set()
+    leased = await leasing
+    await looking[0]
+    await pool.settle()
+    assert leased in {info.id for info in await real["list"]() if info.state == "running"}
+    pool.give_back("r1", leased)
+    assert await pool.lease("r1", "none") == leased, "the pool still knows it as this run's"
+    await pool.aclose()
