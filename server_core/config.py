@@ -45,6 +45,8 @@ class ServerConfig(BaseModel):
     """Of a store that holds more than this the oldest logs are removed; 0 sets no limit."""
     disk_reserve_bytes: Annotated[int, Field(ge=0)] = 128 * 1024**2
     """With less free disk, new runs, objects, logs and events are refused; what running runs report is still taken."""
+    housekeeping_interval_s: Annotated[float, Field(gt=0)] = 3600.0
+    """How often what is too old is removed, and the certificate looked at."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("listen")

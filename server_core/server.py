@@ -60,8 +60,7 @@ _FAREWELL_S = 0.5
 _STUCK_S = 2.0
 _RESTART_TAKES_S = 2.0
 """How long a server that stops is away, if it is restarted: before that no agent needs to look for it."""
-_HOUSEKEEPING_EVERY = timedelta(hours=1)
-_HOUSEKEEPING_FIRST = timedelta(minutes=1)
+_HOUSEKEEPING_FIRST_S = 60.0
 """Not at once: a fleet that comes back needs the store."""
 _RENEWAL_GRACE_S = 2.0
 
@@ -240,14 +239,15 @@ class Server:
     async def _housekeeping(self) -> None:
         """Now and then: renew the certificate, remove what is too old."""
         housekeeping = Housekeeping(self._services.db, self._services.bus, self.config)
-        await asyncio.sleep(_HOUSEKEEPING_FIRST.total_seconds())
+        every = self.config.housekeeping_interval_s
+        await asyncio.sleep(min(every, _HOUSEKEEPING_FIRST_S))
         while True:
             for work in (self.renew_certificate, housekeeping.once):
                 try:
                     await work()
                 except (OutriderError, OSError) as error:
                     log.error("housekeeping failed", error=str(error))
-            await asyncio.sleep(_HOUSEKEEPING_EVERY.total_seconds())
+            await asyncio.sleep(every)
 
 
 def _server_id(connection: Connection) -> str:

@@ -1,0 +1,81 @@
+"""Kills a server at one commit after another while something is under way that needs all of them."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+
+from tests.faults.rig import Rig
+
+_FIRED = re.compile(r"^failpoint (\S+): ", re.MULTILINE)
+
+
+class Attack:
+    """Arms the rig's server at several failpoints at once; whenever one ends it, it is started with those left.
+
+    While it is entered the server comes back by itself. On leaving, the server runs on without any.
+    """
+
+    def __init__(self, rig: Rig, points: Iterable[str], *, action: str = "kill", **env: str) -> None:
+        self._rig = rig
+        self._action = action
+        self._env = env
+        self._left = list(points)
+        self._output = rig.folder / "output.log"
+        self._read = 0
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.deaths: list[int] = []
+        """How the server ended each time; negative: by that signal."""
+
+    def __enter__(self) -> Attack:
+        self._read = self._output.stat().st_size
+        self._rig.server.kill()
+        self._start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ending.set()
+        self._thread.join(30)
+        self._note()
+        self._rig.server.kill()
+        self._rig.start_server(**self._env)
+
+    @property
+    def left(self) -> list[str]:
+        """The failpoints that were not reached yet."""
+        self._note()
+        return list(self._left)
+
+    def until_spent(self, within_s: float = 30.0) -> None:
+        """Until every failpoint was reached; fails with those that never are."""
+        try:
+            self._rig.until(lambda: not self.left, within_s)
+        except AssertionError as error:
+            raise AssertionError(f"never reached: {self.left}\n{error}") from error
+
+    def _start(self) -> None:
+        armed = ", ".join(f"{point}={self._action}" for point in self._left)
+        self._rig.start_server(failpoints=armed, **self._env)
+
+    def _watch(self) -> None:
+        while not self._ending.wait(0.01):
+            status = self._rig.server.poll()
+            if status is not None:
+                self.deaths.append(status)
+                self._rig.kills += 1
+                self._note()
+                self._start()
+
+    def _note(self) -> None:
+        with self._output.open("rb") as file:
+            file.seek(self._read)
+            text = file.read().decode(errors="replace")
+        whole = text.rfind("\n") + 1
+        self._read += len(text[:whole].encode(errors="replace"))
+        for point in _FIRED.findall(text[:whole]):
+            if point in self._left:
+                self._left.remove(point)
