@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -359,6 +359,10 @@ class Agent:
     async def handle(self, command: pb.Command) -> pb.CommandAck:
         """Take a command on."""
         return await self._commands.handle(command)
+
+    async def retell(self, run_ids: Sequence[str]) -> None:
+        """Report once more how these runs ended."""
+        await self._runs.retell(run_ids)
 
     async def stop_streams(self) -> None:
         """The connection is gone."""

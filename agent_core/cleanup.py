@@ -23,6 +23,9 @@ log = structlog.get_logger(__name__)
 INTERVAL_S = 600.0
 _ENGINE_S = 60.0  # for all that needs the engine
 _KEEP_COMMANDS_S = 7 * 24 * 3600.0
+# A server that was restored from a backup may ask how they ended.
+_KEEP_RUNS_S = 7 * 24 * 3600.0
+_KEEP_RUNS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,10 @@ class Cleanup:
                 await services.volumes.release_run(row["owner"])
         await services.volumes.collect()
         await services.spool.forget_settled()
-        await services.state.forget(commands_before=time.time() - _KEEP_COMMANDS_S)
+        now = time.time()
+        await services.state.forget(
+            commands_before=now - _KEEP_COMMANDS_S, runs_before=now - _KEEP_RUNS_S, keep_runs=_KEEP_RUNS
+        )
         services.spool.remove_strays(self._runs.active)
 
     async def _containers(self, found: list[ContainerInfo], ages: Ages) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Iterable
 
 import structlog
 
@@ -65,6 +66,7 @@ class RunEngine:
             if held.command.lease_id != run.lease_id:
                 raise Conflict(f"run {run.run_id} is held under another lease", code="lease_mismatch")
             await state.commit(Transition.COMMAND_RECEIVED, state.command_received(command_id, digest))
+            await self.retell([run.run_id])  # where it is over, its end is what the server has lost
             return
         if hashlib.sha256(run.pipeline_yaml).digest() != run.pipeline_sha256:
             raise InvalidInput(f"the pipeline of run {run.run_id} is not the one announced", code="digest_mismatch")
@@ -98,6 +100,15 @@ class RunEngine:
         if run is not None:
             log.info("run cancelled", run=run_id, reason=cancellation.reason)
             run.cancel(cancellation)
+
+    async def retell(self, run_ids: Iterable[str]) -> None:
+        """Report once more how these runs ended. Of those that are not known any more nothing can be said."""
+        services = self._services
+        reports = services.state.ends(run_ids)
+        if reports:
+            log.info("runs are reported once more", runs=[report.run_id for report in reports])
+            await services.state.commit(Transition.RUN_RETOLD, *(services.outbox.run_report(each) for each in reports))
+            services.outbox.notify()
 
     def resume(self) -> None:
         """Go on with the runs that the journal has; their containers may have ended long ago, or still run."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,9 @@ class Host(Protocol):
 
     async def handle(self, command: pb.Command) -> pb.CommandAck:
         """Take a command on; what is durable is journalled before this returns."""
+
+    async def retell(self, run_ids: Sequence[str]) -> None:
+        """Report once more how these runs ended, as far as it is known."""
 
     async def stop_streams(self) -> None:
         """The connection is gone: end what only served it."""
@@ -326,6 +329,8 @@ class Session:
                     await self._uplink.logs_acknowledged(message.log_ack)
                 case "full_report_request":
                     self._report_wanted.set()
+                case "retell_request":
+                    await self._host.retell(message.retell_request.run_ids)
         raise Unavailable(f"the server {self._credentials.server} closed the connection")
 
     async def _carry_out(self, commands: asyncio.Queue[pb.Command]) -> None:

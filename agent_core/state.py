@@ -7,9 +7,10 @@ outbox row that reports it belong to the same transaction: what happened is repo
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,14 @@ class RunRecord:
     spent_s: float = 0.0
 
 
+_ALL_TOLD = (
+    f"state IN ({','.join(str(each) for each in sorted(TERMINAL))})"  # noqa: S608 - our own numbers
+    " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.run_id = runs.run_id)"
+    " AND NOT EXISTS (SELECT 1 FROM logs WHERE logs.run_id = runs.run_id)"
+)
+"""Of a run's row: it is over, and the server has acknowledged its reports and logs."""
+
+
 class State:
     """The repository of runs. Reads are for start-up and reports; the engine keeps what it works on in memory."""
 
@@ -206,8 +215,10 @@ class State:
         await self.journal.execute(transition, sql, (key, value))
 
     def held(self) -> list[types.HeldRun]:
-        """Every run whose row is kept: those that are not terminal, and those whose end is not acknowledged."""
-        rows = self.journal.query_now("SELECT run_id, lease_id, state FROM runs ORDER BY accepted_at")
+        """The runs that are not terminal, and those of which the server has not acknowledged everything."""
+        rows = self.journal.query_now(
+            f"SELECT run_id, lease_id, state FROM runs WHERE NOT ({_ALL_TOLD}) ORDER BY accepted_at"  # noqa: S608
+        )
         return [types.HeldRun(run_id=row["run_id"], lease_id=row["lease_id"], state=row["state"]) for row in rows]
 
     def unfinished(self) -> list[RunRecord]:
@@ -375,20 +386,43 @@ class State:
         blob = rows[0]["result"]
         return bytes(rows[0]["digest"]), pb.CommandResult.FromString(blob) if blob is not None else None
 
-    async def forget(self, *, commands_before: float) -> list[str]:
+    def ends(self, run_ids: Iterable[str]) -> list[pb.RunReport]:
+        """All that the journal knows of these runs' ends; of those that are not terminal, or of which a report waits
+        already, nothing."""
+        reports = []
+        for run_id in run_ids:
+            rows = self.journal.query_now(
+                "SELECT * FROM runs WHERE run_id = ?"
+                " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.run_id = runs.run_id AND kind = 'run_report')",
+                (run_id,),
+            )
+            if not rows or rows[0]["state"] not in TERMINAL:
+                continue
+            row = rows[0]
+            report = pb.RunReport(run_id=run_id, lease_id=row["lease_id"], state=row["state"])
+            report.steps.extend(each.status for each in self._record(row).steps.values())
+            if row["failure"]:
+                report.failure.ParseFromString(row["failure"])
+            for name in ("started_at", "finished_at"):
+                if row[name] is not None:
+                    getattr(report, name).FromMilliseconds(round(row[name] * 1000))
+            reports.append(report)
+        return reports
+
+    async def forget(self, *, commands_before: float, runs_before: float = math.inf, keep_runs: int = 0) -> list[str]:
         """Drop what nobody needs any more; returns the runs dropped.
 
-        A run goes when it is terminal and the server has acknowledged all that was reported of it and its
-        logs; a command when it is so old that it can't come again.
+        A run goes when it is terminal, the server has acknowledged all that was reported of it and its logs, and it
+        was accepted before ``runs_before`` or is not among the ``keep_runs`` newest; a command when it is so old that
+        it can't come again.
         """
-        marks = ",".join(str(each) for each in sorted(TERMINAL))
 
         def work(db: sqlite3.Connection) -> list[str]:
             db.execute("DELETE FROM commands WHERE received_at < ?", (commands_before,))
             rows = db.execute(
-                f"SELECT run_id FROM runs WHERE state IN ({marks})"  # noqa: S608 - our own numbers
-                " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.run_id = runs.run_id)"
-                " AND NOT EXISTS (SELECT 1 FROM logs WHERE logs.run_id = runs.run_id)"
+                f"SELECT run_id FROM runs WHERE {_ALL_TOLD} AND (accepted_at < ?"  # noqa: S608 - our own numbers
+                " OR run_id NOT IN (SELECT run_id FROM runs ORDER BY accepted_at DESC LIMIT ?))",
+                (runs_before, keep_runs),
             ).fetchall()
             db.executemany("DELETE FROM runs WHERE run_id = ?", [(row["run_id"],) for row in rows])
             return [row["run_id"] for row in rows]

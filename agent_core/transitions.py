@@ -19,6 +19,7 @@ class Transition(Enum):
     RUN_CANCELLED = "run_cancelled"  # a cancellation, durable
     RUN_FINISHED = "run_finished"  # terminal, its write-back and its last report on their way
     RUN_GIVEN_UP = "run_given_up"  # the agent failed at it itself: unknown
+    RUN_RETOLD = "run_retold"  # the end of runs, reported once more because the server asked
     COMMAND_RECEIVED = "command_received"
     COMMAND_ANSWERED = "command_answered"
     FORGOTTEN = "forgotten"  # what nobody needs any more is dropped: runs, commands

@@ -196,6 +196,9 @@ class Dispatcher:
         self._bus.publish(EVENTS)
         for run_id in settlement.stop:
             await self._stop_straggler(channel, run_id)
+        if settlement.retell:
+            wish = node_service_pb2.RetellRequest(run_ids=settlement.retell)
+            await channel.send(node_service_pb2.ServerMessage(retell_request=wish))
         if settlement.missing:
             self._spawn(self._settle_lost(channel, settlement.missing))
         await self.kick(node_id)

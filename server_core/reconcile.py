@@ -5,12 +5,13 @@ difference                             what is done
 =====================================  ===================================================================
 sent, not confirmed; the node has it   confirmed
 sent, not confirmed; it has it not     sent again, or cancelled if that was asked for meanwhile
-finished while away                    its report is awaited: the node sends it again until it is stored
+finished while away                    its report is awaited; asked for, in case it was acknowledged by a server that
+                                       was lost since
 cancelled while away                   told to stop
 over on the server, held by the node   told to stop; what it has reported of it is refused or adds nothing
 unknown on the server, held by it      goes on, unless another run has the object by now: then told to stop
 held by the node, not known here       reported as an event; what runs is left alone, a game may hang on it
-known here, not held by the node       unknown, after a grace in which its last report may still come
+known here, not held by the node       asked about; unknown, after a grace in which its last report may still come
 =====================================  ===================================================================
 
 Each is an event (``run.reconciled``, ``run.unrecognised``), once for as long as it lasts, however often the node
@@ -51,6 +52,8 @@ class Settlement:
     """Runs that were ended here, because they never reached the node."""
     stop: list[str] = field(default_factory=list)
     """Runs that the node is to stop, although nobody asked for their cancellation."""
+    retell: list[str] = field(default_factory=list)
+    """Runs whose end the node is asked to report once more."""
     differences: set[Difference] = field(default_factory=set)
     believed: bytes = b""
     """Digest of what the store holds of this node's runs afterwards; see `outrider.reports.held_digest`."""
@@ -110,6 +113,7 @@ def _both(connection: Connection, row: RunRow, run: types_pb2.HeldRun, result: S
     if runs.is_over(run.state):
         what = f"{_word(run.state)} while away"
         result.differences.add(Difference(row.run_id, what, "its report is awaited"))
+        result.retell.append(row.run_id)
     elif row.cancel_requested:
         result.differences.add(Difference(row.run_id, "cancelled while away", "told to stop"))
 
@@ -117,6 +121,7 @@ def _both(connection: Connection, row: RunRow, run: types_pb2.HeldRun, result: S
 def _not_held(connection: Connection, row: RunRow, on_its_way: bool, result: Settlement) -> None:
     if row.state != runs.QUEUED:
         result.missing.append(row.run_id)
+        result.retell.append(row.run_id)
         result.differences.add(Difference(row.run_id, "unknown to the node", "its last report is awaited"))
     elif on_its_way or not row.sent:
         return

@@ -222,6 +222,7 @@ class ServerMessage(google.protobuf.message.Message):
     OUTBOX_ACK_FIELD_NUMBER: builtins.int
     LOG_ACK_FIELD_NUMBER: builtins.int
     FULL_REPORT_REQUEST_FIELD_NUMBER: builtins.int
+    RETELL_REQUEST_FIELD_NUMBER: builtins.int
     @property
     def heartbeat(self) -> global___HeartbeatResponse: ...
     @property
@@ -232,6 +233,8 @@ class ServerMessage(google.protobuf.message.Message):
     def log_ack(self) -> global___RunLogAck: ...
     @property
     def full_report_request(self) -> global___FullReportRequest: ...
+    @property
+    def retell_request(self) -> global___RetellRequest: ...
     def __init__(
         self,
         *,
@@ -240,10 +243,11 @@ class ServerMessage(google.protobuf.message.Message):
         outbox_ack: global___OutboxAck | None = ...,
         log_ack: global___RunLogAck | None = ...,
         full_report_request: global___FullReportRequest | None = ...,
+        retell_request: global___RetellRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["body", b"body", "command", b"command", "full_report_request", b"full_report_request", "heartbeat", b"heartbeat", "log_ack", b"log_ack", "outbox_ack", b"outbox_ack"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["body", b"body", "command", b"command", "full_report_request", b"full_report_request", "heartbeat", b"heartbeat", "log_ack", b"log_ack", "outbox_ack", b"outbox_ack"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["heartbeat", "command", "outbox_ack", "log_ack", "full_report_request"] | None: ...
+    def HasField(self, field_name: typing.Literal["body", b"body", "command", b"command", "full_report_request", b"full_report_request", "heartbeat", b"heartbeat", "log_ack", b"log_ack", "outbox_ack", b"outbox_ack", "retell_request", b"retell_request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["body", b"body", "command", b"command", "full_report_request", b"full_report_request", "heartbeat", b"heartbeat", "log_ack", b"log_ack", "outbox_ack", b"outbox_ack", "retell_request", b"retell_request"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["heartbeat", "command", "outbox_ack", "log_ack", "full_report_request", "retell_request"] | None: ...
 
 global___ServerMessage = ServerMessage
 
@@ -256,6 +260,26 @@ class FullReportRequest(google.protobuf.message.Message):
     ) -> None: ...
 
 global___FullReportRequest = FullReportRequest
+
+@typing.final
+class RetellRequest(google.protobuf.message.Message):
+    """Runs that the server believes under way and the node does not hold, or holds as over. What the node still knows of
+    their end it reports once more; a server that was restored from a backup has lost it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_IDS_FIELD_NUMBER: builtins.int
+    @property
+    def run_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        run_ids: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["run_ids", b"run_ids"]) -> None: ...
+
+global___RetellRequest = RetellRequest
 
 @typing.final
 class RunReport(google.protobuf.message.Message):
