@@ -79,6 +79,7 @@ class Cleanup:
         services = self._services
         found = await services.runtime.list()
         await self._containers(found, ages)
+        services.netpool.release_others(self._runs.active)
         await services.containers.forget_missing(found, older_than_s=ages.missing_s, active=self._runs.active)
         mounted = {mount.source for info in found for mount in info.mounts}
         await services.volumes.remove_unknown_runs(

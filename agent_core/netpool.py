@@ -14,7 +14,7 @@ import os
 import secrets
 import sqlite3
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -145,6 +145,11 @@ class NetPool:
         self._background(self._forget(list(held.all)))
         for network_class in set(held.all.values()):
             self._refill(network_class, delay_s=0)
+
+    def release_others(self, active: Collection[str]) -> None:
+        """Throw away what runs hold that are over: a former agent may have died between their end and `release`."""
+        for run_id in [each for each in self._runs if each not in active]:
+            self.release(run_id)
 
     async def settle(self) -> None:
         """Wait until nothing goes on in the background; for tests and an orderly end."""

@@ -172,9 +172,11 @@ class Session:
     async def run(self) -> None:
         """Keep the node connected until cancelled."""
         while True:
+            # In a task of its own: a task group that ends because of its tasks leaves, before Python 3.13, a cancel
+            # counted in the task that it was entered in, and then `_pause` could not tell who cancelled.
+            connection = asyncio.create_task(self._connection(), name="connection")
             try:
-                async with self._registered() as stub:
-                    await self._hold(stub)
+                await connection
             except (Unauthenticated, PermissionDenied) as error:
                 self._operations.failed("session.connect", error)
                 self._note(error)
@@ -191,6 +193,11 @@ class Session:
                 problem = OutriderError(f"the session failed: {error}", code="internal")
                 self._note(problem)
                 await self._pause(problem)
+
+    async def _connection(self) -> None:
+        """One registration, and one control channel; always raises."""
+        async with self._registered() as stub:
+            await self._hold(stub)
 
     async def _pause(self, error: OutriderError) -> None:
         task = asyncio.current_task()

@@ -29,7 +29,7 @@ from agent_core.runtimes.base import (
     StreamName,
 )
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
-from outrider.errors import OutriderError
+from outrider.errors import EngineUnavailable, OutriderError
 from tests.agent_rig import BASE_IMAGE
 from tests.model.virtual import PROCESS, Process
 
@@ -66,6 +66,7 @@ class Engine(FakeRuntime):
         self.collisions: list[tuple[object, object]] = []
         self.stubborn = False
         self.late_s = 0.0  # how long the next start takes to get through
+        self._requests: dict[asyncio.Task[Any], Coroutine[Any, Any, Any]] = {}
         self._context = contextvars.copy_context()
         self._context.run(PROCESS.set, None)
 
@@ -85,12 +86,20 @@ class Engine(FakeRuntime):
             return await work
 
         task = asyncio.get_running_loop().create_task(later(), context=self._context.copy())
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._requests[task] = work
+        task.add_done_callback(self._answered)
         return task
+
+    def _answered(self, request: asyncio.Task[Any]) -> None:
+        self._requests.pop(request).close()
+        if not request.cancelled():
+            request.exception()
 
     def stop_engine(self) -> None:
         for each in self.running():
             each.meddled = True
+        for request in list(self._requests):
+            request.cancel()
         super().stop_engine()
 
     async def start(self, container: str) -> None:
@@ -166,7 +175,13 @@ class Connection:
         except asyncio.CancelledError:
             work.close()
             raise
-        answer = await asyncio.shield(self._engine.request(work, after_s))
+        request = self._engine.request(work, after_s)
+        try:
+            answer = await asyncio.shield(request)
+        except asyncio.CancelledError:
+            if not request.cancelled():
+                raise
+            raise EngineUnavailable("the engine stopped before it answered") from None
         self._process.instant(f"engine.{name}.after")
         return answer
 

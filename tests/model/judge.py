@@ -79,7 +79,7 @@ def _judge_run(world: World, asked: Submitted, run: types.Run) -> None:
         tries = sorted((e for e in world.engine.executions if e.key[:2] == (run.run_id, name)), key=lambda e: e.attempt)
         _judge_step(f"{where} step {name}", asked, step, tries, by_name)
         for each in tries:
-            _judge_log(world, where, each)
+            _judge_log(world, where, each, secret=asked.pipeline.secret)
     states = {step.state for step in run.steps}
     if types.STEP_STATE_CANCELLED in states:
         expected = types.RUN_STATE_CANCELLED
@@ -132,7 +132,7 @@ def _judge_step(
             raise AssertionError(f"{truth}: it has no end")
 
 
-def _judge_log(world: World, where: str, run: Execution) -> None:
+def _judge_log(world: World, where: str, run: Execution, *, secret: bool) -> None:
     async def read() -> list[types.RunLogChunk]:
         stream = world.control.StreamRunLogs(
             cpb.StreamRunLogsRequest(run_id=run.run_id, step=run.step, attempt=run.attempt), timeout=TIMEOUT_S
@@ -147,8 +147,7 @@ def _judge_log(world: World, where: str, run: Execution) -> None:
             continue
         assert gap or chunk.offset == len(got), f"{where}: the log of {run.key} is out of order at {chunk.offset}"
         got += chunk.data
-    expected = run.written.replace(SECRET, b"***")
-    assert SECRET not in got, f"{where}: a secret is in the log of {run.key}"
+    expected = run.written.replace(SECRET, b"***") if secret else run.written
     if gap:
         assert run.meddled, f"{where}: the log of {run.key} has a gap for no reason"
         assert expected.startswith(got), f"{where}: {got!r} is no part of {expected!r}"
@@ -186,7 +185,7 @@ def _judge_node(world: World) -> None:
     game = next(info for info in world.engine.all_containers() if info.id == world.game)
     assert game.state == "running", f"the game is {game.state}"
     agent = world.folder / "agent"
-    for table in ("outbox", "runs", "logs", "network_leases"):
+    for table in ("outbox", "logs", "network_leases"):
         assert _count(agent / "journal.db", table) == 0, f"the journal still has {_rows(agent / 'journal.db', table)}"
     for folder in ("attempts", "spool", "volumes/run"):
         entries = [path.name for path in (agent / folder).glob("*")]

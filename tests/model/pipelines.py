@@ -20,7 +20,7 @@ class Pipeline:
     retries: int = 0
     timeout_s: float | None = None
     writes: str = ""  # the attribute that it writes back, its value the run's id
-    needs_object: bool = False
+    secret: bool = False  # it is given one, which has to be masked
 
 
 def _pipeline(name: str, *steps: dict[str, Any], **more: Any) -> str:
@@ -85,6 +85,7 @@ SECRET = Pipeline(
     _pipeline("secret", {"name": "a", "envs": {"KEY": "store.KEY"}}, {"name": "b"}, envs=[{"set": "store"}]),
     ("a", "b"),
     {"a": (), "b": ("a",)},
+    secret=True,
 )
 ALL = (ONE, TWO, FORK, TRIED, AGAIN, TIMED, SECRET)
 BY_NAME = {each.name: each for each in ALL}

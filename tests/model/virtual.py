@@ -40,7 +40,7 @@ class Process:
         self.instants = 0
         self.dies_at: int | None = None
         self.died_of = ""
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: dict[asyncio.Task[Any], None] = {}  # in the order in which they began
         self.context = contextvars.copy_context()
         self.context.run(PROCESS.set, self)
         self.on_death: list[Callable[[], None]] = []
@@ -154,8 +154,8 @@ def _task_of_a_process(loop: Any, work: Any, **options: Any) -> asyncio.Task[Any
     process = PROCESS.get() if context is None else context.get(PROCESS)
     task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **options)
     if process is not None:
-        process.tasks.add(task)
-        task.add_done_callback(process.tasks.discard)
+        process.tasks[task] = None
+        task.add_done_callback(lambda done: process.tasks.pop(done, None))
         if not process.alive:
             task.cancel()
     return task

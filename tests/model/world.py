@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import random
 import shutil
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from agent_core.config import AgentConfig
 from agent_core.runtimes.base import ContainerSpec
 from outrider import tls
 from outrider.errors import OutriderError
+from outrider.retry import FOREVER
 from outrider.v1 import control_service_pb2 as cpb
 from outrider.v1 import control_service_pb2_grpc as cgrpc
 from outrider.v1 import types_pb2 as types
@@ -84,6 +87,7 @@ class World:
 
     def __enter__(self) -> World:
         self._stack.enter_context(one_thread(self.loop, self.clocks))
+        self._stack.enter_context(_repeatable_chance())
         self._stack.enter_context(_plugin(self.folder / "site"))
         for name in ("outrider.tls.open_channel", "agent_core.session.open_channel"):
             self._stack.enter_context(mock.patch(name, self._open_channel))
@@ -159,6 +163,7 @@ class World:
             await asyncio.sleep(moment_s)
             await self._bury()
             await self._look()
+            await self._bury()
             return result
 
         return self.loop.run_until_complete(both())
@@ -387,8 +392,9 @@ class World:
                 assert not late, f"a dead {process.name} does not let go: {late}"
             if process is self.server_process and self._server is not None:
                 # Its files are closed and its lock is let go, as the kernel does it.
-                with contextlib.suppress(BaseException):
-                    await self._server._stack.aclose()
+                closing = asyncio.Task(self._server._stack.aclose(), loop=self.loop, context=process.context.copy())
+                await asyncio.wait({closing}, timeout=_UNWIND_S)
+                closing.cancelled() or closing.exception()  # it may ask for what the dead don't get
 
     async def _look(self) -> None:
         """Note each state that the server tells of a run."""
@@ -455,6 +461,20 @@ def _plugin(site: Path) -> Any:
     finally:
         sys.path.remove(str(site))
         sys.modules.pop("outrider_model_shell", None)
+
+
+@contextlib.contextmanager
+def _repeatable_chance() -> Any:
+    """What spreads waits does so alike in every history: generators without a seed get the next number."""
+    numbers = itertools.count(1)
+    seed = random.Random.seed
+
+    def seeded(self: random.Random, a: Any = None, version: int = 2) -> None:
+        seed(self, next(numbers) if a is None else a, version)
+
+    with mock.patch.object(random.Random, "seed", seeded):
+        FOREVER.rng.seed(7)
+        yield
 
 
 def _nothing(_logger: Any, _method: str, event: Any) -> Any:
