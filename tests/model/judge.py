@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 from collections import Counter
@@ -50,7 +51,8 @@ def settle(world: World) -> None:
 
 def judge(world: World) -> None:
     """After `settle`. AssertionError says which promise is broken."""
-    assert world.agent_up and world.server_up, "agent or server did not stay up"
+    assert world.server_up, "the server did not stay up"
+    assert world.agent_up, "the agent did not stay up"
     runs = {run.run_id: run for run in _runs(world)}
     assert len(runs) == len(world.submitted), f"{len(world.submitted)} keys made {len(runs)} runs"
     twice = [key for key, count in Counter(each.key for each in world.engine.executions).items() if count > 1]
@@ -103,7 +105,7 @@ def _judge_step(
 ) -> None:
     pipeline, name = asked.pipeline, step.name
     said = types.StepState.Name(step.state)
-    for former, later in zip(tries, tries[1:], strict=False):
+    for former, later in itertools.pairwise(tries):
         again = (former.ended == "by itself" and former.exit_code == 75) or (
             name in pipeline.idempotent and (former.meddled or former.ended != "by itself")
         )

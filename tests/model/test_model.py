@@ -1,4 +1,4 @@
-"""The promises, against everything that can happen in any order: a state machine over commands, programs, kills and cuts.
+"""The promises, against whatever can happen, in any order: a state machine over commands, programs, kills and cuts.
 
 Agent and server are the real ones, on journals and stores on disk; the engine is the fake one, time is virtual and the
 wire is in memory, so that thousands of steps take a minute and the same steps give the same history. A failure prints
