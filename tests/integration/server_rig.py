@@ -160,9 +160,9 @@ class FakeAgent:
     async def send(self, **body: Any) -> None:
         await self.call.write(npb.AgentMessage(**body))
 
-    async def heartbeat(self, *, wrong: bool = False) -> None:
+    async def heartbeat(self, *, wrong: bool = False, again: bool = False, digest: bytes = b"", depth: int = 0) -> None:
         assert self.session is not None
-        self.sequence += 1
+        self.sequence += not again
         proof = tokens.heartbeat_proof(
             tokens.digest(self.token), self.session.session_id, self.session.epoch, self.sequence
         )
@@ -172,7 +172,7 @@ class FakeAgent:
                 epoch=self.session.epoch,
                 sequence=self.sequence,
                 proof=b"wrong" if wrong else proof,
-                brief=tpb.BriefState(engine_ok=True, cpu_percent=12.5),
+                brief=tpb.BriefState(engine_ok=True, cpu_percent=12.5, state_digest=digest, outbox_depth=depth),
             )
         )
 
