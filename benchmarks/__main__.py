@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
-NAMES = ("runs", "startup", "rest")
+NAMES = ("runs", "startup", "rest", "reconnect")
 
 
 def main(names: list[str]) -> None:

@@ -9,12 +9,14 @@ It stands between agent and server and runs in a thread of its own:
         proxy.flow()
         proxy.reset_every_s = 3.0               # RST to both sides of every connection, so long after it began
         proxy.truncate_after = 4000             # so many bytes each way, then the end, in the middle of a record
-        proxy.swap_connections = True           # a connection goes on to the server only after the one behind it has
+        proxy.hold_back()                       # what is under way now arrives later than all that is sent after it
+        proxy.let_go()
         proxy.cut()                             # RST to all, now
         proxy.replay()                          # everything that was ever sent to the server, sent to it again
 
 What it carries is TLS within TCP: the order of bytes can't be changed without ending the connection, that of
-connections can. A repeated connection is a replay of its bytes.
+connections can: `hold_back` delivers an old one's bytes when a new one has long been there. A repeated connection is
+a replay of its bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ T = TypeVar("T")
 Way = Literal["up", "down"]  # to the server, to the agent
 
 _CHUNK = 64 * 1024
-_SWAP_WAITS_S = 2.0
 _REPLAY_ANSWER_S = 3.0
 _LINGER_NONE = struct.pack("ii", 1, 0)  # SO_LINGER that makes close() send RST
 
@@ -45,13 +46,11 @@ class Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._links: set[_Link] = set()
         self._stalled: set[Way] = set()
-        self._swapping: asyncio.Event | None = None
         self._server: asyncio.Server | None = None
         self.delay_s = 0.0
         self.reset_every_s: float | None = None
         self.truncate_after: int | None = None
         self.refusing = False
-        self.swap_connections = False
         self.recording = False
         self.recorded: list[bytes] = []
         """What each recorded connection sent to the server."""
@@ -59,7 +58,6 @@ class Proxy:
         self.connections = 0
         self.resets = 0
         self.truncated = 0
-        self.swapped = 0
         self.bytes = {"up": 0, "down": 0}
 
     def __enter__(self) -> Proxy:
@@ -92,6 +90,18 @@ class Proxy:
     def flow(self) -> None:
         """End every stall."""
         self._stalled.clear()
+
+    def hold_back(self) -> int:
+        """Keep what the present connections carry until `let_go`; new ones pass. How many there are."""
+        links = list(self._links)
+        for link in links:
+            link.held = True
+        return len(links)
+
+    def let_go(self) -> None:
+        """Deliver what was held back, to whoever still listens."""
+        for link in list(self._links):
+            link.held = False
 
     def cut(self) -> int:
         """RST to both sides of all connections; how many there were."""
@@ -129,8 +139,6 @@ class Proxy:
         if self.refusing:
             _reset(writer)
             return
-        if self.swap_connections:
-            await self._behind_the_next()
         try:
             far_reader, far_writer = await asyncio.open_connection(*self.target)
         except OSError:
@@ -142,17 +150,6 @@ class Proxy:
             await link.run()
         finally:
             self._links.discard(link)
-
-    async def _behind_the_next(self) -> None:
-        if self._swapping is None:
-            self._swapping = asyncio.Event()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._swapping.wait(), _SWAP_WAITS_S)
-            self._swapping = None
-        else:
-            self.swapped += 1
-            # The one that came first goes on a little after this one.
-            asyncio.get_running_loop().call_later(0.1, self._swapping.set)
 
     async def _replay(self) -> list[bytes]:
         return [await self._replay_one(sent) for sent in list(self.recorded)]
@@ -184,6 +181,7 @@ class _Link:
         self._proxy = proxy
         self._near, self._far = near, far
         self._record: bytearray | None = bytearray() if proxy.recording else None
+        self.held = False
 
     async def run(self) -> None:
         ways = [
@@ -198,6 +196,8 @@ class _Link:
                 self.reset()
             else:
                 # One side has ended; what the other still has to say gets through.
+                while self.held:
+                    await asyncio.sleep(0.02)
                 await asyncio.wait(ways, timeout=1.0)
         finally:
             for way in ways:
@@ -227,7 +227,7 @@ class _Link:
             while True:
                 due, data = await queue.get()
                 await asyncio.sleep(max(0.0, due - loop.time()))
-                while self._proxy.stalled(way):
+                while self.held or self._proxy.stalled(way):
                     await asyncio.sleep(0.02)
                 limit = self._proxy.truncate_after
                 if limit is not None and carried + len(data) > limit:

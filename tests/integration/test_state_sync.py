@@ -15,7 +15,6 @@ from outrider.reports import held_digest
 from outrider.v1 import control_service_pb2 as cpb
 from outrider.v1 import node_service_pb2 as npb
 from outrider.v1 import types_pb2 as tpb
-from server_core import dispatch
 from server_core.dispatch import Dispatcher
 from server_core.store import runs
 from server_core.store.commits import Commit
@@ -29,8 +28,7 @@ ARENA = tpb.ObjectRef(kind="game", name="arena")
 
 
 @pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
-    monkeypatch.setattr(dispatch, "LOST_GRACE_S", 0.3)
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with served(tmp_path / "server", heartbeat_interval_s=5) as rig:
         rig.server._services.dispatcher._lost_grace_s = 0.3
         yield rig
