@@ -210,6 +210,7 @@ class Agent:
             ]
             await self._stopping.wait()
             log.info("agent stops", runs=len(self._runs.active))
+            self._session.close()
             for task in tasks:
                 task.cancel()
 

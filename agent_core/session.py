@@ -110,6 +110,7 @@ class Session:
         self._connected = asyncio.Event()
         self._registered_once = asyncio.Event()
         self.asked = asyncio.Event()  # a registration has worked, or failed, for the first time
+        self._closing = False
         self._room = asyncio.Event()
         self._report_wanted = asyncio.Event()
         self.last_error = ""
@@ -167,6 +168,10 @@ class Session:
         if self.connected:
             self._outgoing.put_nowait(message)
 
+    def close(self) -> None:
+        """Say that `run` is about to be cancelled."""
+        self._closing = True
+
     # The life of the link.
 
     async def run(self) -> None:
@@ -200,8 +205,7 @@ class Session:
             await self._hold(stub)
 
     async def _pause(self, error: OutriderError) -> None:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if self._closing:
             raise asyncio.CancelledError  # a task group whose tasks fail while it is cancelled tells of them alone
         await asyncio.sleep(self._reconnect.wait_s(error))
 

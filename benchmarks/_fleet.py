@@ -283,7 +283,8 @@ class Return:
         return (
             f"{self.agents} agents: first after {self.first_s:.1f} s, half after {self.median_s:.1f} s, all after "
             f"{self.all_s:.1f} s; {self.asked} registrations asked for, at most {self.peak_asked} within a second, "
-            f"{self.refused} told another turn; server {self.server_cpu_s:.1f} s of processor, {self.server_rss_mib:.0f} MiB"
+            f"{self.refused} told another turn; server {self.server_cpu_s:.1f} s of processor, "
+            f"{self.server_rss_mib:.0f} MiB"
         )
 
 
