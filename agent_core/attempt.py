@@ -196,6 +196,7 @@ class Attempt:
             directory=self._directory.path,
             network=f"container:{self._pause}",
             log_max_bytes=services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
+            oci_runtime=services.policy.oci_runtime,
         )
         try:
             container = await services.runtime.create(spec)

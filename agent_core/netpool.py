@@ -180,6 +180,7 @@ class NetPool:
             memory_bytes=32 * 1024**2,
             pids=16,
             log_max_bytes=1024**2,
+            oci_runtime=self._policy.oci_runtime,
         )
         self._making.add(spec.name)
         try:

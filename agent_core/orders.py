@@ -78,7 +78,9 @@ class AttemptOrder:
         # Volumes belong to the allotted group: a process of another one reaches them as a member of it.
         return groups | {self.gid} if self.runs_as[1] != self.gid else groups
 
-    def spec(self, *, node_id: str, directory: Path, network: str, log_max_bytes: int) -> ContainerSpec:
+    def spec(
+        self, *, node_id: str, directory: Path, network: str, log_max_bytes: int, oci_runtime: str = ""
+    ) -> ContainerSpec:
         """The container: the sandbox of the defaults, and what the plan and the allotment add to it."""
         plan = self.plan
         env = dict(plan.env) | dict(self.env)
@@ -109,6 +111,7 @@ class AttemptOrder:
             cpus=self.resources.cpus,
             pids=self.resources.pids,
             log_max_bytes=log_max_bytes,
+            oci_runtime=oci_runtime,
             init=True,
         )
 

@@ -111,6 +111,8 @@ class NodePolicy(_Section):
     managed: ManagedPolicy = ManagedPolicy()
     control_foreign: bool = False  # whether containers that Outrider did not start may be stopped and the like
     limits: LimitPolicy = LimitPolicy()
+    # What the engine carries steps out with, by its name for it, such as crun or runsc; "": the engine's default.
+    oci_runtime: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = ""
     disk_reserve_bytes: Annotated[int, Field(ge=0)] = 1024**3
 
     @field_validator("networks")

@@ -77,6 +77,8 @@ def create_body(spec: ContainerSpec, *, has_init: bool = False) -> Json:
             },
         },
     }
+    if spec.oci_runtime:
+        host["Runtime"] = spec.oci_runtime
     if spec.tmp_size_bytes:
         host["Tmpfs"] = {"/tmp": f"rw,nosuid,nodev,noexec,mode=1777,size={spec.tmp_size_bytes}"}  # noqa: S108
     if spec.memory_bytes is not None:
@@ -221,7 +223,8 @@ def translate_answer(status: int, message: str, doing: str, subject: str) -> Out
         return TemporaryError(f"the node's disk is full: {doing} {subject}", code="disk_full", hint="free some space")
     if "cannot join network of a non running container" in lower or "joining network namespace" in lower:
         return TemporaryError(f"the network namespace of {subject} is gone", code="namespace_gone")
-    if "executable file not found" in lower or "exec format error" in lower or "permission denied: unknown" in lower:
+    missing_program = "executable file" in lower and "not found" in lower  # in between, some runtimes name it
+    if missing_program or "exec format error" in lower or "permission denied: unknown" in lower:
         return PermanentError(f"{subject} can't be started: {_plain(message)}", code="cannot_start")
     if "bind source path does not exist" in lower:
         return PermanentError(f"{subject} can't be started: {_plain(message)}", code="mount_missing")

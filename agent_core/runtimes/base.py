@@ -73,6 +73,7 @@ class ContainerSpec:
     log_max_bytes: int = 64 * 1024**2  # of the engine's log file, before it rotates
     log_files: int = 1
     stop_signal: str | None = None
+    oci_runtime: str = ""  # by the engine's name for it; "": the engine's default
     init: bool = (
         False  # a small init as PID 1, where the engine has one: PID 1 alone ignores signals it has no handler for
     )

@@ -104,6 +104,11 @@ def test_defaults_are_the_sandbox() -> None:
     assert not {"PidMode", "UTSMode", "UsernsMode", "Cgroup"} & set(host)
 
 
+def test_the_runtime_is_the_engines_unless_one_is_named() -> None:
+    assert "Runtime" not in create_body(ContainerSpec(name="x", image="i"))["HostConfig"]
+    assert create_body(ContainerSpec(name="x", image="i", oci_runtime="crun"))["HostConfig"]["Runtime"] == "crun"
+
+
 def test_two_ports_of_one_number_in_both_protocols() -> None:
     ports = (PortBinding(1, 27000, "udp"), PortBinding(1, 27000, "tcp"))
     body = create_body(ContainerSpec(name="x", image="i", ports=ports))

@@ -173,3 +173,9 @@ async def test_what_a_run_gets_while_the_pool_looks_around_is_kept(
     pool.give_back("r1", leased)
     assert await pool.lease("r1", "none") == leased, "the pool still knows it as this run's"
     await pool.aclose()
+
+
+async def test_namespaces_are_made_with_the_runtime_of_the_steps(runtime: FakeRuntime, journal: Journal) -> None:
+    pool = NetPool(runtime, NodePolicy(warm_none=0, networks={}, oci_runtime="crun"), "n1", journal)
+    assert runtime.spec_of(await pool.lease("r1", "none")).oci_runtime == "crun"
+    await pool.aclose()
