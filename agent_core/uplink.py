@@ -56,6 +56,7 @@ class Uplink:
         self._reports = asyncio.Event()
         self._events = asyncio.Event()
         self._logs = asyncio.Event()
+        self._log_stream = 0
 
     def wake(self) -> None:
         """Look again for something to send."""
@@ -175,18 +176,22 @@ class Uplink:
 
     async def _stream_logs(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
         """One StreamRunLogs call: as long as there is something to say, closed when idle."""
-        call = stub.StreamRunLogs(self._log_batches())
+        self._log_stream += 1
+        call = stub.StreamRunLogs(self._log_batches(self._log_stream))
         try:
             await self.logs_acknowledged(await call)
         finally:
+            self._log_stream += 1
             call.cancel()
 
-    async def _log_batches(self) -> AsyncIterator[pb.RunLogBatch]:
-        while True:
+    async def _log_batches(self, stream: int) -> AsyncIterator[pb.RunLogBatch]:
+        # gRPC goes on asking for batches for a while after a call has failed: what they took would be missing in the
+        # next call. So only the batches of the present one may take anything.
+        while stream == self._log_stream:
             self._logs.clear()
             await self._spool.forget_settled()
             for file in self._spool.pending():
-                while chunk := self._next_chunk(file):
+                while stream == self._log_stream and (chunk := self._next_chunk(file)):
                     yield pb.RunLogBatch(chunks=[chunk])
             try:
                 await asyncio.wait_for(self._logs.wait(), LOG_IDLE_S)
