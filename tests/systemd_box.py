@@ -52,7 +52,7 @@ class Box:
     def ok(self, *command: object, stdin: str = "", timeout: float = 60) -> str:
         """Run a program that must succeed; its standard output."""
         done = self.run(*command, stdin=stdin, timeout=timeout)
-        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.journal()}"
+        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.outrider()}"
         return done.stdout
 
     def json(self, *command: object) -> Any:
@@ -71,10 +71,14 @@ class Box:
         which = ["--unit", unit] if unit else []
         return self.run("journalctl", "--no-pager", "--output", "cat", "--lines", str(lines), *which).stdout
 
+    def outrider(self) -> str:
+        """The last words of both services."""
+        return "\n".join(self.journal(f"outrider-{part}.service") for part in ("server", "agent"))
+
     def until(self, holds: Callable[[], bool], seconds: float = 60, every: float = 0.2) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
-            assert time.monotonic() < deadline, f"it did not come to hold within {seconds:g} s\n{self.journal()}"
+            assert time.monotonic() < deadline, f"it did not come to hold within {seconds:g} s\n{self.outrider()}"
             time.sleep(every)
 
     def install(self, number: int, version: str = "") -> None:
@@ -108,8 +112,11 @@ def systemd_box() -> Iterator[Box]:
     """A machine that has booted, with the images that any step needs and Outrider in /opt/outrider-1."""
     build_image()
     box = Box(f"outrider-test-systemd-{secrets.token_hex(4)}")
-    made = subprocess.run(["docker", "create", "--name", box.name, *_options(), IMAGE, "/lib/systemd/systemd"],
-                          capture_output=True, text=True)  # fmt: skip
+    # As on a machine proper, mounts are seen everywhere; credentials of services reach them that way (systemd leaves
+    # this to whoever made the container).
+    boot = ["sh", "-c", "mount --make-rshared / && exec /lib/systemd/systemd"]
+    create = ["docker", "create", "--name", box.name, *_options(), IMAGE, *boot]
+    made = subprocess.run(create, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     try:
         subprocess.run(["docker", "start", box.name], check=True, capture_output=True)
@@ -123,6 +130,9 @@ def systemd_box() -> Iterator[Box]:
         assert saved.stdout is not None
         saved.stdout.close()
         assert saved.wait() == 0
+        # An interpreter with a shared library looks for it where it was built for.
+        box.write("/etc/ld.so.conf.d/test-python.conf", f"{_python_home()[1]}/lib\n")
+        box.ok("ldconfig")
         box.install(1)
         yield box
     finally:
