@@ -4,7 +4,7 @@ PY := .venv/bin/python
 TEST_WORKERS ?= 2
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help venv engine images locks demo test faults unit lint types protos protos-check bench clean
+.PHONY: help venv engine images locks demo test faults soak model unit lint types protos protos-check bench clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,12 @@ test: images ## all tests
 
 faults: images ## every fault test, the long forms too
 	@$(call WITH_ENGINE,$(PY) -m pytest -q -m "long or not long" tests/faults)
+
+soak: images ## kills, cuts and restarts at random under load, for MINUTES=n
+	@$(call WITH_ENGINE,$(PY) -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)))
+
+model: venv ## the model-based test, with EXAMPLES=n histories drawn anew
+	@OUTRIDER_MODEL_EXAMPLES=$(or $(EXAMPLES),500) $(PY) -m pytest -q --timeout 0 tests/model
 
 unit: venv ## the tests that need no container engine
 	@$(PY) -m pytest -q tests/unit

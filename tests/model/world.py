@@ -159,6 +159,7 @@ class World:
         """Carry out a coroutine, then let a moment pass. What died of it is buried."""
 
         async def both() -> Any:
+            await self._bury()
             result = await work
             await asyncio.sleep(moment_s)
             await self._bury()
@@ -395,6 +396,9 @@ class World:
                 closing = asyncio.Task(self._server._stack.aclose(), loop=self.loop, context=process.context.copy())
                 await asyncio.wait({closing}, timeout=_UNWIND_S)
                 closing.cancelled() or closing.exception()  # it may ask for what the dead don't get
+                services = getattr(self._server, "_services", None)
+                if services is not None:
+                    services.db.close()
 
     async def _look(self) -> None:
         """Note each state that the server tells of a run."""
