@@ -69,13 +69,19 @@ class Cleanup:
         async with self._one:
             try:
                 async with asyncio.timeout(_ENGINE_S):
-                    await self._of_engine(ages)
+                    seen = await self._of_engine(ages)
             except (OutriderError, TimeoutError) as error:
                 log.info("what is left over in the engine is put off", error=str(error))
-            await self._of_disk()
+                await self._of_disk()
+            else:
+                await self._of_disk()
+                await self._forget(keep=seen)
 
-    async def _of_engine(self, ages: Ages) -> None:
-        """Containers of steps, what was held for containers that are gone, and volumes that none of them has."""
+    async def _of_engine(self, ages: Ages) -> set[str]:
+        """Containers of steps, what was held for containers that are gone, and volumes that none of them has.
+
+        Returns the runs of which there is a container.
+        """
         services = self._services
         found = await services.runtime.list()
         await self._containers(found, ages)
@@ -85,6 +91,7 @@ class Cleanup:
         await services.volumes.remove_unknown_runs(
             keep=self._runs.active, mounted=mounted, older_than_s=ages.unknown_volume_s
         )
+        return {info.labels.get(LABEL_RUN, "") for info in found}
 
     async def _of_disk(self) -> None:
         services = self._services
@@ -98,11 +105,14 @@ class Cleanup:
                 await services.volumes.release_run(row["owner"])
         await services.volumes.collect()
         await services.spool.forget_settled()
-        now = time.time()
-        await services.state.forget(
-            commands_before=now - _KEEP_COMMANDS_S, runs_before=now - _KEEP_RUNS_S, keep_runs=_KEEP_RUNS
-        )
         services.spool.remove_strays(self._runs.active)
+
+    async def _forget(self, *, keep: set[str]) -> None:
+        # Only what has no container any more, as the engine has just said: nobody would know whose it is.
+        now = time.time()
+        await self._services.state.forget(
+            commands_before=now - _KEEP_COMMANDS_S, runs_before=now - _KEEP_RUNS_S, keep_runs=_KEEP_RUNS, keep=keep
+        )
 
     async def _containers(self, found: list[ContainerInfo], ages: Ages) -> None:
         for info in found:

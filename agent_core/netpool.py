@@ -182,18 +182,32 @@ class NetPool:
             log_max_bytes=1024**2,
             oci_runtime=self._policy.oci_runtime,
         )
+        making = asyncio.create_task(self._create_and_start(spec))
         self._making.add(spec.name)
         try:
-            container = await self._runtime.create(spec)
-            try:
-                await self._runtime.start(container)
-            except BaseException:
-                self._background(self._discard(container))
-                self._networks.discard(network)
-                raise
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # The engine makes it all the same: nobody would know of it.
+            self._background(self._discard_when_made(making))
+            raise
+        except OutriderError:
+            self._networks.discard(network)
+            raise
         finally:
             self._making.discard(spec.name)
+
+    async def _create_and_start(self, spec: ContainerSpec) -> str:
+        container = await self._runtime.create(spec)
+        try:
+            await self._runtime.start(container)
+        except BaseException:
+            self._background(self._discard(container))
+            raise
         return container
+
+    async def _discard_when_made(self, making: asyncio.Task[str]) -> None:
+        with suppress(OutriderError):
+            await self._discard(await making)
 
     def _all(self) -> set[str]:
         warm = {container for containers in self._warm.values() for container in containers}

@@ -178,7 +178,7 @@ class Session:
         """Keep the node connected until cancelled."""
         while True:
             # In a task of its own: a task group that ends because of its tasks leaves, before Python 3.13, a cancel
-            # counted in the task that it was entered in, and then `_pause` could not tell who cancelled.
+            # counted in the task that it was entered in, and whoever asks that task is told that somebody cancelled it.
             connection = asyncio.create_task(self._connection(), name="connection")
             try:
                 await connection

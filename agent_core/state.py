@@ -10,7 +10,7 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -409,12 +409,19 @@ class State:
             reports.append(report)
         return reports
 
-    async def forget(self, *, commands_before: float, runs_before: float = math.inf, keep_runs: int = 0) -> list[str]:
+    async def forget(
+        self,
+        *,
+        commands_before: float,
+        runs_before: float = math.inf,
+        keep_runs: int = 0,
+        keep: Collection[str] = (),
+    ) -> list[str]:
         """Drop what nobody needs any more; returns the runs dropped.
 
-        A run goes when it is terminal, the server has acknowledged all that was reported of it and its logs, and it
-        was accepted before ``runs_before`` or is not among the ``keep_runs`` newest; a command when it is so old that
-        it can't come again.
+        A run goes when it is terminal, the server has acknowledged all that was reported of it and its logs, it is not
+        in ``keep``, and it was accepted before ``runs_before`` or is not among the ``keep_runs`` newest; a command when
+        it is so old that it can't come again.
         """
 
         def work(db: sqlite3.Connection) -> list[str]:
@@ -424,7 +431,8 @@ class State:
                 " OR run_id NOT IN (SELECT run_id FROM runs ORDER BY accepted_at DESC LIMIT ?))",
                 (runs_before, keep_runs),
             ).fetchall()
-            db.executemany("DELETE FROM runs WHERE run_id = ?", [(row["run_id"],) for row in rows])
-            return [row["run_id"] for row in rows]
+            gone = [row["run_id"] for row in rows if row["run_id"] not in keep]
+            db.executemany("DELETE FROM runs WHERE run_id = ?", [(run_id,) for run_id in gone])
+            return gone
 
         return await self.journal.write(Transition.FORGOTTEN, work)
