@@ -37,7 +37,6 @@ from outrider.v1 import node_service_pb2 as npb
 from outrider.v1 import types_pb2 as types
 
 _ADDING_AT_ONCE = 20
-_FILES = 65536
 
 
 class _Idle:
@@ -190,7 +189,8 @@ class ServerProcess:
 def server_process(**settings: Any) -> Iterator[ServerProcess]:
     """A server of its own, running; ``settings`` as in its configuration."""
     # Both sides have a descriptor and more for each agent; children inherit the limit.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, max(_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
+import sys
 
+import structlog
 import uvloop
 
 from benchmarks._fleet import Return, cut_off, fleet_of, server_process
@@ -17,6 +20,7 @@ NO_HINTS = 10_000.0
 
 
 def measure() -> list[Result]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     rows = []
     for what, how in (("stopped", signal.SIGTERM), ("killed", signal.SIGKILL)):
         alone = uvloop.run(_measured(how, registrations_per_second=NO_HINTS))
@@ -51,4 +55,6 @@ async def _measured(how: signal.Signals, **settings: float) -> Return:
     with server_process(**settings) as server:
         async with fleet_of(server, AGENTS) as fleet:
             await asyncio.sleep(12)  # everybody has had an answer to a heartbeat, and with it the policy
-            return await cut_off(fleet, how, AWAY_S)
+            result = await cut_off(fleet, how, AWAY_S)
+    print(f"{how.name} {settings or ''}: {result.sentence()}", file=sys.stderr, flush=True)
+    return result
