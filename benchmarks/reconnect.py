@@ -21,10 +21,14 @@ NO_HINTS = 10_000.0
 
 def measure() -> list[Result]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    return uvloop.run(_rows())
+
+
+async def _rows() -> list[Result]:
     rows = []
     for what, how in (("stopped", signal.SIGTERM), ("killed", signal.SIGKILL)):
-        alone = uvloop.run(_measured(how, registrations_per_second=NO_HINTS))
-        hinted = uvloop.run(_measured(how))
+        alone = await _measured(how, registrations_per_second=NO_HINTS)
+        hinted = await _measured(how)
         rows += [
             Result(
                 f"{AGENTS} agents, server {what}: most registrations within a second",
