@@ -1,6 +1,6 @@
 """The install commands: what they would do to a machine, and what they refuse.
 
-Under a real systemd: tests/integration/test_service.py.
+Under a real systemd: tests/faults/test_service.py.
 """
 
 from __future__ import annotations

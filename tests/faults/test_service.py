@@ -1,6 +1,6 @@
 """Server and agent as services of a real systemd: installed, watched, frozen, killed, upgraded, and removed again.
 
-One machine for all tests, in the order of its life; see tests/systemd_box.py.
+One machine for all tests, in the order of its life; see tests/faults/systemd_box.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.pipelines import BASE, pipeline, python, steps_of
-from tests.systemd_box import STEP_IMAGES, Box, systemd_box
+from tests.faults.systemd_box import STEP_IMAGES, Box, systemd_box
 
 AGENT, SERVER = "outrider-agent.service", "outrider-server.service"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
@@ -171,10 +171,11 @@ def test_steps_volumes_and_games_work_for_an_agent_that_may_do_so_little(node: B
 
 @pytest.fixture(scope="module")
 def hasty(node: Box) -> Box:
-    """With an agent that is watched more closely, and comes back sooner, so that tests need not wait."""
-    node.write(f"/etc/systemd/system/{AGENT}.d/test.conf", "[Service]\nWatchdogSec=4\nRestartSec=1\n")
+    """With services that are watched more closely, and come back sooner, so that tests need not wait."""
+    for unit in (AGENT, SERVER):
+        node.write(f"/etc/systemd/system/{unit}.d/test.conf", "[Service]\nWatchdogSec=4\nRestartSec=1\n")
     node.ok("systemctl", "daemon-reload")
-    node.ok("systemctl", "restart", AGENT)
+    node.ok("systemctl", "restart", SERVER, AGENT)
     return node
 
 
@@ -191,6 +192,17 @@ def test_a_frozen_agent_is_ended_by_the_watchdog_and_its_successor_adopts_the_st
     step.ends_well()
 
 
+@pytest.mark.long
+def test_a_frozen_server_is_ended_by_the_watchdog_and_its_successor_has_the_node(hasty: Box) -> None:
+    frozen = pid(hasty, SERVER)
+    hasty.ok("kill", "-STOP", frozen)
+    hasty.until(lambda: pid(hasty, SERVER) not in (0, frozen))
+    hasty.until(lambda: hasty.show(SERVER, "StatusText") == "serving on port 8443; 1 node online")
+    assert f"{SERVER}: Watchdog timeout" in hasty.journal(SERVER, 200)
+    assert hasty.show(AGENT, "ActiveState") == "active"
+
+
+@pytest.mark.long
 def test_a_killed_agent_comes_back_by_itself_and_adopts_the_step(hasty: Box) -> None:
     step = Step(hasty)
     killed = pid(hasty)
@@ -240,6 +252,7 @@ def test_a_reload_serves_the_certificate_that_is_on_the_disk(node: Box) -> None:
     assert pid(node, SERVER) == served
 
 
+@pytest.mark.long
 def test_after_a_boot_both_services_and_the_game_are_there_again(node: Box) -> None:
     subprocess.run(["docker", "restart", "--time", "60", node.name], check=True, capture_output=True, timeout=120)
     node.until(lambda: node.run("systemctl", "is-active", AGENT, SERVER).stdout.split() == ["active", "active"])
