@@ -18,6 +18,11 @@ from tests.faults.launcher import Launcher
 from tests.faults.proxy import Proxy, Way
 from tests.faults.rig import Rig, pipeline, step_of
 
+WAYS = [
+    pytest.param(("up",), id="up"),
+    pytest.param(("down",), id="down"),
+    pytest.param(("up", "down"), id="both", marks=pytest.mark.long),
+]
 INTERVAL_S = 0.5  # of the rig's server
 SILENCE_S = 2 * INTERVAL_S * 1.2
 PATIENCE_S = 10.0
@@ -142,7 +147,7 @@ def test_connections_that_end_in_the_middle_of_a_message_lose_and_repeat_nothing
     succeeded(rig, run_id)
 
 
-@pytest.mark.parametrize("ways", [("up",), ("down",), ("up", "down")], ids="-".join)
+@pytest.mark.parametrize("ways", WAYS)
 def test_a_half_open_link_is_noticed_on_both_sides_within_two_heartbeats(
     link: tuple[Rig, Proxy], ways: tuple[Way, ...]
 ) -> None:
@@ -229,7 +234,7 @@ def firewall(link: tuple[Rig, Proxy]) -> Iterator[Firewall]:
         made.lift()
 
 
-@pytest.mark.parametrize("ways", [("up",), ("down",), ("up", "down")], ids="-".join)
+@pytest.mark.parametrize("ways", WAYS)
 def test_dropped_packets_are_noticed_on_both_sides_and_made_good(
     link: tuple[Rig, Proxy], firewall: Firewall, ways: tuple[Way, ...]
 ) -> None:

@@ -9,6 +9,9 @@ import pytest
 
 from benchmarks._fleet import Return, cut_off, fleet_of, server_process
 
+STOPPED = pytest.param(signal.SIGTERM, id="stopped", marks=pytest.mark.long)
+KILLED = pytest.param(signal.SIGKILL, id="killed")
+
 
 async def measured(count: int, rate: float, how: signal.Signals) -> Return:
     with server_process(registrations_per_second=rate, heartbeat_interval_s=1, log_level="warning") as server:
@@ -27,7 +30,7 @@ def no_storm(result: Return, rate: float) -> None:
     assert result.all_s >= (result.agents - 2 * rate) / rate
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize("how", [STOPPED, KILLED])
 async def test_a_fleet_that_was_cut_off_at_once_comes_back_by_turns(how: signal.Signals) -> None:
     result = await measured(60, 15.0, how)
     no_storm(result, 15.0)
@@ -36,7 +39,7 @@ async def test_a_fleet_that_was_cut_off_at_once_comes_back_by_turns(how: signal.
 
 @pytest.mark.long
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize("how", [STOPPED, KILLED])
 async def test_five_hundred_agents_that_were_cut_off_at_once_make_no_storm(how: signal.Signals) -> None:
     result = await measured(500, 100.0, how)
     no_storm(result, 100.0)
