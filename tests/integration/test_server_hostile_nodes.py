@@ -142,12 +142,13 @@ async def test_a_node_can_say_nothing_of_anothers_run(
         stranger.stub.WriteBack(
             npb.WriteBackRequest(request_id="w", run=npb.RunRef(run_id=order.run_id)), timeout=TIMEOUT
         ),
-        stranger.stub.StreamRunLogs(
-            iter([npb.RunLogBatch(chunks=[tpb.RunLogChunk(run_id=order.run_id, step="say", stream=1, data=b"x")])]),
-            timeout=TIMEOUT,
-        ),
     ):
         assert isinstance(await refused(call), NotFound)
+    chunk = tpb.RunLogChunk(run_id=order.run_id, step="say", attempt=1, stream=tpb.LOG_STREAM_STDOUT, data=b"forged")
+    ack = await stranger.stub.StreamRunLogs(iter([npb.RunLogBatch(chunks=[chunk])]), timeout=TIMEOUT)
+    assert (list(ack.unknown_runs), list(ack.positions)) == ([order.run_id], [])
+    stored = control.StreamRunLogs(cpb.StreamRunLogsRequest(run_id=order.run_id), timeout=TIMEOUT)
+    assert not [piece async for piece in stored]
 
 
 async def test_progress_of_a_run_that_is_over_is_not_kept(
