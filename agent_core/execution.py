@@ -398,7 +398,7 @@ class RunExecution:
             services.outbox.run_report(report),
         ]
         await state.commit(Transition.RUN_FINISHED, *changes)
-        services.outbox.notify()
+        services.outbox.notify(urgent=True)
         log.info("run finished", run=self.run_id, state=types.RunState.Name(report.state), error=report.failure.message)
 
     def _outcome(self, refused: OutriderError | None) -> tuple[types.RunState.ValueType, types.Failure | None]:

@@ -49,6 +49,8 @@ class Outbox:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._changed = asyncio.Event()
+        self.urgent = False
+        """Whether something urgent was told since whoever sends last looked, and reset it."""
         self._depth = self._count()
         self._rollbacks = journal.rollbacks
 
@@ -81,8 +83,9 @@ class Outbox:
         await self._journal.write(Transition.EVENT_NOTED, lambda db: change(db) and None)
         self.notify()
 
-    def notify(self) -> None:
-        """Something was committed: wake the senders."""
+    def notify(self, *, urgent: bool = False) -> None:
+        """Something was committed: wake the senders. ``urgent``: somebody is waiting for just this, a run's end."""
+        self.urgent = self.urgent or urgent
         self._changed.set()
 
     async def wait(self) -> None:

@@ -13,6 +13,7 @@ import grpc
 import structlog
 import zstandard
 
+from agent_core.differences import Differences
 from agent_core.outbox import Item, Outbox
 from agent_core.reconnect import SUPERSEDED
 from agent_core.runtimes.base import StreamName
@@ -28,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 CALL_TIMEOUT_S = 30.0
 EVENT_BATCH = 200
+REPORT_BATCH = 200
+REPORT_FLUSH_S = 0.01  # the end of a step and the beginning of the next lie closer together
 EVENT_FLUSH_S = 0.2
 LOG_CHUNK_BYTES = 128 * 1024
 LOG_FLUSH_S = 0.05
@@ -54,6 +57,7 @@ class Uplink:
         self._outbox = outbox
         self._spool = spool
         self._reports = asyncio.Event()
+        self._merged: dict[int, list[int]] = {}  # outbox numbers told in one report, by the number that it went under
         self._events = asyncio.Event()
         self._logs = asyncio.Event()
         self._log_stream = 0
@@ -66,6 +70,7 @@ class Uplink:
     async def run(self, stub: pb_grpc.NodeServiceAsyncStub, send: Send, room: Room) -> None:
         """Serve one connection until it ends; what it did not acknowledge is sent again on the next."""
         self._spool.rewind()
+        self._merged.clear()
         self.wake()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch_outbox())
@@ -76,7 +81,9 @@ class Uplink:
 
     async def acknowledged(self, sequences: Iterable[int]) -> None:
         """The server has these run reports."""
-        await self._outbox.acknowledge(sequences)
+        await self._outbox.acknowledge(
+            [each for sequence in sequences for each in self._merged.pop(sequence, [sequence])]
+        )
 
     async def logs_acknowledged(self, ack: pb.RunLogAck) -> None:
         """The server has these logs up to these offsets, wants some from an earlier one, and others not at all."""
@@ -89,10 +96,20 @@ class Uplink:
             self._spool.set_aside(run_id)
 
     async def _watch_outbox(self) -> None:
-        while True:
-            await self._outbox.wait()
-            self._reports.set()
-            self._events.set()
+        loop = asyncio.get_running_loop()
+        flush: asyncio.TimerHandle | None = None
+        try:
+            while True:
+                await self._outbox.wait()
+                self._events.set()
+                if self._outbox.urgent:
+                    self._outbox.urgent = False
+                    self._reports.set()
+                elif flush is None or flush.when() <= loop.time():
+                    flush = loop.call_later(REPORT_FLUSH_S, self._reports.set)
+        finally:
+            if flush is not None:
+                flush.cancel()
 
     async def _watch_spool(self) -> None:
         while True:
@@ -106,16 +123,26 @@ class Uplink:
         while True:
             await self._reports.wait()
             self._reports.clear()
-            while items := self._outbox.read(("run_report", "write_back"), after=sent):
+            more = True
+            while more:
+                items = self._outbox.read(("run_report", "write_back"), after=sent, limit=REPORT_BATCH)
+                more = len(items) == REPORT_BATCH  # what is committed after this read also wakes after it
                 await room()
+                differences = Differences()
                 for item in items:
                     sent = item.sequence
                     if item.kind == "write_back":
+                        self._send_merged(differences, send)
                         await self._write_back(stub, item)
                     else:
-                        report = pb.RunReport.FromString(item.body)
-                        report.sequence = item.sequence
-                        send(pb.AgentMessage(run_report=report))
+                        differences.add(item)
+                self._send_merged(differences, send)
+
+    def _send_merged(self, differences: Differences, send: Send) -> None:
+        for report, sequences in differences.take():
+            if len(sequences) > 1:
+                self._merged[report.sequence] = sequences
+            send(pb.AgentMessage(run_report=report))
 
     async def _write_back(self, stub: pb_grpc.NodeServiceAsyncStub, item: Item) -> None:
         request = pb.WriteBackRequest.FromString(item.body)
