@@ -1,7 +1,7 @@
 """Docker Engine, through its HTTP API at a Unix socket; credentials and image names are docker-py's matter.
 
 Calls are made on the event loop and not with docker-py's client: its thread, its connection and its layers took
-a third of the agent's time for a step (docs/decisions/0003).
+a quarter of the time of server and agent for a step (docs/decisions/0006).
 """
 
 from __future__ import annotations
