@@ -37,7 +37,7 @@ soak: images ## kills, cuts and restarts at random under load, for MINUTES=n
 	@$(call WITH_ENGINE,$(PY) -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)))
 
 model: venv ## the model-based test, with EXAMPLES=n histories drawn anew
-	@OUTRIDER_MODEL_EXAMPLES=$(or $(EXAMPLES),500) $(PY) -m pytest -q --timeout 0 tests/model
+	@OUTRIDER_MODEL_EXAMPLES=$(or $(EXAMPLES),500) $(PY) -m pytest -q -s --timeout 0 tests/model
 
 unit: venv ## the tests that need no container engine
 	@$(PY) -m pytest -q tests/unit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -147,7 +147,7 @@ class Engine(FakeRuntime):
     def outputs(self, run: Execution, line: str) -> None:
         """The program appends to its outputs."""
         directory = next(mount.source for mount in run.process.spec.mounts if mount.target == "/outrider")
-        with (Path(directory) / "outputs").open("a") as file:
+        with suppress(FileNotFoundError), (Path(directory) / "outputs").open("a") as file:
             file.write(line + "\n")
 
     def step_containers(self) -> list[ContainerInfo]:

@@ -386,7 +386,7 @@ class World:
                 continue
             process.buried = True
             self.history.append(f"{process.name} died of {process.died_of}")
-            self.kills += 1
+            self.kills += process.died_of not in ("it stopped", "the end")
             process._reap()
             if process.tasks:
                 _, late = await asyncio.wait(set(process.tasks), timeout=_UNWIND_S)
