@@ -69,15 +69,16 @@ def test_a_promise_that_is_broken_on_purpose_is_found(
     monkeypatch: pytest.MonkeyPatch, breaks: Patch, history: list[Any], told: str
 ) -> None:
     breaks(monkeypatch)
-    with World() as world, pytest.raises(AssertionError, match=told):
-        Driver(world).replay(history)
-        settle(world)
-        judge(world)
+    with pytest.raises(AssertionError, match=told):
+        _judged(history)
 
 
 def test_the_same_histories_are_fine_where_nothing_is_broken() -> None:
+    _judged([*KILLED, ("submit", ["one", ""]), ("write", [0, "x"]), ("submit", ["one", "a"])])
+
+
+def _judged(history: list[Any]) -> None:
     with World() as world:
-        driver = Driver(world)
-        driver.replay([*KILLED, ("submit", ["one", ""]), ("write", [0, "x"]), ("submit", ["one", "a"])])
+        Driver(world).replay(history)
         settle(world)
         judge(world)
