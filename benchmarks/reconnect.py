@@ -14,7 +14,7 @@ from benchmarks._fleet import Return, cut_off, fleet_of, server_process
 from benchmarks._rig import Result
 
 AGENTS = 500
-AWAY_S = 5.0
+AWAY_S = 0.5
 NO_HINTS = 10_000.0
 """A rate of returns so great that nobody is given a turn and nothing is spread: the backoff alone."""
 
