@@ -35,6 +35,13 @@ _DIGEST = hashlib.sha256("\n".join(("1", SUITE, PACKAGES, COMPONENTS)).encode())
 IMAGE = f"outrider-test/systemd:{SUITE}-{_DIGEST}"
 STEP_IMAGES = ("outrider/base:1", "outrider/pause:1", "outrider/step-container:0.1.0")
 
+# systemd mounts every controller of version 1 that the kernel has. One that this machine has not mounted would become a
+# hierarchy of all its processes, outlast the box, and keep containerd from seeing memory run out: they are hidden.
+_OWN_CONTROLLERS = """[ -e /sys/fs/cgroup/cgroup.controllers ] || {
+    awk 'BEGIN { OFS = "\\t" } /^[^#]/ && $2 == 0 { $4 = 0 } { print }' /proc/cgroups > /run/cgroups
+    mount --bind /run/cgroups /proc/cgroups
+}"""
+
 CODE = ("outrider", "agent_core", "server_core")
 _SITE, _SRC = "/opt/test-site", "/opt/test-src"
 
@@ -112,16 +119,18 @@ class Box:
 def systemd_box() -> Iterator[Box]:
     """A machine that has booted, with the images that any step needs and Outrider in /opt/outrider-1."""
     build_image()
+    controllers = _controllers()
     box = Box(f"outrider-test-systemd-{secrets.token_hex(4)}")
     # As on a machine proper, mounts are seen everywhere; credentials of services reach them that way (systemd leaves
     # this to whoever made the container).
-    boot = ["sh", "-c", "mount --make-rshared / && exec /lib/systemd/systemd"]
+    boot = ["sh", "-ec", f"mount --make-rshared /; {_OWN_CONTROLLERS}; exec /lib/systemd/systemd"]
     create = ["docker", "create", "--name", box.name, *_options(), IMAGE, *boot]
     made = subprocess.run(create, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     try:
         subprocess.run(["docker", "start", box.name], check=True, capture_output=True)
         box.until(lambda: box.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded"))
+        assert _controllers() == controllers, "the box has changed the machine's control groups"
         if box.ok("docker", "info", "--format", "{{.CgroupDriver}}").strip() == "cgroupfs":
             # Control groups of its containers lie beneath its own, and go with it. (systemd's driver sees to that.)
             parent = f"/docker/{made.stdout.strip()}/containers"
@@ -141,6 +150,11 @@ def systemd_box() -> Iterator[Box]:
     finally:
         subprocess.run(["docker", "rm", "--force", "--volumes", box.name], capture_output=True)
         _remove_groups(made.stdout.strip())
+
+
+def _controllers() -> list[str]:
+    """The hierarchies of control groups that this machine has."""
+    return sorted(line.split(":")[1] for line in Path("/proc/self/cgroup").read_text().splitlines())
 
 
 def _remove_groups(container_id: str) -> None:
