@@ -41,6 +41,8 @@ log = structlog.get_logger(__name__)
 REGISTER_TIMEOUT_S = 20.0
 CALL_TIMEOUT_S = 30.0
 CREDENTIAL_POLL_S = 5.0
+FIRST_REPORT_S = 0.1
+"""How long the engine has to add its containers to the first full report; afterwards they come in a second one."""
 _QUEUED_REPORTS = 256
 
 
@@ -298,10 +300,15 @@ class Session:
         return errors[0]
 
     async def _give_account(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
-        # First what the node holds, then what changes; an engine that hangs delays these, never the heartbeats.
-        await self._report()
+        # First what the node holds, then what changes. On a link that breaks every half second all of it has to get
+        # through between two breaks, so an engine that is slow to say what it has delays nothing.
         async with asyncio.TaskGroup() as tasks:
+            full = tasks.create_task(self._host.full_report())
+            await asyncio.wait({full}, timeout=FIRST_REPORT_S)
+            if not full.done():
+                self._send(pb.AgentMessage(full_report=types.FullReport(runs=self._host.held_runs())))
             tasks.create_task(self._uplink.run(stub, self._send, self._has_room))
+            self._send(pb.AgentMessage(full_report=await full))
             tasks.create_task(self._report_when_asked())
 
     async def _report_when_asked(self) -> None:

@@ -16,7 +16,7 @@ from outrider.v1 import control_service_pb2 as cs
 from outrider.v1 import types_pb2 as types
 from tests.faults.launcher import Launcher
 from tests.faults.proxy import Proxy, Way
-from tests.faults.rig import Rig, pipeline, step_of
+from tests.faults.rig import Rig, expected_of, pipeline, step_of
 
 WAYS = [
     pytest.param(("up",), id="up"),
@@ -197,6 +197,40 @@ def test_a_replay_of_whole_connections_is_worth_nothing(link: tuple[Rig, Proxy])
     assert len(events_of(rig, "node.")) == told  # nobody came online
     rig.start_agent()
     succeeded(rig, run_id)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("every_s", [0.4, 0.7, 1.9, 3.1])
+def test_links_that_are_reset_again_and_again_lose_and_repeat_nothing(link: tuple[Rig, Proxy], every_s: float) -> None:
+    rig, proxy = link
+    resets = proxy.resets
+    proxy.reset_every_s = every_s
+    proxy.cut()
+    runs = [rig.execute(chatty()) for _ in range(4)]
+    for run_id in runs:
+        assert rig.ended(run_id, 120).state == types.RUN_STATE_SUCCEEDED, rig.output()
+    proxy.reset_every_s = None
+    assert proxy.resets - resets >= 2
+    rig.check()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_connection_may_end_after_any_number_of_bytes(link: tuple[Rig, Proxy]) -> None:
+    rig, proxy = link
+    name = named("a")
+    run_id = rig.execute(pipeline(step_of(name, lines=100, pause_s=0.5)), expected={name: expected_of(name, 100)})
+    sizes = [3000 + 617 * number for number in range(24)]
+    for size in sizes:
+        truncated = proxy.truncated
+        proxy.truncate_after = size
+        proxy.cut()
+        rig.until(lambda truncated=truncated: proxy.truncated > truncated, what=f"a connection cut at {size}")
+    proxy.truncate_after = None
+    proxy.cut()
+    assert rig.ended(run_id, 200).state == types.RUN_STATE_SUCCEEDED
+    rig.check()
 
 
 # -- packets that vanish -----------------------------------------------------------------------------------

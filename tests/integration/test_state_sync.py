@@ -103,12 +103,14 @@ async def test_sent_but_unconfirmed_and_the_node_never_got_it(rig: Rig, agent: F
     run_id = await execute(rig)
     [first] = await agent.runs()
     agent.acknowledges = True
-    for _ in range(3):
-        await back(agent)
-        [again] = await agent.runs()
-        assert again == first  # the same command, under the same id and lease
-        if await state_of(rig, run_id) != tpb.RUN_STATE_QUEUED:
-            break
+    await back(agent)
+    [again] = await agent.runs()
+    assert again == first  # the same command, under the same lease
+
+    async def is_dispatched() -> bool:
+        return await state_of(rig, run_id) == tpb.RUN_STATE_DISPATCHED
+
+    await until(is_dispatched)
     assert await differences(rig, run_id) == [("sent, not confirmed", "sent again")]
 
 
@@ -276,7 +278,7 @@ async def test_a_full_report_is_asked_for_when_the_digests_differ_and_nothing_ex
 async def test_between_reports_only_differences_travel(
     tmp_path: Path, runtime: FakeRuntime, shell: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole agent: runs come and go through ten heartbeats, and one full report is all that it ever sends."""
+    """The whole agent: runs come and go through ten heartbeats, and no full report is asked for or sent."""
     reports: list[int] = []
     reconcile = Dispatcher.reconcile
 
@@ -289,7 +291,11 @@ async def test_between_reports_only_differences_travel(
         token = await whole.add_node(server)
         async with whole.agent_of(server, tmp_path, token, runtime):
             await whole.online(server)
+            run = await whole.execute(server, whole.steps("one"))
+            await whole.ended(server, run.run_id)
+            first = len(reports)
+            assert 1 <= first <= 2
             for _ in range(3):
                 run = await whole.execute(server, whole.steps("slow", "one"))
                 assert (await whole.ended(server, run.run_id)).state == tpb.RUN_STATE_SUCCEEDED
-    assert reports == [0]
+    assert len(reports) == first
