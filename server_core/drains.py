@@ -153,6 +153,9 @@ class Drains:
         def cancel(connection: Connection) -> Sequence[str]:
             held = draining.runs_on(connection, node_id)
             for run_id in held:
+                row = runs.row_of(connection, run_id)
+                if row is None or row.cancel_requested:
+                    continue  # asked for before; a server that was killed meanwhile comes here again
                 runs.request_cancel(connection, run_id, reason, 0)
                 data = {"reason": reason, "by": drain.by}
                 events.add(connection, "run.cancel_requested", run_id, node_id=node_id, data=data)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Iterable
 from types import TracebackType
 
 from tests.faults.rig import Rig
 
+_PATIENCE_S = 3.0
 _FIRED = re.compile(r"^failpoint (\S+): ", re.MULTILINE)
 
 
@@ -27,6 +29,7 @@ class Attack:
         self._read = 0
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._started_at = 0.0
         self.deaths: list[int] = []
         """How the server ended each time; negative: by that signal."""
 
@@ -60,6 +63,7 @@ class Attack:
     def _start(self) -> None:
         armed = ", ".join(f"{point}={self._action}" for point in self._left)
         self._rig.start_server(failpoints=armed, **self._env)
+        self._started_at = time.monotonic()
 
     def _watch(self) -> None:
         while not self._ending.wait(0.01):
@@ -69,6 +73,16 @@ class Attack:
                 self._rig.kills += 1
                 self._note()
                 self._start()
+            elif time.monotonic() - self._started_at > _PATIENCE_S:
+                self._started_at = time.monotonic()
+                self._hurry_agent()
+
+    def _hurry_agent(self) -> None:
+        # One that never got a heartbeat answered between two kills waits up to half a minute, rightly. A new one
+        # begins with the first wait.
+        status = self._rig.status()
+        if status and not status["server"]["connected"]:
+            self._rig.kill_agent()
 
     def _note(self) -> None:
         with self._output.open("rb") as file:

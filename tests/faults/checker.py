@@ -128,8 +128,8 @@ def _attempts(facts: Facts) -> list[str]:
             where = f"step {status.name} of run {run_id}"
             if beyond := sorted(number for number in started if number > status.attempt):
                 found.append(f"attempt {beyond} of {where} ran, and the server knows of {status.attempt}")
-            if status.state != types.STEP_STATE_SUCCEEDED:
-                continue
+            if status.state != types.STEP_STATE_SUCCEEDED or status.from_run:
+                continue  # what was taken over from the run that this one repeats ran there
             if status.attempt not in started:
                 found.append(f"{where} succeeded, and its container was never started")
             if status.name in expected and status.attempt not in facts.marks.get((run_id, status.name), []):

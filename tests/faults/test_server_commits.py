@@ -32,7 +32,7 @@ from server_core.store.commits import Commit
 from server_core.store.sqlite import SqliteDatabase
 from tests.faults.attack import Attack
 from tests.faults.launcher import Launcher
-from tests.faults.rig import Operator, Rig, pipeline, step_of
+from tests.faults.rig import BASE, Operator, Rig, pipeline, step_of
 from tests.integration.server_rig import PIPELINE, FakeAgent
 
 HISTORY = Path(__file__).parents[1] / "unit/server/histories/store-0001.sql"
@@ -75,8 +75,15 @@ def deploy(rig: Rig, attack: Attack) -> None:
     found = rig.operator.call("GetObject", cs.GetObjectRequest(ref=ref))
     assert (found.version, found.status_version, found.status_json) == (1, 1, b'{"slots":16}')
     assert rig.execute(text, key=key, object_=f"game/{name}") == run_id
-    # What is not part of the run: sightings and presence, written down now and then.
+    # A kill ahead of the acknowledgement makes it needless: the node says that it has the run. So a second one.
+    assert rig.ended(rig.execute(pipeline(step_of("b")))).state == types.RUN_STATE_SUCCEEDED
+    # What is not part of a run: what the node reports of its managed containers, and that it was seen.
+    game = fresh("game")
+    labels = [f"--label=outrider.node={rig.node_id}", "--label=outrider.kind=managed"]
+    rig.docker("run", "--rm", "--name", game, *labels, BASE, "true")
+    rig.until(lambda: told(rig, "container.exited", game), what="the end of the game")
     attack.until_spent()
+    assert told(rig, "container.exited", game) == 1
 
 
 def queue_and_cancel(rig: Rig, attack: Attack) -> None:
