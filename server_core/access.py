@@ -6,6 +6,7 @@ where errors become statuses, so that a handler only ever raises an OutriderErro
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -212,7 +213,13 @@ def _wrap(handler: Any, rule: Rule | None, admit: Callable[[Rule | None, Any], A
     async def call(request: Any, context: Any) -> Any:
         try:
             _caller.set(await admit(rule, context))
-            return await inner(request, context)
+            if kind != ("unary", "unary"):
+                return await inner(request, context)
+            # A caller that has gone must not end it between the commit and what follows from it: a run that was
+            # accepted would be told to nobody.
+            work = asyncio.ensure_future(inner(request, context))
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return await asyncio.shield(work)
         except grpc.aio.AbortError:
             raise
         except Exception as error:

@@ -93,8 +93,8 @@ class Drains:
             return
         due = self._open.get(node_id)
         if due is not None and self._clock() >= due:
-            self._open[node_id] = None
             await self._cancel(node_id, drain)
+            self._open[node_id] = None  # only now: where the store could not be written, it is still due
 
     async def describe(self, node: types_pb2.Node) -> types_pb2.Node:
         """Put the state of its drain, as it is now, onto a node's record."""

@@ -46,6 +46,7 @@ class Retries(Runs):
         caller, digest = current_caller(), request_digest("ResolveRun", request)
         earlier = await self._answered(request, digest, types_pb2.Run)
         if earlier is not None:
+            self._tell(earlier)
             return earlier
         run = await self._s.db.read(lambda c: runs.get(c, request.run_id))
         settlement = _settlement(request, caller)
@@ -82,6 +83,7 @@ class Retries(Runs):
         caller, digest = current_caller(), request_digest("RetryRun", request)
         earlier = await self._answered(request, digest, types_pb2.Run)
         if earlier is not None:
+            self._tell(earlier)
             return earlier
         run = await self._s.db.read(lambda c: runs.get(c, request.run_id))
         retry = await self._prepare(

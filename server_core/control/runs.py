@@ -50,6 +50,7 @@ class Runs(Part):
         digest = _digest(request)
         earlier = await self._s.db.read(lambda c: runs.by_key(c, caller, key, digest))
         if earlier is not None:
+            self._s.dispatcher.kick_soon(earlier.node_id)  # its caller may have been told that it failed
             return earlier
         given = wire.load_json_object(request.args_json, "args")
         ref = check_ref(request.object) if request.HasField("object") else None
