@@ -238,7 +238,9 @@ class Agent:
             async with asyncio.timeout(_READY_WITHIN_S):
                 await self._services.engine.asked.wait()
                 await self._session.asked.wait()
-        self.ready.set()
+        # A credential that was refused ends an idle agent: its start has failed, and is not to look otherwise.
+        if not self._stopping.is_set():
+            self.ready.set()
 
     def _refused(self, error: OutriderError) -> None:
         # A node that takes care of something stays: only its link waits for another credential.

@@ -178,6 +178,8 @@ class Unit:
         """Start, or restart, it, and wait until it says that it is ready. Raises Unavailable; its log is then shown."""
         done = _systemctl(verb, self.name)
         if done.returncode == 0:
+            # Started is not yet well: a node without its engine starts, too.
+            note(f"  {self._ask('StatusText')}")
             return
         command = ["journalctl", "--no-pager", "--output", "cat", "--lines", str(_LAST_WORDS), "--unit", self.name]
         told = subprocess.run(command, capture_output=True, text=True, timeout=_SYSTEMCTL_S)

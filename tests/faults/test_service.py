@@ -54,6 +54,7 @@ def server(box: Box) -> Box:
 def node(server: Box) -> Box:
     """With the agent installed, too, and its node online."""
     token = server.ok("outrider", "node", "add", "n1")
+    server.write("/root/n1.token", token)
     server.ok(
         "outrider", "agent", "install", "--server", "localhost:8443", "--node-id", "n1",
         "--token-file", "-", "--ca-file", "/var/lib/outrider-server/tls/ca.pem", stdin=token,
@@ -267,6 +268,9 @@ def test_a_removed_agent_leaves_its_state_and_the_games(node: Box) -> None:
     assert node.ok("docker", "ps", "--quiet", "--filter", "name=^game$")
     node.ok("test", "-f", "/var/lib/outrider/journal.db")
     assert node.json("agent", "install", "--uninstall")["changes"] == []
+    # Whoever gives a wrong token is told at once, by an agent that ends or by one that has something to look after.
+    refused = node.run("outrider", "agent", "install", "--token-file", "-", stdin="orn_wrong")
+    assert "the token is not one that this server knows" in refused.stderr
     # It is installed again with what it left: its settings, its token, its state.
-    node.ok("outrider", "agent", "install")
+    node.ok("outrider", "agent", "install", "--token-file", "-", stdin=node.ok("cat", "/root/n1.token"))
     node.until(lambda: connected(node))

@@ -101,6 +101,29 @@ def test_a_certificate_that_can_not_be_read_does_not_end_a_server_that_works(man
     assert process.poll() is None
 
 
+def test_an_agent_whose_token_is_refused_is_never_ready(manager: Manager) -> None:
+    options = ["--data-dir", manager.folder / "server", "--listen", "127.0.0.1:0"]
+    subprocess.run([OUTRIDER, "server", "init", *options], check=True, capture_output=True, env=manager.environ)
+    silent = {name: value for name, value in manager.environ.items() if name != "NOTIFY_SOCKET"}
+    with (manager.folder / "server.log").open("wb") as log:
+        server = subprocess.Popen([OUTRIDER, "server", "run", *options], env=silent, stdout=log, stderr=log)
+    manager.processes.append(server)
+    said = manager.folder / "server.log"
+    manager.until(lambda: "listens on port" in said.read_text())
+    port = said.read_text().partition("listens on port ")[2].split()[0]
+    (manager.folder / "token").write_text("orn_wrong\n")
+    (manager.folder / "policy.yaml").write_text("warm_none: 0\nnetworks: {}\n")
+    agent = manager.start(
+        "agent", "run", "--node-id", "n1", "--server", f"localhost:{port}", "--state-dir", manager.folder / "agent",
+        "--ca-file", manager.folder / "server/tls/ca.pem", "--policy-file", manager.folder / "policy.yaml",
+        CREDENTIALS_DIRECTORY=str(manager.folder),
+    )  # fmt: skip
+    assert agent.wait(60) == 1
+    assert "STATUS=opening the journal" in manager.listen()
+    assert "READY=1" not in manager.heard
+    assert "error:" in (manager.folder / "log").read_text()
+
+
 def test_an_agent_is_ready_once_it_knows_what_it_lacks_and_falls_silent_when_it_is_frozen(manager: Manager) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
