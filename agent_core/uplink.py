@@ -192,6 +192,10 @@ class Uplink:
         waits = FOREVER.waits()
         while True:
             await self._logs.wait()
+            self._logs.clear()
+            await self._spool.forget_settled()
+            if not self._spool.pending():
+                continue  # a whole fleet that comes back need not open a call each for nothing
             try:
                 await self._stream_logs(stub)
                 waits = FOREVER.waits()

@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,6 +154,15 @@ class ServerProcess:
         self.process.send_signal(how)
         self.process.wait(60)
 
+    @property
+    def log(self) -> Path:
+        return self.folder / "server.log"
+
+    def let_in(self, after: int) -> list[float]:
+        """When it registered nodes, by its log from byte ``after`` on; in seconds."""
+        lines = self.log.read_bytes()[after:].decode().splitlines()
+        return [datetime.fromisoformat(line.split()[0]).timestamp() for line in lines if " node registered " in line]
+
     def cpu_s(self) -> float:
         assert self.process is not None
         times = psutil.Process(self.process.pid).cpu_times()
@@ -163,7 +173,7 @@ class ServerProcess:
         return float(psutil.Process(self.process.pid).memory_info().rss / 2**20)
 
     def _run(self, *command: str) -> subprocess.Popen[bytes]:
-        with (self.folder / "server.log").open("ab") as log:
+        with self.log.open("ab") as log:
             return subprocess.Popen(self._command(*command), env=self._env(), stdout=log, stderr=log)
 
     def _command(self, *command: str) -> list[str]:
@@ -275,6 +285,7 @@ class Return:
     peak_asked: int
     """The most registrations asked for within one second."""
     peak_let_in: int
+    """The most that the server let in within one second, by its own log."""
     server_cpu_s: float
     """Processor time of the server from its start until all were back."""
     server_rss_mib: float
@@ -292,6 +303,7 @@ async def cut_off(fleet: Fleet, how: signal.Signals, away_s: float, within_s: fl
     """End the server by ``how``, start it again ``away_s`` later, and watch everybody come back."""
     server = fleet.server
     await asyncio.to_thread(server.end, how)
+    logged = server.log.stat().st_size
     async with asyncio.timeout(30):
         while fleet.connected:
             await asyncio.sleep(0.02)
@@ -313,7 +325,7 @@ async def cut_off(fleet: Fleet, how: signal.Signals, away_s: float, within_s: fl
         asked=len(asked),
         refused=sum(at >= back_at for agent in fleet.agents for at in agent.refused_at),
         peak_asked=_peak(asked),
-        peak_let_in=_peak(up),
+        peak_let_in=_peak(await asyncio.to_thread(server.let_in, logged)),
         server_cpu_s=cpu_s,
         server_rss_mib=rss_mib,
     )

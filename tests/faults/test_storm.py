@@ -14,7 +14,7 @@ KILLED = pytest.param(signal.SIGKILL, id="killed")
 
 
 async def measured(count: int, rate: float, how: signal.Signals) -> Return:
-    with server_process(registrations_per_second=rate, heartbeat_interval_s=1, log_level="warning") as server:
+    with server_process(registrations_per_second=rate, heartbeat_interval_s=1) as server:
         async with fleet_of(server, count) as fleet:
             await asyncio.sleep(2)  # everybody has had a heartbeat answered, and with it the policy of the whole fleet
             result = await cut_off(fleet, how, away_s=1.0)
@@ -24,7 +24,7 @@ async def measured(count: int, rate: float, how: signal.Signals) -> Return:
 
 def no_storm(result: Return, rate: float) -> None:
     """``rate`` a second are let in, and a second's worth that was saved up; nobody is refused again and again."""
-    assert result.peak_let_in <= 2 * rate + 2
+    assert 0 < result.peak_let_in <= 2.5 * rate  # by the time at which the transaction was through: they bunch a little
     assert result.asked <= 2 * result.agents
     assert result.refused <= result.agents
     assert result.all_s >= (result.agents - 2 * rate) / rate
