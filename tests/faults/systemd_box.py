@@ -7,7 +7,6 @@ environment that runs the tests, mounted read-only.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import platform
@@ -35,12 +34,17 @@ _DIGEST = hashlib.sha256("\n".join(("1", SUITE, PACKAGES, COMPONENTS)).encode())
 IMAGE = f"outrider-test/systemd:{SUITE}-{_DIGEST}"
 STEP_IMAGES = ("outrider/base:1", "outrider/pause:1", "outrider/step-container:0.1.0")
 
-# systemd mounts every controller of version 1 that the kernel has. One that this machine has not mounted would become a
-# hierarchy of all its processes, outlast the box, and keep containerd from seeing memory run out: they are hidden.
-_OWN_CONTROLLERS = """[ -e /sys/fs/cgroup/cgroup.controllers ] || {
-    awk 'BEGIN { OFS = "\\t" } /^[^#]/ && $2 == 0 { $4 = 0 } { print }' /proc/cgroups > /run/cgroups
-    mount --bind /run/cgroups /proc/cgroups
-}"""
+# A machine whose control groups are its own, to write to, and nobody else's: a namespace of them, in which the kernel
+# lets it mount no hierarchy that this machine has not, and change none. (systemd would, and others here would notice.)
+# Mounts are seen everywhere in it, as systemd sees to on a machine proper and leaves to whoever makes a container:
+# credentials reach services that way. The unified hierarchy of a hybrid machine has no group of this container's.
+BOOT = """
+mount --make-rshared /
+for each in /sys/fs/cgroup /sys/fs/cgroup/*; do
+    if mountpoint -q "$each"; then mount -o remount,rw,bind "$each"; fi
+done
+exec /lib/systemd/systemd systemd.legacy_systemd_cgroup_controller=1
+"""
 
 CODE = ("outrider", "agent_core", "server_core")
 _SITE, _SRC = "/opt/test-site", "/opt/test-src"
@@ -119,23 +123,15 @@ class Box:
 def systemd_box() -> Iterator[Box]:
     """A machine that has booted, with the images that any step needs and Outrider in /opt/outrider-1."""
     build_image()
-    controllers = _controllers()
+    before = _control_groups()
     box = Box(f"outrider-test-systemd-{secrets.token_hex(4)}")
-    # As on a machine proper, mounts are seen everywhere; credentials of services reach them that way (systemd leaves
-    # this to whoever made the container).
-    boot = ["sh", "-ec", f"mount --make-rshared /; {_OWN_CONTROLLERS}; exec /lib/systemd/systemd"]
-    create = ["docker", "create", "--name", box.name, *_options(), IMAGE, *boot]
+    create = ["docker", "create", "--name", box.name, *_options(), IMAGE, "sh", "-ec", BOOT]
     made = subprocess.run(create, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     try:
         subprocess.run(["docker", "start", box.name], check=True, capture_output=True)
         box.until(lambda: box.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded"))
-        assert _controllers() == controllers, "the box has changed the machine's control groups"
-        if box.ok("docker", "info", "--format", "{{.CgroupDriver}}").strip() == "cgroupfs":
-            # Control groups of its containers lie beneath its own, and go with it. (systemd's driver sees to that.)
-            parent = f"/docker/{made.stdout.strip()}/containers"
-            box.write("/etc/docker/daemon.json", json.dumps({"cgroup-parent": parent}))
-            box.ok("systemctl", "restart", "docker")
+        assert _control_groups() == before, "the box has changed the machine's control groups"
         saved = subprocess.Popen(["docker", "save", *STEP_IMAGES], stdout=subprocess.PIPE)
         load = ["docker", "exec", "--interactive", box.name, "docker", "load"]
         subprocess.run(load, stdin=saved.stdout, check=True, capture_output=True)
@@ -147,23 +143,15 @@ def systemd_box() -> Iterator[Box]:
         box.ok("ldconfig")
         box.install(1)
         yield box
+        assert _control_groups() == before, "the box has changed the machine's control groups"
     finally:
         subprocess.run(["docker", "rm", "--force", "--volumes", box.name], capture_output=True)
-        _remove_groups(made.stdout.strip())
 
 
-def _controllers() -> list[str]:
-    """The hierarchies of control groups that this machine has."""
-    return sorted(line.split(":")[1] for line in Path("/proc/self/cgroup").read_text().splitlines())
-
-
-def _remove_groups(container_id: str) -> None:
-    """What systemd made in the unified hierarchy of a hybrid machine, of which the engine knows nothing."""
-    top = Path("/sys/fs/cgroup/unified/docker") / container_id
-    for folder in sorted((top, *top.rglob("*/")), key=lambda path: len(path.parts), reverse=True):
-        if folder.is_dir():
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+def _control_groups() -> list[str]:
+    """The hierarchies of control groups that this machine has, and how they are mounted."""
+    mounted = [line for line in Path("/proc/self/mounts").read_text().splitlines() if " /sys/fs/cgroup" in line]
+    return sorted([line.split(":")[1] for line in Path("/proc/self/cgroup").read_text().splitlines()]) + mounted
 
 
 def build_image() -> None:
@@ -197,7 +185,7 @@ def _options() -> list[str]:
         "--security-opt", "apparmor=unconfined",
         "--security-opt", "systempaths=unconfined",
         "--device-cgroup-rule", "a *:* rwm",
-        "--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw",
+        "--cgroupns", "private",
         "--tmpfs", "/run:exec,mode=755", "--tmpfs", "/run/lock", "--tmpfs", "/tmp",
         "--volume", "/var/lib/docker",
         "--env", "container=docker", "--stop-signal", "SIGRTMIN+3", "--hostname", "box",
