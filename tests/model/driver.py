@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from outrider.v1 import types_pb2 as types
 from tests.model.judge import OVER
 from tests.model.pipelines import BY_NAME
 from tests.model.world import World
@@ -42,13 +43,26 @@ class Driver:
         self.world.submit(BY_NAME[pipeline], object_name)
 
     def _submit_again(self, index: int, times: int) -> None:
-        if self.world.submitted:
-            self.world.submit_again(self.world.submitted[index % len(self.world.submitted)], times)
+        if first := [each for each in self.world.submitted if not each.retry_of]:
+            self.world.submit_again(first[index % len(first)], times)
 
     def _cancel(self, index: int) -> None:
         active = [each for each in self.world.submitted if each.run_id and (each.states or [0])[-1] not in OVER]
         if active:
             self.world.cancel(active[index % len(active)])
+
+    def _resolve(self, index: int, verdict: int) -> None:
+        unknown = [each for each in self.world.submitted if (each.states or [0])[-1] == types.RUN_STATE_UNKNOWN]
+        if unknown:
+            self.world.resolve(unknown[index % len(unknown)], verdict)
+
+    def _retry(self, index: int) -> None:
+        over = [each for each in self.world.submitted if (each.states or [0])[-1] in OVER]
+        if over and len(self.world.submitted) < 12:
+            self.world.retry(over[index % len(over)])
+
+    def _drain(self, undo: bool, deadline_s: float) -> None:
+        self.world.drain(undo=undo, deadline_s=deadline_s)
 
     # -- programs
 
@@ -119,6 +133,9 @@ class Driver:
 
     def _late_start(self, seconds: float) -> None:
         self.world.engine.late_s = seconds
+
+    def _reboot(self) -> None:
+        self.world.reboot()
 
     def _meddle(self, index: int, remove: bool) -> None:
         if self.world.engine.up and (running := self.world.engine.running()):

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from outrider.v1 import types_pb2 as types
 from tests.model.driver import Driver
 from tests.model.judge import judge, settle
 from tests.model.pipelines import ALL
@@ -25,6 +26,13 @@ from tests.model.world import World
 HISTORIES = sorted((Path(__file__).parent / "histories").glob("*.json"))
 EXAMPLES = int(os.environ.get("OUTRIDER_MODEL_EXAMPLES") or 0)
 
+UNKNOWN = types.RUN_STATE_UNKNOWN
+ENDED_ILL = ([UNKNOWN], [types.RUN_STATE_FAILED], [types.RUN_STATE_CANCELLED])
+VERDICTS = (
+    types.Settlement.VERDICT_SUCCEEDED,
+    types.Settlement.VERDICT_FAILED,
+    types.Settlement.VERDICT_RETRY,
+)
 TALLY: Counter[str] = Counter()
 
 index = st.integers(0, 5)
@@ -65,6 +73,25 @@ class Model(RuleBasedStateMachine):
     @rule(index=index)
     def cancel(self, index: int) -> None:
         self.driver.act("cancel", index)
+
+    @precondition(lambda self: self.served() and any(each.states[-1:] == [UNKNOWN] for each in self.world.submitted))
+    @rule(index=index, verdict=st.sampled_from(VERDICTS))
+    def resolve(self, index: int, verdict: int) -> None:
+        self.driver.act("resolve", index, verdict)
+
+    @precondition(lambda self: self.served() and any(each.states[-1:] in ENDED_ILL for each in self.world.submitted))
+    @rule(index=index)
+    def retry(self, index: int) -> None:
+        self.driver.act("retry", index)
+
+    @precondition(served)
+    @rule(undo=st.booleans(), deadline_s=st.sampled_from([0.0, 0.0, 20.0]))
+    def drain(self, undo: bool, deadline_s: float) -> None:
+        self.driver.act("drain", undo, 0.0 if undo else deadline_s)
+
+    @rule()
+    def reboot(self) -> None:
+        self.driver.act("reboot")
 
     @precondition(busy)
     @rule(index=index, code=st.sampled_from([0, 0, 0, 0, 1, 75]))

@@ -170,6 +170,17 @@ class Clocks:
         self._boottime = time.clock_gettime(time.CLOCK_BOOTTIME)
         self.wall_offset_s = 0.0
         self._real_gettime = time.clock_gettime
+        self._boots = 0
+
+    @property
+    def boot_id(self) -> str:
+        """Of the machine."""
+        return f"boot-{self._boots}"
+
+    def boot(self) -> None:
+        """The machine starts anew: its boot-time clock begins at nothing."""
+        self._boots += 1
+        self._boottime = -self._loop.now
 
     def wall(self) -> float:
         return self._wall_start + self._loop.now + self.wall_offset_s

@@ -28,6 +28,7 @@ import structlog
 from agent_core.agent import Agent
 from agent_core.config import AgentConfig
 from agent_core.runtimes.base import ContainerSpec
+from agent_core.state import Clock
 from outrider import tls
 from outrider.errors import OutriderError
 from outrider.retry import FOREVER
@@ -59,6 +60,8 @@ class Submitted:
     object_name: str
     run_id: str = ""
     cancel_asked: bool = False
+    resolved: bool = False  # an operator was asked, or may have been heard, to settle what is unknown of it
+    retry_of: str = ""  # the run that it goes on from
     states: list[int] = field(default_factory=list)  # those that were seen, each once, in order
 
 
@@ -88,6 +91,8 @@ class World:
     def __enter__(self) -> World:
         self._stack.enter_context(one_thread(self.loop, self.clocks))
         self._stack.enter_context(_repeatable_chance())
+        boot = mock.patch.object(Clock, "of_this_boot", lambda: Clock(self.clocks.boot_id))
+        self._stack.enter_context(boot)
         self._stack.enter_context(_plugin(self.folder / "site"))
         for name in ("outrider.tls.open_channel", "agent_core.session.open_channel"):
             self._stack.enter_context(mock.patch(name, self._open_channel))
@@ -202,11 +207,55 @@ class World:
         request = cpb.CancelRunRequest(request_id=f"cancel-{asked.key}", run_id=asked.run_id, reason="a test")
         request.grace.FromMilliseconds(5000)
 
-        async def ask() -> None:
-            with contextlib.suppress(OutriderError):
-                await self._call(self.control.CancelRun, request)
+        self.do(self._ask(self.control.CancelRun, request))
 
-        self.do(ask())
+    def resolve(self, asked: Submitted, verdict: int) -> None:
+        """An operator settles what is unknown of a run."""
+        self._sequence += 1
+        asked.resolved = True
+        request = cpb.ResolveRunRequest(
+            request_id=f"resolve-{self._sequence}", run_id=asked.run_id, verdict=verdict, reason="a test"
+        )
+        self.do(self._ask(self.control.ResolveRun, request))
+        self.find_retries()
+
+    def retry(self, asked: Submitted) -> None:
+        """An operator has a run go on in another."""
+        self._sequence += 1
+        request = cpb.RetryRunRequest(
+            request_id=f"retry-{self._sequence}", run_id=asked.run_id, allow_offline=True, reason="a test"
+        )
+        self.do(self._ask(self.control.RetryRun, request))
+        self.find_retries()
+
+    def drain(self, *, undo: bool, deadline_s: float = 0) -> None:
+        """An operator empties the node, or lets it take runs again."""
+        self._sequence += 1
+        request = cpb.DrainNodeRequest(request_id=f"drain-{self._sequence}", node_id=NODE, reason="a test", undo=undo)
+        if deadline_s:
+            request.deadline.FromSeconds(int(deadline_s))
+            for asked in self.submitted:
+                asked.cancel_asked = True  # what is not over by then is cancelled
+        self.do(self._ask(self.control.DrainNode, request))
+
+    def find_retries(self) -> None:
+        """Take note of the runs that go on from others."""
+
+        async def find() -> None:
+            with contextlib.suppress(OutriderError):
+                found = await self._call(self.control.ListRuns, cpb.ListRunsRequest(node_id=NODE, limit=1000))
+                known = {asked.run_id: asked for asked in self.submitted}
+                for run in reversed(found.runs):
+                    if run.run_id not in known and run.retry_of in known:
+                        former = known[run.retry_of]
+                        made = Submitted(
+                            run.run_id, former.pipeline, former.object_name, run.run_id, retry_of=former.run_id
+                        )
+                        made.cancel_asked = former.cancel_asked
+                        known[run.run_id] = made
+                        self.submitted.append(made)
+
+        self.do(find(), 0)
 
     def finish(self, run: Execution, code: int, output: str = "") -> None:
         """A program ends by itself."""
@@ -317,6 +366,22 @@ class World:
 
         self.do(start())
 
+    def reboot(self) -> None:
+        """The machine of the node is switched off and on; the engine is back before the agent is."""
+
+        async def reboot() -> None:
+            if self.agent_process is not None:
+                self.agent_process.kill("a reboot")
+            await self._bury()
+            if self.engine.up:
+                self.engine.stop_engine()
+            self.clocks.boot()
+            await asyncio.sleep(MOMENT_S)
+            self.engine.start_engine()
+            await self.engine.start(self.game)
+
+        self.do(reboot())
+
     def meddle(self, run: Execution, *, remove: bool) -> None:
         self.do(self.engine.meddle(run.process.spec.name, remove=remove))
 
@@ -327,6 +392,10 @@ class World:
             return await method(request, timeout=TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
+
+    async def _ask(self, method: Any, request: Any) -> None:
+        with contextlib.suppress(OutriderError):
+            await self._call(method, request)
 
     async def _submit(self, asked: Submitted) -> None:
         request = cpb.ExecutePipelineRequest(
@@ -411,6 +480,11 @@ class World:
                 run = await self._call(self.control.GetRun, cpb.GetRunRequest(run_id=asked.run_id))
                 if not asked.states or asked.states[-1] != run.state:
                     asked.states.append(run.state)
+        with contextlib.suppress(OutriderError):
+            node = await self._call(self.control.GetNode, cpb.GetNodeRequest(node_id=NODE))
+            if node.HasField("drain") and node.drain.drained:
+                running = [each.key for each in self.engine.running()]
+                assert not running, f"the node is told to be drained, and {running} run"
 
 
 def _settler(loop: VirtualLoop, agent: Agent) -> Callable[[], None]:
