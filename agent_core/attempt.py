@@ -94,7 +94,12 @@ class Attempt:
         files = await services.spool.open(order.run_id, order.step, order.number)
         cap = services.policy.limits.step_log_bytes
         self._log = StepLog(
-            services.spool, files, order.secrets, max_bytes=cap, on_limit=lambda: self.stop("output_limit", 0)
+            services.spool,
+            files,
+            order.secrets,
+            max_bytes=cap,
+            on_limit=lambda: self.stop("output_limit", 0),
+            withheld=order.unavailable is not None,
         )
         grace_s = services.config.cancel_grace_s
         timer = asyncio.get_running_loop().call_later(order.timeout_s, self.stop, "timeout", grace_s)
@@ -176,6 +181,8 @@ class Attempt:
         self, former: AttemptRecord | None, info: ContainerInfo | None, stack: AsyncExitStack
     ) -> tuple[str, bool]:
         """The container of this attempt, and whether it has been started already. Waits for the engine."""
+        if info is None and self._order.unavailable is not None:
+            raise self._order.unavailable
         if info is None:
             self._services.disk.check(f"run step {self._order.step}")
             with disk_errors(f"prepare step {self._order.step}"):

@@ -68,6 +68,7 @@ class RunExecution:
         self.volumes: dict[str, AllottedVolume] = {}
         self.plans: dict[str, PlannedStep] = {}
         self.secrets: tuple[str, ...] = ()
+        self.secrets_known = False
         self.uid = self.gid = -1
         self.pipeline: Pipeline
         self.planner: Planner
@@ -287,32 +288,37 @@ class RunExecution:
             assert self.cancellation is not None
             attempt.stop("timeout" if self._timed_out else "cancelled", self.cancellation.grace_s)
 
-    async def step_env(self, step: Step, status: types.StepStatus) -> dict[str, str]:
-        """The values allotted to ``step``. Waits for the server as long as the step's timeout lets it."""
+    async def step_env(
+        self, step: Step, status: types.StepStatus, *, within_s: float | None = None, secrets: bool = False
+    ) -> dict[str, str]:
+        """The values allotted to ``step``. Waits for the server as long as the step's timeout (or ``within_s``) lets
+        it; ``secrets``: also where none is allotted, because the secrets of the run are needed."""
         values: dict[str, str] = {}
-        if self._envs is not None and (self._envs.done() or any("." in each for each in step.envs.values())):
+        wanted = secrets or any("." in each for each in step.envs.values())
+        if self._envs is not None and (self._envs.done() or wanted):
             if not self._envs.done():
                 # On the way most of the time: only what takes a while is worth telling.
                 await asyncio.wait({self._envs}, timeout=0.5)
             if not self._envs.done():
                 await self.waiting(status, "envs")
             try:
-                values, secret_names = await self._with_deadline(step)
+                values, secret_names = await self._with_deadline(step, within_s)
             except PermanentError:
-                if step.envs:
+                if wanted:
                     raise
-                secret_names = frozenset()
-            self.secrets = tuple(sorted({values[name] for name in secret_names if values.get(name)}))
+            else:
+                self.secrets = tuple(sorted({values[name] for name in secret_names if values.get(name)}))
+                self.secrets_known = True
         values = {**plain_envs(self.pipeline), **values}
         missing = [reference for reference in step.envs.values() if reference not in values]
         if missing:
             raise NotFound(f"step {step.name}: the server has no env {', '.join(missing)}", code="env_not_found")
         return {name: values[reference] for name, reference in step.envs.items()}
 
-    async def _with_deadline(self, step: Step) -> Envs:
+    async def _with_deadline(self, step: Step, within_s: float | None) -> Envs:
         assert self._envs is not None
         stop = asyncio.ensure_future(self._cancelled.wait())
-        limit_s = step.timeout_s or self.services.config.step_timeout_s
+        limit_s = (step.timeout_s or self.services.config.step_timeout_s) if within_s is None else within_s
         try:
             await asyncio.wait({self._envs, stop}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         finally:

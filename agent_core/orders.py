@@ -37,13 +37,15 @@ class AttemptOrder:
     plan_sha256: str
     inputs: bytes
     env: Mapping[str, str] = field(repr=False)
-    secrets: tuple[str, ...] = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)  # what its log is masked with
     volumes: Mapping[str, tuple[AllottedVolume, str, bool]]  # volume, path inside, writable
     uid: int
     gid: int
     resources: Resources
     object_ref: str | None
     timeout_s: float  # what is left of it
+    masked: bool = False  # ``secrets`` are those of its run; otherwise they were not known when it began
+    unavailable: OutriderError | None = None  # why an adopted one's envs and secrets could not be had
     engine_boot: str = ""  # of the engine that the journal says it was started by; "": the present one
 
     @property

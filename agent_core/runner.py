@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
+import shutil
 import time
 from collections.abc import Iterable
 
@@ -129,6 +131,9 @@ class RunEngine:
             await self._give_up(run, error)
         self._active.pop(run.run_id, None)
         self._services.netpool.release(run.run_id)
+        # Each attempt's goes with its container; what a former agent died before the removal of goes now.
+        directory = self._services.attempts_dir / run.run_id
+        self._services.removals.add(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
         try:
             await self._services.volumes.release_run(run.run_id)
         except OutriderError as error:

@@ -79,6 +79,10 @@ ALTER TABLE attempts ADD COLUMN spent_s REAL NOT NULL DEFAULT 0;   -- of its tim
 ALTER TABLE runs ADD COLUMN spent_s REAL NOT NULL DEFAULT 0;
 """
 
+MASKED = """
+ALTER TABLE attempts ADD COLUMN masked INTEGER NOT NULL DEFAULT 1; -- its log is masked with the secrets of its run
+"""
+
 
 def migrations() -> list[str]:
     """All scripts of the agent's journal, in the order in which they came; never edited, only added to."""
@@ -94,6 +98,7 @@ def migrations() -> list[str]:
         netpool.MIGRATION,
         containers.MIGRATION,
         EXITS_AND_TIME,
+        MASKED,
     ]
 
 
@@ -159,6 +164,7 @@ class AttemptRecord:
     exit_code: int | None = None
     oom_killed: bool = False
     spent_s: float = 0.0
+    masked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +258,7 @@ class State:
                 each["exit_code"],
                 bool(each["oom_killed"]),
                 each["spent_s"],
+                bool(each["masked"]),
             )
             for each in self.journal.query_now("SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt", (run_id,))
         }
@@ -320,12 +327,16 @@ class State:
             (plan_json, params_json, run_id, step),
         )
 
-    def attempt_intent(self, run_id: str, step: str, attempt: int, container: str, engine_boot: str) -> Change:
-        """The container with this name is about to be made."""
-        row = (run_id, step, attempt, container, "intended", self.clock.boot_id, self.clock.now(), engine_boot)
+    def attempt_intent(
+        self, run_id: str, step: str, attempt: int, container: str, engine_boot: str, *, masked: bool = True
+    ) -> Change:
+        """The container with this name is about to be made; ``masked``: the secrets of its run are known."""
+        clock = self.clock
+        row = (run_id, step, attempt, container, "intended", clock.boot_id, clock.now(), engine_boot, int(masked))
         sql = (
-            "INSERT OR IGNORE INTO attempts (run_id, step, attempt, container, phase, boot_id, boot_clock, engine_boot)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            "INSERT OR IGNORE INTO attempts"
+            " (run_id, step, attempt, container, phase, boot_id, boot_clock, engine_boot, masked)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         )
         return lambda db: db.execute(sql, row)
 

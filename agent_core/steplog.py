@@ -31,7 +31,10 @@ class _Stream:
 
 
 class StepLog:
-    """Takes both streams of one attempt. ``max_bytes`` is its hard cap, of both together."""
+    """Takes both streams of one attempt. ``max_bytes`` is its hard cap, of both together.
+
+    ``withheld``: what is to be masked is not known, so nothing is taken; the log ends with a gap.
+    """
 
     def __init__(
         self,
@@ -41,12 +44,14 @@ class StepLog:
         *,
         max_bytes: int,
         on_limit: Callable[[], None],
+        withheld: bool = False,
     ) -> None:
         self._spool = spool
         self._files = files
         self._secrets = list(secrets)
         self._max_bytes = max_bytes
         self._on_limit = on_limit
+        self._withheld = withheld
         self.over_limit = False
         self._raw = self._lost = 0
         self._streams: dict[StreamName, _Stream] = {}
@@ -67,7 +72,7 @@ class StepLog:
                     self.over_limit = True
                     self._on_limit()
                 data = data[: max(0, room)]
-            if data:
+            if data and not self._withheld:
                 await self._take(stream, self._streams[stream].masker.feed(data), patient)
 
     @property
@@ -80,14 +85,14 @@ class StepLog:
 
         Returns changes for `State.commit`.
         """
-        unknown = False
+        unknown = self._withheld
         if ended:
             await self._flush()
         await self._spool.flush()
         for file in self._files.values():
             if file.broken:
                 self._spool.mend(file)  # the disk was full then; the engine still has it all
-        if not (ended and self.complete):
+        if not (ended and self.complete) and not self._withheld:
             seen = self._streams, self._raw, self._lost
             try:
                 async with asyncio.timeout(60), aclosing(engine_log()) as chunks:  # type: ignore[type-var]

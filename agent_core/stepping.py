@@ -69,10 +69,26 @@ class StepRunner:
         self, number: int, planned: PlannedStep, adopted: AttemptRecord | None
     ) -> tuple[AttemptResult, Attempt]:
         run, step, services = self._run, self._step, self._services
-        env = await run.step_env(step, self._status)
         timeout_s = step.timeout_s or services.config.step_timeout_s
-        if adopted is not None:
-            timeout_s -= adopted.spent_s + services.state.clock.since(adopted.boot_id, adopted.boot_clock)
+        asked_at = services.state.clock.now()
+        env: dict[str, str] = {}
+        secrets: tuple[str, ...] = ()
+        unavailable: OutriderError | None = None
+        if adopted is None:
+            env, secrets = await run.step_env(step, self._status), run.secrets
+        else:
+            timeout_s = max(
+                0.0, timeout_s - adopted.spent_s - services.state.clock.since(adopted.boot_id, adopted.boot_clock)
+            )
+            try:
+                env = await run.step_env(step, self._status, within_s=timeout_s, secrets=adopted.masked)
+                secrets = run.secrets if adopted.masked else ()
+            except OutriderError as error:
+                # Its container is stopped in order, or seen to its end, all the same.
+                unavailable = error
+            if self._status.reason:
+                await run.waiting(self._status, "")
+            timeout_s -= services.state.clock.now() - asked_at
         order = AttemptOrder(
             run_id=run.run_id,
             lease_id=run.lease_id,
@@ -82,7 +98,9 @@ class StepRunner:
             plan_sha256=planned.sha256,
             inputs=planned.inputs,
             env=env,
-            secrets=run.secrets,
+            secrets=secrets,
+            masked=run.secrets_known if adopted is None else adopted.masked,
+            unavailable=unavailable,
             volumes={name: (run.volumes[name], each.path, each.writable) for name, each in step.volumes.items()},
             uid=run.uid,
             gid=run.gid,
@@ -106,6 +124,8 @@ class StepRunner:
             result = await attempt.run(adopted)
         finally:
             run.running(step.name, None)
+        if result.error is None and result.outputs and unavailable is not None:
+            result.error, result.outputs = unavailable, {}  # whether a secret is among them can't be known
         if result.error is None:
             try:
                 result.outputs = run.planner.outputs(step, result.outputs, run.secrets)
@@ -127,7 +147,7 @@ class StepRunner:
             Transition.ATTEMPT_INTENDED,
             status,
             state.step_plan(order.run_id, order.step, planned.plan_json, planned.params_json),
-            state.attempt_intent(order.run_id, order.step, order.number, order.container, boot),
+            state.attempt_intent(order.run_id, order.step, order.number, order.container, boot, masked=order.masked),
         )
 
     async def _hooks(self, planned: PlannedStep, result: AttemptResult) -> None:

@@ -173,9 +173,18 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    state_dir: Path, runtime: Runtime, *, node_id: str = "", policy: NodePolicy | None = None, **config: Any
+    state_dir: Path,
+    runtime: Runtime,
+    *,
+    node_id: str = "",
+    policy: NodePolicy | None = None,
+    connected: bool = True,
+    **config: Any,
 ) -> AsyncIterator[Rig]:
-    """A run engine on ``state_dir``. Leaving it is what the end of an agent's process is to its containers."""
+    """A run engine on ``state_dir``. Leaving it is what the end of an agent's process is to its containers.
+
+    ``connected=False``: without a server until somebody sets ``link.connected``.
+    """
     node_id = node_id or f"test-{secrets.token_hex(4)}"
     agent = Agent(
         AgentConfig(node_id=node_id, server="localhost:1", token="t", state_dir=state_dir, plugins=[], **config),
@@ -185,6 +194,8 @@ async def rig(
     policy = policy or NodePolicy(warm_none=0, networks={})
     async with agent._parts(policy) as services:
         link, plugin = FakeLink(), ShellPlugin()
+        if not connected:
+            link.connected.clear()
         services.envs = link
         report = services.plugins.register(plugin, name="shell", distribution="test-shell", version="1")
         assert report.ok, report.error

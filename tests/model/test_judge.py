@@ -17,6 +17,11 @@ from tests.model.driver import Driver, Step
 from tests.model.judge import judge, settle
 from tests.model.world import World
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 Patch = Callable[[pytest.MonkeyPatch], object]
 
 KILLED: list[Step] = [("submit", ["two", "a"]), ("kill_agent", []), ("start_agent", []), ("finish", [0, 0])]

@@ -91,8 +91,7 @@ class World:
     def __enter__(self) -> World:
         self._stack.enter_context(one_thread(self.loop, self.clocks))
         self._stack.enter_context(_repeatable_chance())
-        boot = mock.patch.object(Clock, "of_this_boot", lambda: Clock(self.clocks.boot_id))
-        self._stack.enter_context(boot)
+        self._stack.enter_context(mock.patch.object(Clock, "of_this_boot", self._clock))
         self._stack.enter_context(_plugin(self.folder / "site"))
         for name in ("outrider.tls.open_channel", "agent_core.session.open_channel"):
             self._stack.enter_context(mock.patch(name, self._open_channel))
@@ -151,6 +150,9 @@ class World:
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
+
+    def _clock(self) -> Clock:
+        return Clock(self.clocks.boot_id)
 
     def _open_channel(self, _server: str, *, identity: Any = None, **_: Any) -> MemoryChannel:
         return MemoryChannel(self.link, identity)
@@ -244,7 +246,7 @@ class World:
         async def find() -> None:
             with contextlib.suppress(OutriderError):
                 found = await self._call(self.control.ListRuns, cpb.ListRunsRequest(node_id=NODE, limit=1000))
-                known = {asked.run_id: asked for asked in self.submitted}
+                known = {asked.run_id: asked for asked in self.submitted if asked.run_id}
                 for run in reversed(found.runs):
                     if run.run_id not in known and run.retry_of in known:
                         former = known[run.retry_of]

@@ -429,3 +429,49 @@ async def test_a_container_that_the_engine_is_taking_back_is_made_anew(
     assert (run.state, run.steps["a"].attempt) == ("succeeded", 1)
     assert refused
     assert agent.log(run.run_id, "a") == b"once"
+
+
+def _with_secret(**second: object) -> str:
+    """A run whose first step is given the secret and whose second prints it, then waits."""
+    return pipeline(
+        {"name": "a", "envs": {"KEY": "store.KEY"}}, {"name": "b", "do": {"print": [SECRET], **second}}, **ENVS
+    )
+
+
+async def _second_step_begun(agent: Rig, runtime: FakeRuntime) -> str:
+    agent.link.values, agent.link.secret_names = {"store.KEY": SECRET}, {"store.KEY"}
+    run_id = await agent.start(_with_secret(hang=True))
+    await agent.until(running(runtime, f"outrider-{run_id}-b-1"))
+    await agent.until(lambda: bool(agent.log(run_id, "b")))
+    return run_id
+
+
+async def test_the_log_of_an_adopted_step_is_masked_as_it_was_before(tmp_path: Path, runtime: FakeRuntime) -> None:
+    async with rig(tmp_path / "state", runtime, node_id="n1") as first:
+        run_id = await _second_step_begun(first, runtime)
+    async with rig(tmp_path / "state", runtime, node_id="n1", connected=False) as second:
+        second.link.values, second.link.secret_names = {"store.KEY": SECRET}, {"store.KEY"}
+        # The step was allotted no env; what its log is masked with is waited for all the same.
+        await second.until(lambda: second.told(run_id).steps["b"].reason == "envs")
+        second.link.connected.set()
+        await second.until(lambda: second.told(run_id).steps["b"].reason == "")
+        await second.cancel(run_id)
+        run = await second.end(run_id)
+    assert run.states["b"] == "cancelled"
+    assert second.log(run_id, "b") == b"***"
+
+
+async def test_an_adopted_step_is_stopped_without_its_secrets_and_what_cannot_be_masked_is_withheld(
+    tmp_path: Path, runtime: FakeRuntime
+) -> None:
+    async with rig(tmp_path / "state", runtime, node_id="n1") as first:
+        run_id = await _second_step_begun(first, runtime)
+    async with rig(tmp_path / "state", runtime, node_id="n1", connected=False) as second:
+        await second.until(lambda: second.told(run_id).steps["b"].reason == "envs")
+        await second.cancel(run_id)
+        run = await second.end(run_id)
+        gaps = {row["stream"]: row["gap"] for row in second.services.state.journal.query_now("SELECT * FROM logs")}
+        assert run.states == {"a": "succeeded", "b": "cancelled"}
+        assert SECRET.encode() not in second.log(run_id, "b")
+        assert gaps["stdout"] == -1
+    assert [kind for kind, _ in runtime.calls if kind in ("stop", "kill")] == ["stop"]
