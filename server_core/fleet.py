@@ -100,6 +100,7 @@ class Fleet:
         self._expected: set[str] = set()
         self._grace_until = 0.0
         self._flushed_at = 0.0
+        self._sightings_wait = False
 
     async def load(self) -> None:
         """Take over what the store knows; nobody is online yet."""
@@ -336,9 +337,13 @@ class Fleet:
             await self.db.write(Commit.NODES_SEEN, lambda c: nodes.save_sightings(c, sightings))
         except OutriderError as error:
             # Presence must go on being watched while the store can't be written; the next time has it all.
-            log.error("sightings of nodes were not stored", error=str(error))
+            if not self._sightings_wait:
+                log.error("sightings of nodes were not stored", error=str(error))
+            self._sightings_wait = True
             for _, presence in dirty:
                 presence.dirty = True
+        else:
+            self._sightings_wait = False
 
     async def _flush_if_due(self) -> None:
         if self._awake.now() - self._flushed_at >= self._interval_s:
