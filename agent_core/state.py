@@ -412,6 +412,7 @@ class State:
             row = rows[0]
             report = pb.RunReport(run_id=run_id, lease_id=row["lease_id"], state=row["state"])
             report.steps.extend(each.status for each in self._record(row).steps.values())
+            report.logs_gone = not self.journal.query_now("SELECT 1 FROM logs WHERE run_id = ? LIMIT 1", (run_id,))
             if row["failure"]:
                 report.failure.ParseFromString(row["failure"])
             for name in ("started_at", "finished_at"):

@@ -26,7 +26,7 @@ from server_core.bus.base import EVENTS, Bus, run_topic
 from server_core.channel import ControlChannel, command
 from server_core.fleet import Fleet
 from server_core.logs import trace
-from server_core.store import events, runs, turns
+from server_core.store import events, logs, runs, turns
 from server_core.store.base import Database
 from server_core.store.commits import Commit
 from server_core.store.runs import RunRow
@@ -155,6 +155,8 @@ class Dispatcher:
                 data = {"reason": applied.refused, "lease_id": report.lease_id}
                 events.add(connection, "run.report_refused", report.run_id, node_id=node_id, data=data)
                 return applied, None
+            if report.logs_gone:
+                logs.mark_lost(connection, report)
             if not applied.finished:
                 return applied, None
             return applied, finished(connection, report.run_id)

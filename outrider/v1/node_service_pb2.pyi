@@ -297,11 +297,14 @@ class RunReport(google.protobuf.message.Message):
     FAILURE_FIELD_NUMBER: builtins.int
     STARTED_AT_FIELD_NUMBER: builtins.int
     FINISHED_AT_FIELD_NUMBER: builtins.int
+    LOGS_GONE_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """the agent's outbox number"""
     run_id: builtins.str
     lease_id: builtins.str
     state: outrider.v1.types_pb2.RunState.ValueType
+    logs_gone: builtins.bool
+    """reported once more, and all of its logs were acknowledged: what is not stored is lost"""
     @property
     def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.StepStatus]: ...
     @property
@@ -321,9 +324,10 @@ class RunReport(google.protobuf.message.Message):
         failure: outrider.v1.types_pb2.Failure | None = ...,
         started_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         finished_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        logs_gone: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure", "finished_at", b"finished_at", "started_at", b"started_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "finished_at", b"finished_at", "lease_id", b"lease_id", "run_id", b"run_id", "sequence", b"sequence", "started_at", b"started_at", "state", b"state", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "finished_at", b"finished_at", "lease_id", b"lease_id", "logs_gone", b"logs_gone", "run_id", b"run_id", "sequence", b"sequence", "started_at", b"started_at", "state", b"state", "steps", b"steps"]) -> None: ...
 
 global___RunReport = RunReport
 

@@ -89,6 +89,18 @@ def append(connection: Connection, node_id: str, pieces: Iterable[Piece]) -> App
     return Appended(positions, tuple(loose), tuple(run_id for run_id, ours in owned.items() if not ours))
 
 
+def mark_lost(connection: Connection, report: node_service_pb2.RunReport) -> None:
+    """Put a gap where the logs of these steps' last attempts should go on: their node has given them away."""
+    for step in report.steps:
+        lengths = {types_pb2.LOG_STREAM_STDOUT: step.stdout_bytes, types_pb2.LOG_STREAM_STDERR: step.stderr_bytes}
+        for stream, length in lengths.items():
+            key = (report.run_id, step.name, step.attempt, int(stream))
+            end = end_of(connection, *key)
+            if length > end:
+                chunk = types_pb2.RunLogChunk(stream=stream, offset=end, gap_bytes=length - end)
+                _append_one(connection, key, end, measure(chunk))
+
+
 def end_of(connection: Connection, run_id: str, step: str, attempt: int, stream: int) -> int:
     """The offset of the next byte of a log."""
     row = _last(connection, (run_id, step, attempt, stream))

@@ -1,8 +1,8 @@
 """The server is killed before and after every commit that it makes, and each commit meets a full disk.
 
-Scenarios are what needs the commits; `SCENARIOS` says which scenario reaches which. Each runs twice in the default
-suite: with a SIGKILL at all its commits, one after another, and with a disk that is full at each. The long form has
-one run of the scenario for each commit and side alone.
+Scenarios are what needs the commits; `SCENARIOS` says which scenario reaches which. Each runs in the default suite
+with a SIGKILL at all its commits, one after another, and the greatest with a disk that is full at each. The long form
+has that for all of them, and one run of the scenario for each commit and side alone.
 """
 
 from __future__ import annotations
@@ -372,7 +372,13 @@ def test_server_killed_at_one_commit_after_another_loses_and_repeats_nothing(
     assert attack.deaths == [-signal.SIGKILL] * len(armed)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(scenario, id=scenario.__name__, marks=[] if scenario is deploy else pytest.mark.long)
+        for scenario in SCENARIOS
+    ],
+)
 def test_disk_that_is_full_at_one_commit_after_another_loses_and_repeats_nothing(
     rig: Rig, launcher: Launcher, scenario: Scenario
 ) -> None:

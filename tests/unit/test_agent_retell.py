@@ -49,6 +49,7 @@ async def test_end_that_was_acknowledged_is_reported_once_more_when_it_is_asked_
         assert report.state == types.RUN_STATE_FAILED
         assert report.failure == first.failure
         assert report.HasField("finished_at")
+        assert report.logs_gone  # none of them waits
         steps = {step.name: step for step in report.steps}
         assert (steps["a"].state, steps["b"].state) == (types.STEP_STATE_SUCCEEDED, types.STEP_STATE_FAILED)
         assert steps["a"].outputs_json == first.steps["a"].outputs_json
