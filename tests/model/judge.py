@@ -13,7 +13,8 @@ from agent_core.runtimes.base import LABEL_KIND
 from outrider.v1 import control_service_pb2 as cpb
 from outrider.v1 import types_pb2 as types
 from tests.model.engine import Execution
-from tests.model.world import NODE, TIMEOUT_S, Submitted, World
+from tests.model.site import NODE, TIMEOUT_S
+from tests.model.world import Submitted, World
 
 SECRET = b"hunter2-hunter2"
 SETTLED = (types.RUN_STATE_SUCCEEDED, types.RUN_STATE_FAILED, types.RUN_STATE_CANCELLED)
