@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,12 +177,14 @@ class Unit:
 
     def start(self, verb: str = "start") -> None:
         """Start, or restart, it, and wait until it says that it is ready. Raises Unavailable; its log is then shown."""
+        began = int(time.time())
         done = _systemctl(verb, self.name)
         if done.returncode == 0:
             # Started is not yet well: a node without its engine starts, too.
             note(f"  {self._ask('StatusText')}")
             return
-        command = ["journalctl", "--no-pager", "--output", "cat", "--lines", str(_LAST_WORDS), "--unit", self.name]
+        command = ["journalctl", "--no-pager", "--output", "cat", "--unit", self.name]
+        command += ["--since", f"@{began}", "--lines", str(_LAST_WORDS)]
         told = subprocess.run(command, capture_output=True, text=True, timeout=_SYSTEMCTL_S)
         for line in told.stdout.splitlines():
             note(f"  {line}")

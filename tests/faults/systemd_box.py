@@ -143,7 +143,6 @@ def systemd_box() -> Iterator[Box]:
         box.ok("ldconfig")
         box.install(1)
         yield box
-        assert _control_groups() == before, "the box has changed the machine's control groups"
     finally:
         subprocess.run(["docker", "rm", "--force", "--volumes", box.name], capture_output=True)
 
