@@ -30,6 +30,7 @@ class Attack:
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._started_at = 0.0
+        self._fired = 0
         self.deaths: list[int] = []
         """How the server ended each time; negative: by that signal."""
 
@@ -44,6 +45,8 @@ class Attack:
         self._ending.set()
         self._thread.join(30)
         self._note()
+        if self._action == "kill" and self._fired > len(self.deaths):
+            self.deaths.append(self._rig.server.wait())  # it had said so, and was not gone yet
         self._rig.server.kill()
         self._rig.start_server(**self._env)
 
@@ -93,3 +96,4 @@ class Attack:
         for point in _FIRED.findall(text[:whole]):
             if point in self._left:
                 self._left.remove(point)
+                self._fired += 1

@@ -35,6 +35,8 @@ from tests.faults.launcher import Launcher
 from tests.faults.rig import BASE, Operator, Rig, pipeline, step_of
 from tests.integration.server_rig import PIPELINE, FakeAgent
 
+pytestmark = pytest.mark.timeout(300)  # thirty deaths in a row take a while on a slow machine
+
 HISTORY = Path(__file__).parents[1] / "unit/server/histories/store-0001.sql"
 HISTORY_KEY = bytes(range(32))
 
