@@ -26,16 +26,18 @@ from agent_core.cleanup import Cleanup
 from agent_core.commands import Commands
 from agent_core.config import AgentConfig
 from agent_core.containers import Containers
+from agent_core.damage import open_journal
 from agent_core.diskwatch import DiskWatch
 from agent_core.engine import EngineWatch
 from agent_core.identities import Identities
-from agent_core.journal import RESERVE_BYTES, Journal
+from agent_core.journal import RESERVE_BYTES
 from agent_core.netpool import NetPool
 from agent_core.outbox import Outbox
 from agent_core.plugins import PluginHost
 from agent_core.policy import NodePolicy
 from agent_core.ports import Ports
 from agent_core.quota import VolumeWatch
+from agent_core.rebuild import Rebuild
 from agent_core.remote import RemoteContainers
 from agent_core.runner import RunEngine
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, EngineEvent, Runtime
@@ -52,6 +54,7 @@ from outrider.reports import held_digest
 from outrider.retry import OperationCounts
 from outrider.tls import read_ca
 from outrider.v1 import node_service_pb2 as pb
+from outrider.v1 import node_service_pb2_grpc as pb_grpc
 from outrider.v1 import types_pb2 as types
 from outrider.wire import class_to_proto, dump_json
 
@@ -78,6 +81,8 @@ class Agent:
         self._session: Session
         self._remote: RemoteContainers
         self._commands: Commands
+        self._rebuild: Rebuild
+        self._loop: asyncio.AbstractEventLoop
         self.ready = asyncio.Event()
         """Set when runs are taken up again, and how engine and server are is known, be it good or bad."""
 
@@ -85,18 +90,24 @@ class Agent:
         """Serve until `stop`. Raises InvalidInput for a configuration that can't work, Conflict if another agent has
         the state directory, Unauthenticated if the server refuses a node that has nothing to take care of."""
         config = self.config
+        self._loop = asyncio.get_running_loop()
         config.read_token()
         if config.ca_file is not None:
             read_ca(config.ca_file)
         policy = NodePolicy.load(config.policy_file)
         if config.port_range is not None:
             policy = policy.model_copy(update={"ports": policy.ports.model_copy(update={"range": config.port_range})})
-        with _locked(config.state_dir):
-            async with self._parts(policy) as services, serve_status(config.state_dir, self._describe):
-                # First, so that the time since a reboot of the machine counts from here on.
-                await services.state.note_time()
-                self._runs.resume()
-                await self._serve(services)
+        try:
+            with _locked(config.state_dir):
+                async with self._parts(policy) as services, serve_status(config.state_dir, self._describe):
+                    # First, so that the time since a reboot of the machine counts from here on.
+                    await services.state.note_time()
+                    self._runs.resume()
+                    await self._serve(services)
+        except Exception as error:
+            if self._refusal is not None and self._refusal.code == "journal_damaged":
+                raise self._refusal from error
+            raise
         if self._refusal is not None:
             raise self._refusal
 
@@ -113,8 +124,17 @@ class Agent:
             if not report.ok:
                 log.warning("a plugin is not used", plugin=report.name, reason=report.error)
         runtime = self._given_runtime or load_runtime(config.runtime, config.engine_socket)
-        journal = Journal(config.state_dir / "journal.db", state_module.migrations(), reserve_bytes=RESERVE_BYTES)
+        journal, damage = open_journal(
+            config.state_dir / "journal.db",
+            state_module.migrations(),
+            reserve_bytes=RESERVE_BYTES,
+            used=_was_used(config.state_dir),
+        )
+        journal.on_damage = self._journal_broke
         state, outbox = State(journal), Outbox(journal)
+        if damage is not None:
+            told = {"reason": damage.reason, "kept": str(damage.aside or "")}
+            await outbox.emit("journal.damaged", config.node_id, told)
         spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
         identities = Identities(journal)
         ports = Ports(journal, policy.ports.range, address=policy.ports.interface)
@@ -163,6 +183,7 @@ class Agent:
             live=self._session.send_progress,
         )
         self._runs = RunEngine(services)
+        self._rebuild = Rebuild(services, self._runs)
         self._remote = RemoteContainers(containers)
         self._commands = Commands(
             state,
@@ -190,7 +211,7 @@ class Agent:
             journal.close()
 
     async def _serve(self, services: Services) -> None:
-        cleanup = Cleanup(services, self._runs)
+        cleanup = Cleanup(services, self._runs, self._rebuild.over)
         log.info(
             "agent started", node=self.config.node_id, version=__version__, step_types=len(services.plugins.step_types)
         )
@@ -241,6 +262,16 @@ class Agent:
         # A credential that was refused ends an idle agent: its start has failed, and is not to look otherwise.
         if not self._stopping.is_set():
             self.ready.set()
+
+    def _journal_broke(self, reason: str) -> None:
+        """In whatever thread that is found out. Going on would be to act on what can't be relied on."""
+        self._refusal = OutriderError(
+            f"the journal in {self.config.state_dir} is damaged: {reason}",
+            code="journal_damaged",
+            hint="start the agent again: it puts the file aside and rebuilds what it can; containers go on meanwhile",
+        )
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the agent has ended already
+            self._loop.call_soon_threadsafe(self.stop)
 
     def _refused(self, error: OutriderError) -> None:
         # A node that takes care of something stays: only its link waits for another credential.
@@ -367,6 +398,10 @@ class Agent:
         """Report once more how these runs ended."""
         await self._runs.retell(run_ids)
 
+    async def recover(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
+        """Rebuild a lost journal."""
+        await self._rebuild.recover(stub)
+
     async def stop_streams(self) -> None:
         """The connection is gone."""
         await self._remote.stop_streams()
@@ -390,7 +425,7 @@ class Agent:
                 "stuck": dict(services.engine.stuck),
             },
             "disk": services.disk.describe(),
-            "journal": {"blocked": services.state.journal.blocked},
+            "journal": self._rebuild.describe() | {"blocked": services.state.journal.blocked},
             "runs": self._runs.describe(),
             "containers": dict(brief.containers),
             "outbox_depth": brief.outbox_depth,
@@ -413,6 +448,11 @@ def load_runtime(name: str, socket_path: Path | None = None) -> Runtime:
             f"no driver for a container engine is called {name!r}", code="unknown_runtime", hint="docker is built in"
         ) from error
     return cast("Runtime", manager.driver)
+
+
+def _was_used(state_dir: Path) -> bool:
+    """Whether an agent has run on this directory: then its journal must be there."""
+    return any(any((state_dir / name).glob("*")) for name in ("attempts", "spool", "volumes"))
 
 
 @contextmanager

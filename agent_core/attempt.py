@@ -204,6 +204,7 @@ class Attempt:
             network=f"container:{self._pause}",
             log_max_bytes=services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
             oci_runtime=services.policy.oci_runtime,
+            engine_boot=services.engine.info.boot if services.engine.info else "",
         )
         try:
             container = await services.runtime.create(spec)

@@ -17,6 +17,7 @@ from agent_core.runner import RunEngine
 from agent_core.runtimes.base import LABEL_ATTEMPT, LABEL_RUN, LABEL_STEP, ContainerInfo
 from agent_core.services import Services
 from outrider.errors import OutriderError
+from outrider.v1 import types_pb2 as types
 
 log = structlog.get_logger(__name__)
 
@@ -44,14 +45,17 @@ UNDER_PRESSURE = Ages(stray_s=600.0, missing_s=600.0, unknown_volume_s=3600.0)
 class Cleanup:
     """`run` does it from time to time, `relieve` at once because the disk gets full."""
 
-    def __init__(self, services: Services, runs: RunEngine) -> None:
+    def __init__(self, services: Services, runs: RunEngine, known: asyncio.Event) -> None:
+        """``known``: set once the journal has all that there is to know; before that nothing is anybody's leftover."""
         self._services = services
         self._runs = runs
+        self._known = known
         self._one = asyncio.Lock()
 
     async def run(self) -> None:
         """For ever."""
         while True:
+            await self._known.wait()
             await self._services.engine.available()
             try:
                 await self.once()
@@ -61,6 +65,8 @@ class Cleanup:
 
     async def relieve(self) -> None:
         """Make room: what would go by and by goes now."""
+        if not self._known.is_set():
+            return
         log.info("collecting what nobody needs, because the disk gets full")
         await self.once(UNDER_PRESSURE)
 
@@ -132,9 +138,10 @@ class Cleanup:
             return True
         if run_id in self._runs.active:
             return False
-        known = await journal.query("SELECT 1 FROM runs WHERE run_id = ?", (run_id,))
+        known = await journal.query("SELECT state FROM runs WHERE run_id = ?", (run_id,))
         if known:
-            return True
+            # What became of an unknown run may still turn out: as long as it works, it is let.
+            return not (known[0]["state"] == types.RUN_STATE_UNKNOWN and info.state == "running")
         # The journal was lost, which is no reason to kill somebody's work; or it is of another agent on this engine,
         # whose node has the same name under another server, and which is about to look at its end.
         old = info.created_at is not None and (datetime.now(UTC) - info.created_at).total_seconds() > ages.stray_s

@@ -36,6 +36,7 @@ from agent_core.runtimes.base import (
     LABEL_NAME,
     LABEL_NODE,
     LABEL_OBJECT,
+    LABEL_PORTS,
     LABEL_RUN,
     LABEL_SECRETS,
     LABEL_SPEC,
@@ -174,7 +175,7 @@ class Containers:
                 args=tuple(substitute(arg, ports) for arg in spec.args),
                 entrypoint=None if spec.entrypoint is None else tuple(substitute(e, ports) for e in spec.entrypoint),
                 env={name: substitute(value, ports) for name, value in spec.env.items()},
-                labels=self._labels(spec, scope, digest),
+                labels=self._labels(spec, scope, digest, ports),
                 mounts=mounts,
                 user=user,
                 groups=tuple(sorted({g.group for n, g in scope.volumes.items() if n in spec.volumes and g.group})),
@@ -384,7 +385,7 @@ class Containers:
         except OutriderError as error:
             log.warning("the container %s could not be cleaned up: %s", name, error)
 
-    def _labels(self, spec: ManagedSpec, scope: ContainerScope, digest: str) -> dict[str, str]:
+    def _labels(self, spec: ManagedSpec, scope: ContainerScope, digest: str, ports: dict[str, int]) -> dict[str, str]:
         labels = {
             LABEL_NODE: self._node_id,
             LABEL_KIND: "managed",
@@ -394,6 +395,9 @@ class Containers:
             LABEL_STEP: scope.step,
             LABEL_ATTEMPT: str(scope.attempt),
         }
+        if ports:
+            # Names are the journal's alone otherwise, and a journal can be lost.
+            labels[LABEL_PORTS] = ",".join(f"{wish.name}={ports[wish.name]}/{wish.protocol}" for wish in spec.wishes())
         # Always there: what is left out comes from the image, which could name anybody's object.
         labels[LABEL_OBJECT] = scope.object_ref or ""
         values = {name: value.replace("$$(", "$(") for name, value in spec.env.items()}  # as the container gets them

@@ -136,6 +136,7 @@ class RunExecution:
             version = command.object.version
             context["object"] = {"kind": ref.kind, "name": ref.name, "attributes": attributes, "version": version}
         services = self.services
+        await asyncio.to_thread((services.attempts_dir / self.run_id).mkdir, parents=True, exist_ok=True)
         self.planner = Planner(self.pipeline, self.run_id, services.plugins, services.policy, services.facts, object_)
         self.planner.check()
         self.uid, self.gid = await services.identities.allot(owner_of(self.run_id, self.object_ref))

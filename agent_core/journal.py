@@ -36,10 +36,21 @@ _Item = tuple[Transition, Work[object], Future[object]]
 RESERVE_BYTES = 6 * 1024**2  # SQLite begins its write-ahead log anew after 4 MiB
 _MAX_GROUP = 500
 _FULL_WAIT_S = 0.25
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _STOP = object()
 _KEEP_ROOM = object()
 
 log = structlog.get_logger(__name__)
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether SQLite says that the file itself is not as it was written."""
+    return isinstance(error, sqlite3.Error) and (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGE
+
+
+def distrust_file(path: Path) -> Path:
+    """Where it is noted that the journal at ``path`` was found to be damaged; whoever opens it next looks there."""
+    return path.with_name(f"{path.name}.distrusted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +66,16 @@ class Journal:
 
     ``reserve_bytes`` are held free inside the journal, and twice as much beside it, for when the disk is full.
     ``rollbacks`` counts transactions that were undone and tried again: what changed with them in memory is to be
-    looked up anew.
+    looked up anew. ``damaged`` says what SQLite found to be wrong with the file while it was used, and ``on_damage`` is
+    told of it, in whatever thread it was found.
     """
 
     def __init__(self, path: Path, migrations: Sequence[str], *, reserve_bytes: int = 0) -> None:
         self.path = path
         self.blocked = ""
         self.rollbacks = 0
+        self.damaged = ""
+        self.on_damage: Callable[[str], object] = lambda _reason: None
         self._reserve_bytes = reserve_bytes
         self._reserve = ReserveFile(path.with_name("reserve.bin"), 2 * reserve_bytes)
         self._closing = threading.Event()
@@ -96,9 +110,13 @@ class Journal:
 
     def query_now(self, sql: str, parameters: Sequence[object] = ()) -> list[sqlite3.Row]:
         """Like `query`, for callers that are not on the event loop or read a handful of rows."""
-        reader = self._reader()
-        with reader.lock:
-            return reader.connection.execute(sql, parameters).fetchall()
+        try:
+            reader = self._reader()
+            with reader.lock:
+                return reader.connection.execute(sql, parameters).fetchall()
+        except sqlite3.Error as error:
+            self._suspect(error)
+            raise
 
     def close(self) -> None:
         """Finish what was handed in, then close. Idempotent. A query after it raises sqlite3.ProgrammingError."""
@@ -200,6 +218,7 @@ class Journal:
                 with contextlib.suppress(sqlite3.Error):
                     self._writer.execute("ROLLBACK")
                 self.rollbacks += 1
+                self._suspect(error)
                 if not is_out_of_space(error) or not self._make_room(error):
                     for _, _, future in group:
                         future.set_exception(error)
@@ -225,7 +244,7 @@ class Journal:
                 answers.append((work(db), None))
                 db.execute("RELEASE work")
             except BaseException as error:  # the caller's, handed back to it
-                if is_out_of_space(error):
+                if is_out_of_space(error) or is_damage(error):
                     raise
                 db.execute("ROLLBACK TO work")
                 db.execute("RELEASE work")
@@ -234,6 +253,15 @@ class Journal:
             failpoint(transition.before)
         db.execute("COMMIT")
         return answers
+
+    def _suspect(self, error: BaseException) -> None:
+        """The file itself is damaged: nothing that it says can be relied on any more, now or at the next start."""
+        if is_damage(error) and not self.damaged:
+            self.damaged = str(error)
+            with contextlib.suppress(OSError):
+                distrust_file(self.path).write_text(self.damaged, encoding="utf-8")
+            log.error("the journal is damaged", path=str(self.path), error=self.damaged)
+            self.on_damage(self.damaged)
 
     def _make_room(self, error: BaseException) -> bool:
         """Whether to try again: after a reserve was given up, or after a while. False: the journal is being closed."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from agent_core.runtimes.base import (
     LABEL_ATTEMPT,
+    LABEL_BOOT,
     LABEL_KIND,
     LABEL_LEASE,
     LABEL_NODE,
@@ -81,7 +82,14 @@ class AttemptOrder:
         return groups | {self.gid} if self.runs_as[1] != self.gid else groups
 
     def spec(
-        self, *, node_id: str, directory: Path, network: str, log_max_bytes: int, oci_runtime: str = ""
+        self,
+        *,
+        node_id: str,
+        directory: Path,
+        network: str,
+        log_max_bytes: int,
+        oci_runtime: str = "",
+        engine_boot: str = "",
     ) -> ContainerSpec:
         """The container: the sandbox of the defaults, and what the plan and the allotment add to it."""
         plan = self.plan
@@ -103,7 +111,7 @@ class AttemptOrder:
             args=plan.args,
             entrypoint=plan.entrypoint,
             env=env,
-            labels=self.labels(node_id),
+            labels=self.labels(node_id) | {LABEL_BOOT: engine_boot},
             mounts=tuple(mounts),
             user="{}:{}".format(*self.runs_as),
             groups=tuple(sorted(self._groups())),

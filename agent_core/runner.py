@@ -114,7 +114,14 @@ class RunEngine:
 
     def resume(self) -> None:
         """Go on with the runs that the journal has; their containers may have ended long ago, or still run."""
-        for record in self._services.state.unfinished():
+        records, unreadable = self._services.state.unfinished()
+        for held, error in unreadable:
+            log.error("a run's record in the journal can't be read", run=held.run_id, error=str(error))
+            failure = OutriderError(
+                f"the record of this run on its node can't be read: {error}", code="journal_damaged"
+            )
+            self._services.background.start(self._abandon(held.run_id, held.lease_id, failure), f"run {held.run_id}")
+        for record in records:
             log.info("run resumed", run=record.command.run_id, attempts=len(record.attempts))
             self._start(record)
 
@@ -138,15 +145,21 @@ class RunEngine:
             await self._services.volumes.release_run(run.run_id)
         except OutriderError as error:
             log.warning("a run's volumes can't be removed now", run=run.run_id, error=str(error))
+        # Behind the removals of its attempts: until then it says which steps were begun.
+        directory = self._services.attempts_dir / run.run_id
+        self._services.removals.add(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
 
     async def _give_up(self, run: RunExecution, error: Exception) -> None:
-        state, failure = self._services.state, failure_of(error)
         self._services.operations.failed("run", PermanentError(str(error), code="internal"))
-        report = pb.RunReport(run_id=run.run_id, lease_id=run.lease_id, state=types.RUN_STATE_UNKNOWN, failure=failure)
+        await self._abandon(run.run_id, run.lease_id, error)
+
+    async def _abandon(self, run_id: str, lease_id: str, error: Exception) -> None:
+        state, failure = self._services.state, failure_of(error)
+        report = pb.RunReport(run_id=run_id, lease_id=lease_id, state=types.RUN_STATE_UNKNOWN, failure=failure)
         report.finished_at.GetCurrentTime()
         await state.commit(
             Transition.RUN_GIVEN_UP,
-            state.run_state(run.run_id, types.RUN_STATE_UNKNOWN, failure=failure, finished_at=time.time()),
+            state.run_state(run_id, types.RUN_STATE_UNKNOWN, failure=failure, finished_at=time.time()),
             self._services.outbox.run_report(report),
         )
         self._services.outbox.notify()

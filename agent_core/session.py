@@ -67,6 +67,9 @@ class Host(Protocol):
     async def retell(self, run_ids: Sequence[str]) -> None:
         """Report once more how these runs ended, as far as it is known."""
 
+    async def recover(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
+        """Find out what a lost journal held, before anything is said of what the node holds."""
+
     async def stop_streams(self) -> None:
         """The connection is gone: end what only served it."""
 
@@ -266,6 +269,7 @@ class Session:
 
     async def _hold(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
         """Serve one control channel until it ends; always raises."""
+        await self._host.recover(stub)
         connect: Any = stub.Connect  # its stub file wants an iterator; writing by hand is the other way
         call = connect()
         self._outgoing = asyncio.Queue()

@@ -127,6 +127,10 @@ class Spool:
             self._journal.submit(Transition.LOG_OPENED, lambda db: db.executemany(sql, rows) and None)
         return {key.stream: self._logs[key] for key in keys}
 
+    def has_file(self, run_id: str, step: str, attempt: int) -> bool:
+        """Whether something of this attempt lies here, known or not."""
+        return any(self._path(LogKey(run_id, step, attempt, stream)).exists() for stream in STREAMS)
+
     def append(self, log: LogFile, data: bytes) -> bool:
         """Take ``data``, or refuse it (False): too much is queued, or the spool is full. Never waits."""
         if log.broken or self.full(len(data)) or self._queued + len(data) > _QUEUE_BYTES:

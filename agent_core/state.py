@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from google.protobuf.message import DecodeError
+
 from agent_core import outbox, spool
 from agent_core.journal import Journal
 from agent_core.transitions import Transition
@@ -217,8 +219,7 @@ class State:
         return str(rows[0]["value"]) if rows else None
 
     async def set_meta(self, transition: Transition, key: str, value: str) -> None:
-        sql = "INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)"
-        await self.journal.execute(transition, sql, (key, value))
+        await self.commit(transition, self.meta(key, value))
 
     def held(self) -> list[types.HeldRun]:
         """The runs that are not terminal, and those of which the server has not acknowledged everything."""
@@ -227,11 +228,20 @@ class State:
         )
         return [types.HeldRun(run_id=row["run_id"], lease_id=row["lease_id"], state=row["state"]) for row in rows]
 
-    def unfinished(self) -> list[RunRecord]:
-        """The runs to go on with after a restart, in the order in which they were accepted."""
+    def unfinished(self) -> tuple[list[RunRecord], list[tuple[types.HeldRun, Exception]]]:
+        """The runs to go on with after a restart, in the order in which they were accepted, and those whose record
+        can't be read any more."""
         marks = ",".join("?" * len(TERMINAL))
         sql = f"SELECT * FROM runs WHERE state NOT IN ({marks}) ORDER BY accepted_at"  # noqa: S608 - question marks
-        return [self._record(row) for row in self.journal.query_now(sql, tuple(TERMINAL))]
+        records: list[RunRecord] = []
+        unreadable: list[tuple[types.HeldRun, Exception]] = []
+        for row in self.journal.query_now(sql, tuple(TERMINAL)):
+            try:
+                records.append(self._record(row))
+            except (DecodeError, ValueError, TypeError, KeyError) as error:
+                held = types.HeldRun(run_id=row["run_id"], lease_id=row["lease_id"], state=row["state"])
+                unreadable.append((held, error))
+        return records, unreadable
 
     def find(self, run_id: str) -> RunRecord | None:
         rows = self.journal.query_now("SELECT * FROM runs WHERE run_id = ?", (run_id,))
@@ -373,6 +383,22 @@ class State:
             db.execute(f"UPDATE attempts SET {spent}, boot_id = ?, boot_clock = ? WHERE phase != 'done'", row)  # noqa: S608
 
         await self.journal.write(Transition.TIME_SPENT, work)
+
+    def attempt_found(self, run_id: str, step: str, attempt: AttemptRecord) -> Change:
+        """An attempt that a former journal knew; its time begins anew."""
+        row = (
+            run_id, step, attempt.attempt, attempt.container, attempt.phase, self.clock.boot_id, self.clock.now(),
+            attempt.engine_boot,
+        )  # fmt: skip
+        sql = (
+            "INSERT OR IGNORE INTO attempts (run_id, step, attempt, container, phase, boot_id, boot_clock, engine_boot)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        )
+        return lambda db: db.execute(sql, row)
+
+    def meta(self, key: str, value: str) -> Change:
+        """A single value; see `get_meta`."""
+        return lambda db: db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
 
     def cancel_run(self, run_id: str, cancel: Cancellation) -> Change:
         text = json.dumps({"reason": cancel.reason, "grace_s": cancel.grace_s})

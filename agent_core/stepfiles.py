@@ -93,12 +93,9 @@ class StepDirectory:
             self._fenced.rename(self.path)
 
     def remove(self) -> None:
-        """With everything in it."""
+        """With everything in it. The step's own directory stays: it says that the step was begun."""
         for path in (self.path, self._fenced):
             shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for parent in list(self.path.parents)[:3]:
-                parent.rmdir()
 
     @property
     def _fenced(self) -> Path:

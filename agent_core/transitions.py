@@ -61,7 +61,8 @@ class Transition(Enum):
     MANAGED_REMOVED = "managed_removed"
 
     # The journal itself.
-    REBUILT = "rebuilt"  # what could be found out after the former journal was found to be damaged
+    DAMAGE_NOTED = "damage_noted"  # this journal took the place of one that was lost, and is to be rebuilt
+    REBUILT = "rebuilt"  # what could be found out of what the lost one held
 
     def __init__(self, name: str) -> None:
         self.before = f"journal.{name}.before"

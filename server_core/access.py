@@ -90,6 +90,7 @@ NODE = {
     "GetObject": _NODE,
     "GetEnvs": _NODE,
     "WriteBack": _NODE,
+    "RecoverRuns": _NODE,
 }
 HEALTH = {"Check": _PUBLIC, "Watch": _PUBLIC, "List": _PUBLIC}
 REFLECTION = {"ServerReflectionInfo": _operator("get", "server")}

@@ -21,6 +21,7 @@ from server_core.access import current_caller, current_session
 from server_core.bus.base import EVENTS, NODES, log_topic, run_topic
 from server_core.channel import ControlChannel
 from server_core.control.common import request_digest
+from server_core.recovery import recover
 from server_core.security import tokens
 from server_core.security.vault import env_purpose
 from server_core.services import Services
@@ -189,6 +190,12 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             return objects.get(connection, types_pb2.ObjectRef(kind=row.object_kind, name=row.object_name))
 
         return await self._s.db.read(read)
+
+    async def RecoverRuns(
+        self, request: node_service_pb2.RecoverRunsRequest, context: Context
+    ) -> node_service_pb2.RecoverRunsResponse:
+        node_id = current_caller().name
+        return await self._s.db.read(lambda connection: recover(connection, node_id, request.seen))
 
     async def GetEnvs(
         self, request: node_service_pb2.GetEnvsRequest, context: Context

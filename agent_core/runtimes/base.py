@@ -22,6 +22,8 @@ LABEL_PLAN = "outrider.plan"  # SHA-256 of the journalled plan
 LABEL_OBJECT = "outrider.object"  # "kind/name"
 LABEL_SPEC = "outrider.spec"  # SHA-256 of a managed container's specification
 LABEL_SECRETS = "outrider.secrets"  # names of the environment variables that hold secrets, comma-separated
+LABEL_BOOT = "outrider.boot"  # EngineInfo.boot of the engine that a step's container was made with
+LABEL_PORTS = "outrider.ports"  # a managed container's leased ports: "game=27001/udp,http=27002/tcp"
 LABEL_NAME = "outrider.name"  # a managed container's name as the pipeline gave it
 
 

@@ -909,3 +909,72 @@ class WriteBackResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["status_version", b"status_version"]) -> None: ...
 
 global___WriteBackResponse = WriteBackResponse
+
+@typing.final
+class RecoverRunsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEEN_FIELD_NUMBER: builtins.int
+    @property
+    def seen(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RunRef]:
+        """runs of which there are containers on the node"""
+
+    def __init__(
+        self,
+        *,
+        seen: collections.abc.Iterable[global___RunRef] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["seen", b"seen"]) -> None: ...
+
+global___RecoverRunsRequest = RecoverRunsRequest
+
+@typing.final
+class RecoverRunsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Recovered(google.protobuf.message.Message):
+        """A run that the node was sent once and that is not over."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        COMMAND_FIELD_NUMBER: builtins.int
+        STEPS_FIELD_NUMBER: builtins.int
+        CANCEL_FIELD_NUMBER: builtins.int
+        @property
+        def command(self) -> global___RunPipeline: ...
+        @property
+        def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.StepStatus]:
+            """as the server has them"""
+
+        @property
+        def cancel(self) -> global___CancelRun:
+            """absent: nobody asked for it"""
+
+        def __init__(
+            self,
+            *,
+            command: global___RunPipeline | None = ...,
+            steps: collections.abc.Iterable[outrider.v1.types_pb2.StepStatus] | None = ...,
+            cancel: global___CancelRun | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["cancel", b"cancel", "command", b"command"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "command", b"command", "steps", b"steps"]) -> None: ...
+
+    RUNS_FIELD_NUMBER: builtins.int
+    OVER_FIELD_NUMBER: builtins.int
+    @property
+    def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RecoverRunsResponse.Recovered]: ...
+    @property
+    def over(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """of those seen: what runs of them is to be removed"""
+
+    def __init__(
+        self,
+        *,
+        runs: collections.abc.Iterable[global___RecoverRunsResponse.Recovered] | None = ...,
+        over: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["over", b"over", "runs", b"runs"]) -> None: ...
+
+global___RecoverRunsResponse = RecoverRunsResponse

@@ -60,6 +60,11 @@ class NodeServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_node__service__pb2.WriteBackRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_node__service__pb2.WriteBackResponse.FromString,
                 )
+        self.RecoverRuns = channel.unary_unary(
+                '/outrider.v1.NodeService/RecoverRuns',
+                request_serializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.FromString,
+                )
 
 
 class NodeServiceServicer(object):
@@ -119,6 +124,13 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecoverRuns(self, request, context):
+        """Asked after Register and before Connect by an agent that has lost its journal.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -166,6 +178,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.WriteBack,
                     request_deserializer=outrider_dot_v1_dot_node__service__pb2.WriteBackRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_node__service__pb2.WriteBackResponse.SerializeToString,
+            ),
+            'RecoverRuns': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecoverRuns,
+                    request_deserializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -327,5 +344,22 @@ class NodeService(object):
         return grpc.experimental.unary_unary(request, target, '/outrider.v1.NodeService/WriteBack',
             outrider_dot_v1_dot_node__service__pb2.WriteBackRequest.SerializeToString,
             outrider_dot_v1_dot_node__service__pb2.WriteBackResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def RecoverRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.NodeService/RecoverRuns',
+            outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.SerializeToString,
+            outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

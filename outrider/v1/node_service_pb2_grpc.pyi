@@ -69,6 +69,12 @@ class NodeServiceStub:
         outrider.v1.node_service_pb2.WriteBackResponse,
     ]
 
+    RecoverRuns: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.node_service_pb2.RecoverRunsRequest,
+        outrider.v1.node_service_pb2.RecoverRunsResponse,
+    ]
+    """Asked after Register and before Connect by an agent that has lost its journal."""
+
 class NodeServiceAsyncStub:
     Register: grpc.aio.UnaryUnaryMultiCallable[
         outrider.v1.node_service_pb2.RegisterRequest,
@@ -114,6 +120,12 @@ class NodeServiceAsyncStub:
         outrider.v1.node_service_pb2.WriteBackRequest,
         outrider.v1.node_service_pb2.WriteBackResponse,
     ]
+
+    RecoverRuns: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.node_service_pb2.RecoverRunsRequest,
+        outrider.v1.node_service_pb2.RecoverRunsResponse,
+    ]
+    """Asked after Register and before Connect by an agent that has lost its journal."""
 
 class NodeServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -178,5 +190,13 @@ class NodeServiceServicer(metaclass=abc.ABCMeta):
         request: outrider.v1.node_service_pb2.WriteBackRequest,
         context: _ServicerContext,
     ) -> typing.Union[outrider.v1.node_service_pb2.WriteBackResponse, collections.abc.Awaitable[outrider.v1.node_service_pb2.WriteBackResponse]]: ...
+
+    @abc.abstractmethod
+    def RecoverRuns(
+        self,
+        request: outrider.v1.node_service_pb2.RecoverRunsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.node_service_pb2.RecoverRunsResponse, collections.abc.Awaitable[outrider.v1.node_service_pb2.RecoverRunsResponse]]:
+        """Asked after Register and before Connect by an agent that has lost its journal."""
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -72,10 +72,11 @@ class Facts:
     managed: Collection[str] = ()  # names of the managed containers that should be there
 
 
-def compare(facts: Facts, *, gaps: bool = False) -> list[str]:
-    """Every difference, as a sentence. ``gaps``: whether a log may miss something, if it says so."""
+def compare(facts: Facts, *, gaps: bool = False, logs: bool = True) -> list[str]:
+    """Every difference, as a sentence. ``gaps``: whether a log may miss something, if it says so; ``logs``: whether
+    logs are compared at all."""
     found = [*_runs(facts), *_attempts(facts), *_leftovers(facts)]
-    for run in facts.runs.values():
+    for run in facts.runs.values() if logs else ():
         for step in run.steps:
             for attempt in range(1, step.attempt + 1):
                 found += _log(facts, run.run_id, step, attempt, gaps)
@@ -191,11 +192,13 @@ def _names(states: Collection[int]) -> str:
 # -- collecting from a rig
 
 
-def check(rig: Rig, *, gaps: bool = False, managed: Collection[str] = (), within_s: float = 40.0) -> None:
+def check(
+    rig: Rig, *, gaps: bool = False, logs: bool = True, managed: Collection[str] = (), within_s: float = 40.0
+) -> None:
     """Fail with every difference that is left once all has had time to settle."""
     deadline = time.monotonic() + within_s
     while True:
-        problems = compare(collect(rig, managed=managed), gaps=gaps)
+        problems = compare(collect(rig, managed=managed), gaps=gaps, logs=logs)
         # What settles by itself is given its time; what never does is told at the end of it.
         if not problems or time.monotonic() > deadline:
             break

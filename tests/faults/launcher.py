@@ -139,7 +139,9 @@ class Launcher:
 
 def _serve() -> None:
     import server_core.server  # noqa: F401 - imported to be there in every fork
+    from agent_core.plugins import PluginHost
 
+    PluginHost.load(None, [])
     answers = sys.stdout.buffer
     woken, wake = os.pipe()
     for descriptor in (woken, wake):

@@ -269,7 +269,12 @@ class Rig:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         made = json.loads(done.stdout)
-        rules = {"warm_none": 1, "networks": {}, "disk_reserve_bytes": 0, "ports": {"range": "28700-28799"}}
+        rules = {
+            "warm_none": 1,
+            "networks": {"egress": {"network": "outrider", "warm": 0}},
+            "disk_reserve_bytes": 0,
+            "ports": {"range": "28700-28799"},
+        }
         (folder / "policy.yaml").write_text(json.dumps(rules | dict(policy)))
         settings: dict[str, Any] = {
             "node_id": node_id,
