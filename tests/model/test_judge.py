@@ -28,7 +28,7 @@ KILLED: list[Step] = [("submit", ["two", "a"]), ("kill_agent", []), ("start_agen
 
 
 def _forgets_runs(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(State, "unfinished", lambda _self: [])
+    patch.setattr(State, "unfinished", lambda _self: ([], []))
 
 
 def _names_containers_anew(patch: pytest.MonkeyPatch) -> None:
