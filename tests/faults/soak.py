@@ -250,7 +250,7 @@ def soak(minutes: float, seed: int, say: Callable[[str], None]) -> dict[str, Any
         say("both live on, through cuts")
         middle = time.monotonic()
         _while(middle, minutes * 10, load, monkey.cut, rng)
-        before = {name: Size.of(getattr(rig, name).pid) for name in ("agent", "server")}
+        before = _sizes(rig)
         _while(middle, minutes * 30, load, monkey.cut, rng)
         load.stop()
         proxy.flow()
@@ -258,7 +258,12 @@ def soak(minutes: float, seed: int, say: Callable[[str], None]) -> dict[str, Any
         if load.problem is not None:
             problems.append(f"the load broke off: {type(load.problem).__name__}: {load.problem}")
         problems += _settle(rig)
-        after = {name: Size.of(getattr(rig, name).pid) for name in ("agent", "server")}
+        problems += [
+            f"the {name} ended by itself: {getattr(rig, name).poll()}"
+            for name in ("agent", "server")
+            if getattr(rig, name).poll() is not None
+        ]
+        after = _sizes(rig)
         for name, size in before.items():
             problems += [f"{name}: {each}" for each in size.grew(after[name])]
         facts = collect(rig)
@@ -285,6 +290,14 @@ def soak(minutes: float, seed: int, say: Callable[[str], None]) -> dict[str, Any
             "problems": problems,
             "output": rig.output() if problems else "",
         }
+
+
+def _sizes(rig: Rig) -> dict[str, Size]:
+    """Of both processes; of one that has ended, nothing."""
+    return {
+        name: Size.of(child.pid) if child.poll() is None else Size(0, 0)
+        for name, child in (("agent", rig.agent), ("server", rig.server))
+    }
 
 
 def _while(since: float, seconds: float, load: Load, act: Callable[[], None], rng: random.Random) -> None:
