@@ -131,7 +131,9 @@ class Volumes:
                 (scope, owner, name, path, int(keep), size_bytes),
             )
 
-        await asyncio.to_thread(self._check_disk, size_bytes)
+        # What was allotted before is somebody's already: a run that a restarted agent goes on with has begun.
+        if not await self._journal.query("SELECT 1 FROM volumes WHERE path = ? AND released = 0", (path,)):
+            await asyncio.to_thread(self._check_disk, size_bytes)
         # The row first: a directory that nobody knows of would never be collected.
         await self._journal.write(Transition.VOLUME_ALLOTTED, record)
         with disk_errors(f"make the volume {name}"):

@@ -9,20 +9,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from outrider.v1 import types_pb2 as types
 from tests.faults.checker import read_logs
 from tests.faults.launcher import Launcher
 from tests.faults.rig import BASE, Rig, expected_of, pipeline, step_of
+from tests.second_engine import second_engine
 from tests.small_disk import fill, small_disk
 
 RESERVE = 16 * 1024**2
 
 
+@pytest.fixture(scope="module")
+def engine() -> Iterator[str]:
+    # Of the tests' own: one that was there before need not see what is mounted now.
+    with second_engine() as made:
+        yield f"unix://{made.socket}"
+
+
 @contextmanager
-def node_on_a_small_disk(launcher: Launcher) -> Iterator[tuple[Rig, Path]]:
+def node_on_a_small_disk(launcher: Launcher, engine: str) -> Iterator[tuple[Rig, Path]]:
     """A server and an agent, whose state directory is a disk of 96 MiB."""
     policy = {"disk_reserve_bytes": RESERVE}
-    with Rig.start(launcher=launcher, policy=policy, running=False) as rig, small_disk(rig.state_dir, 96) as disk:
+    with contextlib.ExitStack() as stack:
+        rig = stack.enter_context(Rig.start(launcher=launcher, engine=engine, policy=policy, running=False))
+        disk = stack.enter_context(small_disk(rig.state_dir, 96))
         try:
             rig.start_server()
             rig.start_agent()
@@ -41,8 +53,8 @@ def failure(run: types.Run, step: str) -> types.Failure:
     return next(each.failure for each in run.steps if each.name == step)
 
 
-def test_a_step_that_fills_the_disk_fails_and_the_agent_does_not(launcher: Launcher) -> None:
-    with node_on_a_small_disk(launcher) as (rig, disk):
+def test_a_step_that_fills_the_disk_fails_and_the_agent_does_not(launcher: Launcher, engine: str) -> None:
+    with node_on_a_small_disk(launcher, engine) as (rig, disk):
         pid = rig.agent.pid
         hog = shell("hog", "cat /dev/zero > /v/fill", volumes={"v": "/v:rw"}, needs=[])
         run = rig.execute(pipeline(step_of("beside", held=True, needs=[]), hog, volumes={"v": {}}))
@@ -65,8 +77,8 @@ def test_a_step_that_fills_the_disk_fails_and_the_agent_does_not(launcher: Launc
         assert (disk / "reserve.bin").exists()
 
 
-def test_a_disk_that_somebody_else_fills_refuses_new_work_and_keeps_the_old(launcher: Launcher) -> None:
-    with node_on_a_small_disk(launcher) as (rig, disk):
+def test_a_disk_that_somebody_else_fills_refuses_new_work_and_keeps_the_old(launcher: Launcher, engine: str) -> None:
+    with node_on_a_small_disk(launcher, engine) as (rig, disk):
         run = rig.execute(pipeline(step_of("held", held=True), shell("then", "true")))
         rig.until_running(run, "held")
         hog = fill(disk)
