@@ -37,6 +37,7 @@ _DRAIN_S = 5.0  # between the exit and the end of the output; then the engine's 
 _PROGRESS_S = 0.25
 _CUT_S = 2.0  # between the end of the output and the exit; then the output was cut off, and goes on somewhere
 _ENGINE_LOG_FACTOR = 16  # its file has a record around each write: short lines take that much more room
+_FIRST_ANSWER_S = 1.0  # of an engine that has not been asked yet; then the step says what it waits for
 _HANGS_S = 1.0  # between two questions to an engine that let the former time out
 
 
@@ -190,9 +191,22 @@ class Attempt:
         await self._serve_control(stack)
         if info is None:
             if former is None:
+                await self._know_the_engine()
                 await self._begin()
             info = await self._with_engine(self._create)
         return info.id, info.started_at is not None
+
+    async def _know_the_engine(self) -> None:
+        """The intent names the engine: without it, an end by that engine's restart could not be told from another."""
+        if self._services.engine.info is not None:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_ANSWER_S):
+                await self._services.engine.available()
+            return
+        await self._on_waiting("engine")
+        await self._services.engine.available()
+        await self._on_waiting("")
 
     async def _create(self, *, pulled: bool = False) -> ContainerInfo:
         order, services = self._order, self._services

@@ -194,3 +194,13 @@ async def test_one_removal_that_hangs_holds_up_no_other() -> None:
     await asyncio.wait_for(gone.wait(), 5)
     worker.cancel()
     await asyncio.gather(worker, return_exceptions=True)
+
+
+async def test_an_intent_names_its_engine_also_where_it_has_not_been_asked_yet(
+    agent: Rig, runtime: FakeRuntime
+) -> None:
+    assert agent.services.engine.info is None
+    run = await agent.run(ONE_STEP % "quick")
+    assert run.state == "succeeded"
+    rows = agent.services.state.journal.query_now("SELECT engine_boot FROM attempts")
+    assert [row["engine_boot"] for row in rows] == ["boot-1"]
