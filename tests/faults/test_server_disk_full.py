@@ -21,6 +21,7 @@ from tests.faults.rig import Rig, pipeline, step_of
 MIB = 1024**2
 DISK_BYTES = 24 * MIB
 RESERVE_BYTES = 4 * MIB
+WITH_RESERVE = {"OUTRIDER_SERVER_DISK_RESERVE_BYTES": str(RESERVE_BYTES)}
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 
@@ -43,6 +44,7 @@ def small_disk(place: Path) -> Iterator[None]:
 def place(launcher: Launcher) -> Iterator[Rig]:
     """Its server's data directory is on a small disk."""
     with Rig.start(launcher=launcher, running=False) as made, small_disk(made.folder / "server"):
+        made.server_env = WITH_RESERVE
         made.start_server()
         made.start_agent()
         made.until_online()
@@ -54,7 +56,7 @@ def place(launcher: Launcher) -> Iterator[Rig]:
 def rig(place: Rig) -> Rig:
     """The same for each test; what the former left does no harm."""
     place.server.kill()
-    place.server_env = {"OUTRIDER_SERVER_DISK_RESERVE_BYTES": str(RESERVE_BYTES)}
+    place.server_env = WITH_RESERVE
     place.start_server()
     place.until_online()
     (place.marks / "go-a").unlink(missing_ok=True)
