@@ -84,7 +84,7 @@ class Drains:
 
     async def look(self, node_id: str) -> None:
         """See whether the node is drained by now, and whether its time is up."""
-        drain, held = await self._db.read(lambda c: (draining.of(c, node_id), draining.runs_on(c, node_id)))
+        drain, held = await self._stored(node_id)
         if drain is None:
             self.forget(node_id)
             return
@@ -99,7 +99,11 @@ class Drains:
     async def describe(self, node: types_pb2.Node) -> types_pb2.Node:
         """Put the state of its drain, as it is now, onto a node's record."""
         node_id = node.node_id
-        drain, held = await self._db.read(lambda c: (draining.of(c, node_id), draining.runs_on(c, node_id)))
+        drain, held = await self._stored(node_id)
+        if drain is not None and drain.drained_us is None and not self._waits_for(node_id, held):
+            # Written down before it is told: the node may be switched off because of it.
+            await self._drained(node_id)
+            drain, held = await self._stored(node_id)
         if drain is not None:
             node.drain.CopyFrom(self._described(node_id, drain, held))
         return node
@@ -112,9 +116,8 @@ class Drains:
     def _described(self, node_id: str, drain: Draining, held: Sequence[str]) -> types_pb2.Drain:
         described = drain.describe()
         described.runs.extend(held or self._told(node_id))
-        waits_for = self._waits_for(node_id, held)
-        described.drained = not described.runs and (drain.drained_us is not None or not waits_for)
-        described.waits_for = "" if described.drained else waits_for
+        described.drained = not described.runs and drain.drained_us is not None
+        described.waits_for = "" if described.drained else self._waits_for(node_id, held)
         return described
 
     def _told(self, node_id: str) -> Sequence[str]:
@@ -132,6 +135,10 @@ class Drains:
         if brief.runs:
             return f"it speaks of {'run' if len(brief.runs) == 1 else 'runs'} {listing(brief.runs)}"
         return f"it has {brief.outbox_depth} reports to hand in" if brief.outbox_depth else ""
+
+    async def _stored(self, node_id: str) -> tuple[Draining | None, Sequence[str]]:
+        """The node's drain, and the runs that it has or may have."""
+        return await self._db.read(lambda c: (draining.of(c, node_id), draining.runs_on(c, node_id)))
 
     async def _drained(self, node_id: str) -> None:
         def mark(connection: Connection) -> bool:
