@@ -110,6 +110,7 @@ class Cleanup:
             if row["owner"] not in self._runs.active:
                 await services.volumes.release_run(row["owner"])
         await services.volumes.collect()
+        await services.volumes.forget_runs(active=lambda: self._runs.active)
         await services.spool.forget_settled()
         services.spool.remove_strays(self._runs.active)
 

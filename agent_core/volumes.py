@@ -21,7 +21,7 @@ import sqlite3
 import stat
 import struct
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +169,17 @@ class Volumes:
         await self._journal.execute(Transition.VOLUME_RELEASED, sql, (run_id,))
         await self.collect()
         await self._forget_run(run_id)  # also of a run that had no volume
+
+    async def forget_runs(self, *, active: Callable[[], Collection[str]]) -> None:
+        """Give back the user ids of runs that have nothing left on the disk, except for those that are ``active`` now.
+
+        A kill between the removal of a run's last volume and that of its user id leaves the id to nobody.
+        """
+        rows = await self._journal.query("SELECT owner FROM identities WHERE owner LIKE 'run:%'")
+        for row in rows:
+            run_id = str(row["owner"]).removeprefix("run:")
+            if run_id not in active():  # asked after the row was seen: one that began since then has its id by right
+                await self._forget_run(run_id)
 
     async def release_object(self, object_ref: str) -> None:
         """The object is gone: remove its volumes, but for kept ones and those still in use. Idempotent."""

@@ -141,3 +141,16 @@ async def test_a_number_given_back_goes_to_nobody_else_for_long(journal: Journal
     assert given == [1000, 1001, 1002, 1003, 1000, 1001, 1002, 1003]
     assert (await users.allot("object:a/b"))[0] == 1000
     assert (await Identities(journal, first=1000, last=1003).allot("run:9"))[0] == 1001
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root allots user ids")
+async def test_the_user_id_of_a_run_that_a_kill_left_to_nobody_is_given_back(
+    volumes: Volumes, journal: Journal
+) -> None:
+    users = Identities(journal)
+    await volumes.allot("r1", None, "build", "run", False, None)
+    await users.allot(owner_of("r2", None))  # its last volume is gone, and the agent was killed then
+    await users.allot(owner_of("r3", None))  # has only begun
+    await volumes.forget_runs(active=lambda: ["r3"])
+    left = {str(row["owner"]) for row in journal.query_now("SELECT owner FROM identities WHERE owner LIKE 'run:%'")}
+    assert left == {"run:r1", "run:r3"}
