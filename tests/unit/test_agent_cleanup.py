@@ -55,7 +55,9 @@ async def agent(tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.Monkey
 
 
 def cleanup(agent: Rig) -> Cleanup:
-    return Cleanup(agent.services, agent.runs)
+    known = asyncio.Event()
+    known.set()
+    return Cleanup(agent.services, agent.runs, known)
 
 
 def labels(run_id: str, node_id: str = "n1") -> dict[str, str]:
