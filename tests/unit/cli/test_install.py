@@ -260,7 +260,7 @@ def test_what_root_does_in_a_servers_directory_belongs_to_the_servers_user(tmp_p
     data = tmp_path / "data"
     data.mkdir()
     os.chown(data, owner.pw_uid, owner.pw_gid)
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+    for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o001)  # pytest's directories are its user's alone
     with act_as_owner(data):
