@@ -125,6 +125,7 @@ class FakeAgent:
         self.channel = tls.open_channel(self.rig.address, ca=self.rig.ca, identity=self.identity)
         self.stub = ngrpc.NodeServiceStub(self.channel)
         self.news = asyncio.Condition()
+        self.writing = asyncio.Lock()
         self.sequence = 0
         self.reader: asyncio.Task[None] | None = None
         self.call: Any = None
@@ -158,7 +159,8 @@ class FakeAgent:
         return self
 
     async def send(self, **body: Any) -> None:
-        await self.call.write(npb.AgentMessage(**body))
+        async with self.writing:  # gRPC takes one write at a time, and the reader acknowledges by itself
+            await self.call.write(npb.AgentMessage(**body))
 
     async def heartbeat(self, *, wrong: bool = False, again: bool = False, digest: bytes = b"", depth: int = 0) -> None:
         assert self.session is not None
