@@ -115,7 +115,7 @@ def plain(traveller: Traveller) -> None:
 
 def retried(traveller: Traveller) -> None:
     """A step whose first attempt fails for a while."""
-    text = pipeline(step_of("a", then='[ "$OUTRIDER_ATTEMPT" -ge 2 ] || exit 75'))
+    text = pipeline(step_of("a", then='[ "$OUTRIDER_ATTEMPT" -ge 2 ] || exit 75', retry={"max": 3}))
     run = traveller.ended(traveller.rig.execute(text))
     assert run.state == types.RUN_STATE_SUCCEEDED, run
     assert run.steps[0].attempt == 2, run
