@@ -30,6 +30,15 @@ class Engine:
     def start(self, *, live_restore: bool | None = None) -> None:
         """``live_restore``: whether containers survive the next stop of this engine; None: as it was last."""
         self.live_restore = self.live_restore if live_restore is None else live_restore
+        self._launch()
+        deadline = time.monotonic() + 60
+        while subprocess.run(["docker", "-H", f"unix://{self.socket}", "version"], capture_output=True).returncode:
+            if self.process is None or self.process.poll() is not None:
+                self._launch()  # as a service manager does: it waits in vain for what a killed one left of containerd
+            assert time.monotonic() < deadline, "the second engine does not answer"
+            time.sleep(0.2)
+
+    def _launch(self) -> None:
         name = self.root.name
         self.process = subprocess.Popen(
             [
@@ -45,11 +54,6 @@ class Engine:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while subprocess.run(["docker", "-H", f"unix://{self.socket}", "version"], capture_output=True).returncode:
-            assert self.process.poll() is None, "the second engine ended"
-            assert time.monotonic() < deadline, "the second engine does not answer"
-            time.sleep(0.2)
 
     def stop(self, *, kill: bool = False) -> None:
         if self.process is not None:

@@ -70,14 +70,14 @@ def volume(state_dir: Path, run_id: str) -> Path:
     return state_dir / "volumes" / "run" / run_id / "v"
 
 
-async def restart(engine: Engine, *, kill: bool, live_restore: bool | None = None) -> None:
-    await asyncio.to_thread(engine.stop, kill=kill)
+async def restart(engine: Engine, *, live_restore: bool | None = None) -> None:
+    await asyncio.to_thread(engine.stop)
     await asyncio.to_thread(engine.start, live_restore=live_restore)
 
 
 async def live_restore(engine: Engine, wanted: bool) -> None:
     if engine.live_restore != wanted:
-        await restart(engine, kill=False, live_restore=wanted)
+        await restart(engine, live_restore=wanted)
 
 
 def code(run: object, step: str) -> str:
@@ -150,9 +150,8 @@ async def test_what_survives_the_engines_restart_goes_on_and_not_a_byte_of_its_l
         assert (run.steps["a"].attempt, agent.log(run_id, "a")) == (1, b"before\nmeanwhile\nafter\n")
 
 
-@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.long)])
 async def test_what_ended_with_its_engine_is_unknown_and_done_again_only_if_it_may_be(
-    engine: Engine, runtime: DockerRuntime, state_dir: Path, node_id: str, kill: bool
+    engine: Engine, runtime: DockerRuntime, state_dir: Path, node_id: str
 ) -> None:
     await live_restore(engine, False)
     again = ONCE + "echo up; [ $(wc -l < /v/times-b) = 2 ] || sleep 600"
@@ -167,7 +166,7 @@ async def test_what_ended_with_its_engine_is_unknown_and_done_again_only_if_it_m
             )
         )
         await agent.until(lambda: agent.log(run_id, "a") == b"before\n" and agent.log(run_id, "b") == b"up\n")
-        await restart(engine, kill=kill)
+        await restart(engine)
         run = await agent.end(run_id)
         assert run.states == {"a": "unknown", "b": "succeeded", "c": "skipped", "d": "succeeded"}
         assert (run.state, code(run, "a")) == ("unknown", "engine_stopped")
@@ -185,7 +184,7 @@ async def test_an_engine_that_restarted_while_no_agent_was_there(
         await first.until(lambda: first.log(run_id, "a") == b"before\n")
     for name in ("go1", "go2")[: 1 + survives]:
         (volume(state_dir, run_id) / name).touch()
-    await restart(engine, kill=False)
+    await restart(engine)
     async with agent_on(state_dir, engine, node_id) as second:
         run = await second.end(run_id)
         assert run.steps["a"].attempt == 1
