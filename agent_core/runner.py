@@ -159,6 +159,7 @@ class RunEngine:
         report.finished_at.GetCurrentTime()
         await state.commit(
             Transition.RUN_GIVEN_UP,
+            *self._services.spool.abandon(run_id),
             state.run_state(run_id, types.RUN_STATE_UNKNOWN, failure=failure, finished_at=time.time()),
             self._services.outbox.run_report(report),
         )

@@ -175,6 +175,11 @@ class Spool:
             "UPDATE logs SET length = ?, gap = ? WHERE run_id = ? AND step = ? AND attempt = ? AND stream = ?", row
         )
 
+    def abandon(self, run_id: str) -> list[Callable[[sqlite3.Connection], object]]:
+        """Nobody will write on the logs of this run any more: what they lack can't be known (changes for a commit)."""
+        open_logs = [log for log in self._logs.values() if log.key.run_id == run_id and not log.done]
+        return [self.finished(log, gap=-1) for log in open_logs]
+
     async def sync(self, logs: Iterable[LogFile]) -> None:
         """Put them on the disk: from then on the engine's copy is not needed any more."""
         paths = [log.path for log in logs if log.path.exists()]

@@ -299,7 +299,7 @@ JOURNEYS: dict[str, Journey] = {
         managed,
     ),
     "fenced": Journey(frozenset({T.ATTEMPT_FENCED}), fenced),
-    "given_up": Journey(frozenset({T.RUN_GIVEN_UP}), given_up),
+    "given_up": Journey(frozenset({T.RUN_GIVEN_UP}), given_up, logs=False),
     "retold": Journey(frozenset({T.RUN_RETOLD}), retold, logs=False),
     "rebuilt": Journey(frozenset({T.DAMAGE_NOTED, T.REBUILT}), rebuilt),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from tests.faults.journeys import JOURNEYS, Traveller
 from tests.faults.launcher import Launcher
 from tests.faults.rig import Rig
 
-SHORT = ("plain", "retried", "skipped", "waiting", "cancelled", "retold", "rebuilt")
+SHORT = ("plain", "retried", "fenced", "given_up", "skipped", "waiting", "cancelled", "retold", "rebuilt")
 """Journeys of the default suite; the others take longer, and run with the long forms."""
 
 
