@@ -102,6 +102,9 @@ class _Host:
     async def stop_streams(self) -> None:
         return
 
+    async def recover(self, stub: Any) -> None:
+        return
+
 
 class SimulatedAgent(Session):
     """A session that notes when it asked to be registered, and when it was."""

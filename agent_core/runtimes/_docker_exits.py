@@ -268,8 +268,12 @@ class Exits:
 
     async def _explained(self, end: Exit) -> Exit:
         """Who killed it: the kernel for want of memory, or somebody who was removing it; neither: somebody else."""
-        if end.exit_code != _KILLED or end.oom_killed or end.removed:
+        if end.exit_code == 0 or end.oom_killed or end.removed:
             return end
+        if end.exit_code != _KILLED:
+            # One of its processes may have run out of memory, and this one have made something else of that.
+            await asyncio.sleep(_OOM_LATE_S)
+            return replace(end, oom_killed=end.container_id in self._out_of_memory)
         try:
             async with asyncio.timeout(_EXPLAIN_S):
                 for wait_s in (0.0, _OOM_LATE_S):

@@ -157,7 +157,8 @@ def _last_lines(client: Client, run_id: str, step: types.StepStatus) -> None:
 
     if not step.attempt:
         return
-    request = pb.StreamRunLogsRequest(run_id=run_id, step=step.name, attempt=step.attempt, tail=LAST_LINES)
+    # Followed, because the last bytes may come a moment after the end; it ends by itself once they are there.
+    request = pb.StreamRunLogsRequest(run_id=run_id, step=step.name, attempt=step.attempt, tail=LAST_LINES, follow=True)
     try:
         data = b"".join(payload(chunk) for chunk in client.stream(client.stub.StreamRunLogs, request))
     except OutriderError as error:
