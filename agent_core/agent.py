@@ -140,7 +140,8 @@ class Agent:
         ports = Ports(journal, policy.ports.range, address=policy.ports.interface)
         volumes = Volumes(journal, config.state_dir / "volumes", identities, reserve_bytes=policy.disk_reserve_bytes)
         containers = Containers(runtime, journal, ports, volumes, policy, config.node_id)
-        netpool = NetPool(runtime, policy, config.node_id, journal)
+        removals = Removals()
+        netpool = NetPool(runtime, policy, config.node_id, journal, calm=removals.calm)
         background, operations = Background(), OperationCounts()
         credentials = Credentials(config.server, config.node_id, config.read_token, config.ca_file, config.server_name)
         self._session = Session(
@@ -177,7 +178,7 @@ class Agent:
             containers=containers,
             envs=self._session,
             background=background,
-            removals=Removals(),
+            removals=removals,
             operations=operations,
             facts=facts,
             live=self._session.send_progress,

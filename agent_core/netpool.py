@@ -14,7 +14,7 @@ import os
 import secrets
 import sqlite3
 from collections import defaultdict
-from collections.abc import Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -39,6 +39,10 @@ _REFILL_DELAY_S = 3.0
 log = logging.getLogger(__name__)
 
 
+async def _at_once() -> None:
+    return
+
+
 @dataclass(slots=True)
 class _Held:
     """What one run holds: all its namespaces, and which of them no step uses at the moment."""
@@ -51,13 +55,22 @@ class NetPool:
     """The warm pool of one node. `start` before the first lease, `aclose` at the end."""
 
     def __init__(
-        self, runtime: Runtime, policy: NodePolicy, node_id: str, journal: Journal, *, image: str = PAUSE_IMAGE
+        self,
+        runtime: Runtime,
+        policy: NodePolicy,
+        node_id: str,
+        journal: Journal,
+        *,
+        image: str = PAUSE_IMAGE,
+        calm: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
+        """``calm`` returns when the engine has nothing more urgent to do than to fill the pool."""
         self._runtime = runtime
         self._policy = policy
         self._node_id = node_id
         self._journal = journal
         self._image = image
+        self._calm = calm
         # No random id: an agent that has lost its journal still finds what it left.
         self._pool = hashlib.sha256(os.fsencode(journal.path.resolve())).hexdigest()[:16]
         self._warm: dict[str, list[str]] = defaultdict(list)
@@ -233,6 +246,7 @@ class NetPool:
         with suppress(TimeoutError):
             await asyncio.wait_for(urgent.wait(), delay_s or None)
         urgent.clear()
+        await self._calm()
         try:
             while not self._closed and len(self._warm[network_class]) < self._wanted(network_class):
                 container = await self._make(network_class, self._policy.network_of(network_class))

@@ -110,9 +110,7 @@ class Removals:
                 due, removal = await self._queue.get()
                 try:
                     await asyncio.sleep(due - asyncio.get_running_loop().time())
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout_at(due + self.LATEST_S):
-                            await self._calm.wait()
+                    await self.calm()
                 except asyncio.CancelledError:
                     self._queue.put_nowait((due, removal))
                     raise
@@ -124,6 +122,12 @@ class Removals:
             for task in self._slow:
                 task.cancel()
             await asyncio.gather(*self._slow, return_exceptions=True)
+
+    async def calm(self) -> None:
+        """Until no step is being started, nor was just before; after ``LATEST_S`` at the latest."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.LATEST_S):
+                await self._calm.wait()
 
     def _look_again(self) -> None:
         if not self._starting:
