@@ -139,8 +139,8 @@ def test_a_node_with_a_wrong_token_or_authority_does_not_get_in_and_says_why(sit
 
 
 def test_a_killed_agent_adopts_its_running_step_when_it_is_started_again(site: Site) -> None:
-    hold = "\nwait_for('/work/go')\nprint('end')\n"
-    work = {"work": "/work:rw"}
+    hold = "\nwait_for('/area/go')\nprint('end')\n"
+    work = {"work": "/area:rw"}
     text = pipeline(python("count", COUNT + hold, volumes=work), python("next", ""), volumes={"work": {}})
     run_id = site.detached(text)
     until(lambda: running_container(run_id) != "")

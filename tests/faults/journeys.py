@@ -107,7 +107,7 @@ class Journey:
 
 def plain(traveller: Traveller) -> None:
     """Two steps that share a volume of their run."""
-    shared = {"marks": "/marks:rw", "work": "/work:rw"}
+    shared = {"marks": "/marks:rw", "work": "/area:rw"}
     text = pipeline(step_of("a", volumes=shared), step_of("b", volumes=shared), volumes={"work": {}})
     run = traveller.ended(traveller.rig.execute(text))
     assert run.state == types.RUN_STATE_SUCCEEDED, run

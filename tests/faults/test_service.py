@@ -66,11 +66,11 @@ def node(server: Box) -> Box:
 class Step:
     """A run whose one step says so, waits until the test lets it go, and says that, too."""
 
-    CODE = "print('begin', os.urandom(8).hex())\nopen('/work/begun', 'w')\nwait_for('/work/go')\nprint('end')\n"
+    CODE = "print('begin', os.urandom(8).hex())\nopen('/area/begun', 'w')\nwait_for('/area/go')\nprint('end')\n"
 
     def __init__(self, box: Box) -> None:
         self.box = box
-        text = pipeline(python("hold", self.CODE, volumes={"work": "/work:rw"}), volumes={"work": {}})
+        text = pipeline(python("hold", self.CODE, volumes={"work": "/area:rw"}), volumes={"work": {}})
         box.write("/root/hold.yaml", text)
         self.run_id = box.ok(
             "outrider", "run", "/root/hold.yaml", "--node", "n1", "--allow-offline", "--detach"
