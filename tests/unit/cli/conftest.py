@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import ipaddress
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -153,6 +154,8 @@ class Cli:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Whoever runs the tests in the background has it ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def __call__(self, *args: object, stdin: str | bytes = "", **env: str) -> subprocess.CompletedProcess[str]:
