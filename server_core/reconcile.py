@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 
 from outrider.reports import held_digest
 from outrider.v1 import node_service_pb2, types_pb2
-from server_core.store import events, runs
+from server_core.store import events, runs, turns
 from server_core.store.runs import RunRow
 
 _UNRECOGNISED = "unknown to the server"
@@ -147,7 +147,7 @@ def _unrecognised(
 
 
 def _unknown(connection: Connection, row: RunRow, run: types_pb2.HeldRun, result: Settlement) -> None:
-    blocker = runs.under_way_of_same_object(connection, row)
+    blocker = turns.under_way(connection, row)
     if blocker is not None:
         result.stop.append(row.run_id)
         what = f"unknown here, {_word(run.state)} there, and {blocker} has the object"

@@ -83,38 +83,30 @@ def command(
         allow_offline=allow_offline,
     )
     with app.client() as client:
-        run = client.call(client.stub.ExecutePipeline, request)
-        if not as_json and (detach or not sys.stdout.isatty()):
-            click.echo(run.run_id)
-            sys.stdout.flush()
-        if not detach:
-            try:
-                run = follow_run(client, run)
-            except LeftRun:
-                note(f"the run goes on; see it with: outrider runs show {run.run_id}")
-                return INTERRUPTED
-        if as_json:
-            emit_json(run)
-        return DONE if detach else report(client, run)
+        return see_through(client, client.call(client.stub.ExecutePipeline, request), detach=detach, as_json=as_json)
 
 
-class LeftRun(Exception):
-    """Ctrl-C for the third time."""
+def see_through(client: Client, run: types.Run, *, detach: bool, as_json: bool) -> int:
+    """Show an accepted run until it is over, unless ``detach``, and how it ended; gives the exit code."""
+    if not as_json and (detach or not sys.stdout.isatty()):
+        click.echo(run.run_id)
+        sys.stdout.flush()
+    if not detach:
+        from outrider.cli._views import open_view
+        from outrider.cli._watch import Left, follow
+
+        try:
+            with open_view(run) as view:
+                run = follow(client, run, view)
+        except Left:
+            note(f"the run goes on; see it with: outrider runs show {run.run_id}")
+            return INTERRUPTED
+    if as_json:
+        emit_json(run)
+    return DONE if detach else _report(client, run)
 
 
-def follow_run(client: Client, run: types.Run) -> types.Run:
-    """Show a run until it is over; gives its last state. Raises LeftRun if the person no longer wants to look on."""
-    from outrider.cli._views import open_view
-    from outrider.cli._watch import Left, follow
-
-    try:
-        with open_view(run) as view:
-            return follow(client, run, view)
-    except Left:
-        raise LeftRun from None
-
-
-def report(client: Client, run: types.Run) -> int:
+def _report(client: Client, run: types.Run) -> int:
     """Say how a terminal run ended, with the last lines of the step that failed; gives the exit code."""
     from outrider.v1 import types_pb2 as types
 

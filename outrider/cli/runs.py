@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
 
-from outrider.cli._main import DONE, INTERRUPTED, App
+from outrider.cli._main import INTERRUPTED, App
 from outrider.cli._output import age, compact, decoded, emit_json, fields, note, output_option, table, word
 from outrider.cli._values import Duration, Ref, json_or_string, pairs
 
@@ -201,7 +200,7 @@ def retry(
 ) -> int:
     """Go on with a run that did not succeed: a new run, which takes over the finished steps with their outputs."""
     from outrider.cli._client import request_id
-    from outrider.cli.run import LeftRun, follow_run, report
+    from outrider.cli.run import see_through
     from outrider.v1 import control_service_pb2 as pb
 
     request = pb.RetryRunRequest(
@@ -213,19 +212,7 @@ def retry(
         allow_offline=allow_offline,
     )
     with app.client() as client:
-        run = client.call(client.stub.RetryRun, request)
-        if not as_json and (detach or not sys.stdout.isatty()):
-            click.echo(run.run_id)
-            sys.stdout.flush()
-        if not detach:
-            try:
-                run = follow_run(client, run)
-            except LeftRun:
-                note(f"the run goes on; see it with: outrider runs show {run.run_id}")
-                return INTERRUPTED
-        if as_json:
-            emit_json(run)
-        return DONE if detach else report(client, run)
+        return see_through(client, client.call(client.stub.RetryRun, request), detach=detach, as_json=as_json)
 
 
 @command.command("resolve")

@@ -207,23 +207,6 @@ def active_of(connection: Connection, ref: types_pb2.ObjectRef) -> Sequence[RunR
     ).all()
 
 
-def under_way_of_same_object(connection: Connection, row: RunRow) -> str | None:
-    """Another run of the same object that its node has, or may have."""
-    if not row.object_kind:
-        return None
-    return connection.execute(
-        select(_RUNS.run_id)
-        .where(
-            _RUNS.object_kind == row.object_kind,
-            _RUNS.object_name == row.object_name,
-            _RUNS.state.in_(ACTIVE),
-            _RUNS.sent,
-            _RUNS.run_id != row.run_id,
-        )
-        .limit(1)
-    ).scalar()
-
-
 def mark_acknowledged(connection: Connection, run_id: str, node_id: str) -> bool:
     """The node has journalled the run."""
     return bool(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import ColumnElement, Connection, select, update
 
 from server_core.store import draining, schema
 from server_core.store.runs import ACTIVE, QUEUED, RunRow, row_of
@@ -51,6 +51,16 @@ def waits_for(connection: Connection, row: RunRow) -> str:
 
 def blocker_of(connection: Connection, row: RunRow) -> str | None:
     """The run of the same object that has to end before this one may start: the oldest, and any that a node has."""
+    return _oldest_other(connection, row, (_RUNS.sequence < row.sequence) | _RUNS.sent)
+
+
+def under_way(connection: Connection, row: RunRow) -> str | None:
+    """Another run of the same object that its node has, or may have."""
+    return _oldest_other(connection, row, _RUNS.sent)
+
+
+def _oldest_other(connection: Connection, row: RunRow, condition: ColumnElement[bool]) -> str | None:
+    """The oldest other run of the same object that is not over and meets ``condition``."""
     if not row.object_kind:
         return None
     return connection.execute(
@@ -60,7 +70,7 @@ def blocker_of(connection: Connection, row: RunRow) -> str | None:
             _RUNS.object_name == row.object_name,
             _RUNS.state.in_(ACTIVE),
             _RUNS.run_id != row.run_id,
-            (_RUNS.sequence < row.sequence) | _RUNS.sent,
+            condition,
         )
         .order_by(_RUNS.sequence)
         .limit(1)

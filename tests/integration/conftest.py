@@ -21,6 +21,8 @@ from agent_core.ports import Ports
 from agent_core.runtimes.base import LABEL_NODE
 from agent_core.runtimes.docker import DockerRuntime
 from agent_core.volumes import Volumes
+from outrider.v1.control_service_pb2_grpc import ControlServiceStub
+from tests.integration.server_rig import FakeAgent, Rig, add_node, served
 
 
 @dataclass
@@ -77,3 +79,25 @@ async def node(runtime: DockerRuntime, policy: NodePolicy, state_dir: Path) -> A
     for info in await runtime.list(labels={LABEL_NODE: node_id}):
         await runtime.remove(info.id, force=True)
     journal.close()
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    """A server without particular settings; who needs some has a fixture of this name."""
+    async with served(tmp_path / "server") as rig:
+        yield rig
+
+
+@pytest.fixture
+async def agent(rig: Rig) -> AsyncIterator[FakeAgent]:
+    """The agent of node n1, connected to ``rig``."""
+    agent = await (await add_node(rig)).start()
+    yield agent
+    await agent.stop()
+
+
+@pytest.fixture
+async def control(rig: Rig) -> AsyncIterator[ControlServiceStub]:
+    """An operator's calls to ``rig``."""
+    async with rig.operator() as control:
+        yield control

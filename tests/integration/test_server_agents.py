@@ -49,12 +49,6 @@ async def agent(rig: Rig) -> AsyncIterator[FakeAgent]:
     await agent.stop()
 
 
-@pytest.fixture
-async def control(rig: Rig) -> AsyncIterator[cgrpc.ControlServiceStub]:
-    async with rig.operator() as control:
-        yield control
-
-
 async def beat(agent: FakeAgent) -> None:
     while True:
         await asyncio.sleep(0.2)

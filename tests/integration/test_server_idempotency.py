@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 
 from outrider.errors import Conflict, OutriderError
 from outrider.v1 import control_service_pb2 as cpb
@@ -20,23 +17,10 @@ from outrider.wire import from_rpc_error
 from server_core.security import tokens
 from server_core.store import tokens as token_rows
 from server_core.store.commits import Commit
-from tests.integration.server_rig import PIPELINE, TIMEOUT, FakeAgent, Rig, add_node, refused, served, step
+from tests.integration.server_rig import PIPELINE, TIMEOUT, FakeAgent, Rig, refused, step
 
 ARENA = tpb.ObjectRef(kind="game", name="arena")
 MANY = 24
-
-
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    async with served(tmp_path / "server") as rig:
-        yield rig
-
-
-@pytest.fixture
-async def agent(rig: Rig) -> AsyncIterator[FakeAgent]:
-    agent = await (await add_node(rig)).start()
-    yield agent
-    await agent.stop()
 
 
 def request(number: object, **fields: Any) -> cpb.ExecutePipelineRequest:

@@ -14,7 +14,7 @@ from outrider.errors import Conflict, InvalidInput, Unavailable
 from outrider.v1 import control_service_pb2 as cpb
 from outrider.v1 import control_service_pb2_grpc as cgrpc
 from outrider.v1 import types_pb2 as tpb
-from tests.integration.server_rig import TIMEOUT, FakeAgent, Rig, add_node, refused, served, step
+from tests.integration.server_rig import TIMEOUT, FakeAgent, Rig, refused, served, step
 
 PIPELINE = b"""\
 name: two
@@ -31,19 +31,6 @@ RETRY, AS_SUCCEEDED = tpb.Settlement.VERDICT_RETRY, tpb.Settlement.VERDICT_SUCCE
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with served(tmp_path / "server", heartbeat_interval_s=30) as rig:
         yield rig
-
-
-@pytest.fixture
-async def agent(rig: Rig) -> AsyncIterator[FakeAgent]:
-    agent = await (await add_node(rig)).start()
-    yield agent
-    await agent.stop()
-
-
-@pytest.fixture
-async def control(rig: Rig) -> AsyncIterator[Control]:
-    async with rig.operator() as control:
-        yield control
 
 
 async def execute(rig: Rig, control: Control, **fields: Any) -> tpb.Run:

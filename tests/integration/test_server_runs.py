@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,28 +13,9 @@ from outrider.v1 import control_service_pb2 as cpb
 from outrider.v1 import control_service_pb2_grpc as cgrpc
 from outrider.v1 import node_service_pb2 as npb
 from outrider.v1 import types_pb2 as tpb
-from tests.integration.server_rig import PIPELINE, TIMEOUT, FakeAgent, Rig, add_node, refused, served, step
+from tests.integration.server_rig import PIPELINE, TIMEOUT, FakeAgent, Rig, add_node, refused, step
 
 SUCCEEDED = tpb.RUN_STATE_SUCCEEDED
-
-
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    async with served(tmp_path / "server") as rig:
-        yield rig
-
-
-@pytest.fixture
-async def agent(rig: Rig) -> AsyncIterator[FakeAgent]:
-    agent = await (await add_node(rig)).start()
-    yield agent
-    await agent.stop()
-
-
-@pytest.fixture
-async def control(rig: Rig) -> AsyncIterator[cgrpc.ControlServiceStub]:
-    async with rig.operator() as control:
-        yield control
 
 
 async def execute(rig: Rig, control: cgrpc.ControlServiceStub, **fields: Any) -> tpb.Run:

@@ -28,13 +28,6 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
         yield rig
 
 
-@pytest.fixture
-async def agent(rig: Rig) -> AsyncIterator[FakeAgent]:
-    agent = await (await add_node(rig)).start()
-    yield agent
-    await agent.stop()
-
-
 async def another(rig: Rig, agent: FakeAgent) -> FakeAgent:
     """The node's agent after its restart, or an impostor with its credential."""
     return FakeAgent(rig, agent.node_id, agent.token)

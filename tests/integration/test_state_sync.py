@@ -19,7 +19,7 @@ from server_core.dispatch import Dispatcher
 from server_core.store import runs
 from server_core.store.commits import Commit
 from tests.integration import test_agent_server as whole
-from tests.integration.server_rig import PIPELINE, TIMEOUT, FakeAgent, Rig, add_node, served, step
+from tests.integration.server_rig import PIPELINE, TIMEOUT, FakeAgent, Rig, served, step
 from tests.integration.test_sessions import events_of, run_of
 
 runtime = whole.runtime
@@ -32,13 +32,6 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with served(tmp_path / "server", heartbeat_interval_s=5) as rig:
         rig.server._services.dispatcher._lost_grace_s = 0.3
         yield rig
-
-
-@pytest.fixture
-async def agent(rig: Rig) -> AsyncIterator[FakeAgent]:
-    agent = await (await add_node(rig)).start()
-    yield agent
-    await agent.stop()
 
 
 async def execute(rig: Rig, **fields: Any) -> str:
