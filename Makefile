@@ -4,7 +4,7 @@ PY := .venv/bin/python
 TEST_WORKERS ?= 2
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help venv engine images locks demo test faults soak model unit lint types protos protos-check bench clean
+.PHONY: help venv engine images locks demo test faults soak model unit lint types protos protos-check bench bench-plugins clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ protos-check: venv ## is outrider/v1 what proto/ generates?
 
 bench: images ## the speed table, as ratios against named alternatives
 	@$(call WITH_ENGINE,$(PY) -m benchmarks)
+
+bench-plugins: venv ## the speed table of the four plugins; NAMES="s3 http" measures some of them
+	@$(PY) -m benchmarks.plugins $(NAMES)
 
 clean: ## remove what was built; images and the engine stay
 	@$(SUDO) rm -rf .venv .venv-proto .build .mypy_cache .ruff_cache .pytest_cache .hypothesis
