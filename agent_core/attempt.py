@@ -2,7 +2,7 @@
 
 The intent is journalled before anything is created. Finding the container already there means: adopt it.
 What is only `created` after a restart of the agent is fenced first, because a start request of the dead
-agent may still be on its way; within one agent's life there is no such request.
+agent may still be on its way; so is what the engine did not answer the start of in time.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class Attempt:
             network=f"container:{self._pause}",
             log_max_bytes=services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
             oci_runtime=services.policy.oci_runtime,
-            engine_boot=services.engine.info.boot if services.engine.info else "",
+            engine_boot=services.engine.boot,
         )
         try:
             container = await services.runtime.create(spec)
@@ -433,7 +433,7 @@ class Attempt:
             raise engine_stopped(self._order.step)
         if self._why is not None:
             raise self._stopped_error()
-        error = failure(self._order, end, self._directory.error, disk_is_full=self._services.disk.full_now())
+        error = failure(self._order, end, self._directory.error, disk_is_full=self._services.disk.full_now)
         if error is not None:
             raise error
         result.outputs = self._directory.read_outputs()

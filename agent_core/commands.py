@@ -18,7 +18,7 @@ from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, OutriderError
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
-from outrider.wire import failure_of, seconds
+from outrider.wire import failure_of
 
 log = structlog.get_logger(__name__)
 
@@ -84,10 +84,9 @@ class Commands:
                 await self._runs.accept(command.run_pipeline, command_id=command.command_id, digest=command.digest)
             case "cancel_run":
                 cancel = command.cancel_run
-                grace_s = seconds(cancel.grace) if cancel.HasField("grace") else self._cancel_grace_s
                 await self._runs.cancel(
                     cancel.run_id,
-                    Cancellation(cancel.reason, grace_s),
+                    Cancellation.of(cancel, default_grace_s=self._cancel_grace_s),
                     command_id=command.command_id,
                     digest=command.digest,
                 )

@@ -67,7 +67,7 @@ CREATE TABLE managed (
 """
 
 Owner = Literal["managed", "step", "pause", "foreign"]
-_DEFAULT_GRACE_S = 10.0
+DEFAULT_GRACE_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -442,7 +442,7 @@ class Containers:
 
     def _grace(self, name: str) -> float:
         known = self._known(name)
-        return float(known["grace_s"]) if known else _DEFAULT_GRACE_S
+        return float(known["grace_s"]) if known else DEFAULT_GRACE_S
 
     async def _record(self, spec: ManagedSpec, scope: ContainerScope, digest: str, state: str) -> None:
         await self._journal.execute(

@@ -38,6 +38,11 @@ class EngineWatch:
         """Whether it answered last time."""
         return self._up.is_set()
 
+    @property
+    def boot(self) -> str:
+        """The identity of its present start, "" before it has answered for the first time."""
+        return self.info.boot if self.info else ""
+
     def doubt(self, error: OutriderError) -> None:
         """A call found it missing: look now, and let those who wait wait."""
         if self._up.is_set():

@@ -362,11 +362,11 @@ class RunExecution:
         status.finished_at.GetCurrentTime()
         await self.commit(Transition.ATTEMPT_SETTLED if changes else Transition.STEP_ENDED, status, *changes)
 
-    async def fail(self, status: types.StepStatus, error: OutriderError, *changes: Change) -> None:
+    async def fail(self, status: types.StepStatus, error: OutriderError) -> None:
         """The step is terminal, and this is why."""
         status.failure.CopyFrom(failure_of(error))
         state = types.STEP_STATE_CANCELLED if error.code == "cancelled" else types.STEP_STATE_FAILED
-        await self.end(status, state, *changes)
+        await self.end(status, state)
 
     def _report(self, *steps: types.StepStatus) -> pb.RunReport:
         return pb.RunReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import Literal
 
 from agent_core.orders import AttemptOrder
@@ -57,7 +58,9 @@ def stopped(step: str, why: Why, limits: LimitPolicy) -> OutriderError:
             return OutriderError(f"step {step} was cancelled", code="cancelled")
 
 
-def failure(order: AttemptOrder, end: Exit, said: ErrorLine | None, *, disk_is_full: bool) -> OutriderError | None:
+def failure(
+    order: AttemptOrder, end: Exit, said: ErrorLine | None, *, disk_is_full: Callable[[], bool]
+) -> OutriderError | None:
     """What went wrong by the container's own end; None if nothing did. ``said``: the cause in the step's own words."""
     step, code = order.step, end.exit_code
     if code == EXIT_DONE:
@@ -84,7 +87,8 @@ def failure(order: AttemptOrder, end: Exit, said: ErrorLine | None, *, disk_is_f
         )
     message = f"step {step} failed: {said.message}" if said else f"step {step} ended with exit code {code}"
     hint = "" if said else "its log has the cause"
-    if disk_is_full:
+    full = disk_is_full()
+    if full:
         message, hint = f"{message}; the node's disk is full", "free some space on the node"
-    word = said.code if said else "disk_full" if disk_is_full else "step_failed"
+    word = said.code if said else "disk_full" if full else "step_failed"
     return (TemporaryError if code == EXIT_TEMPORARY else StepFailed)(message, code=word, hint=hint)

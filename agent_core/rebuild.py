@@ -22,14 +22,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import structlog
 
+from agent_core.containers import DEFAULT_GRACE_S
 from agent_core.damage import REBUILD
 from agent_core.identities import FIRST_UID, LAST_UID
 from agent_core.runner import RunEngine
@@ -53,7 +54,7 @@ from outrider.pipeline import Pipeline, Step, graph, load_pipeline
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
 from outrider.v1 import types_pb2 as types
-from outrider.wire import failure_of, from_rpc_error, seconds
+from outrider.wire import failure_of, from_rpc_error
 
 log = structlog.get_logger(__name__)
 
@@ -193,9 +194,8 @@ class Rebuild:
         for each in found:
             changes += [state.attempt_found(command.run_id, each.status.name, attempt) for attempt in each.attempts]
         if recovered.HasField("cancel"):
-            cancel = recovered.cancel
-            grace_s = seconds(cancel.grace) if cancel.HasField("grace") else services.config.cancel_grace_s
-            changes.append(state.cancel_run(command.run_id, Cancellation(cancel.reason, grace_s)))
+            cancellation = Cancellation.of(recovered.cancel, default_grace_s=services.config.cancel_grace_s)
+            changes.append(state.cancel_run(command.run_id, cancellation))
         report = pb.RunReport(
             run_id=command.run_id, lease_id=command.lease_id, state=run_state, steps=[each.status for each in found]
         )
@@ -272,12 +272,12 @@ def _find_step(
     if status.state in TERMINAL_STEPS and status.state != types.STEP_STATE_UNKNOWN:
         return FoundStep(status, [_over(each) for each in attempts])  # so that what is left of them is removed
     last = max(containers, default=0)
-    if last and last >= max(status.attempt, (begun or {}).get(step.name, 0)):
+    tried = max(status.attempt, (begun or {}).get(step.name, 0))
+    if last and last >= tried:
         status.state, status.attempt, status.reason = types.STEP_STATE_RUNNING, last, ""
         for gone in ("failure", "finished_at", "settlement"):
             status.ClearField(gone)
         return FoundStep(status, [*(_over(each) for each in attempts[:-1]), attempts[-1]])
-    tried = max(status.attempt, (begun or {}).get(step.name, 0))
     if begun is not None and not tried:
         status.state, status.reason = types.STEP_STATE_PENDING, ""
         return FoundStep(status)
@@ -301,7 +301,7 @@ def _attempt(number: int, info: ContainerInfo) -> AttemptRecord:
 
 
 def _over(attempt: AttemptRecord) -> AttemptRecord:
-    return AttemptRecord(attempt.attempt, attempt.container, "done", "", 0.0, attempt.engine_boot)
+    return replace(attempt, phase="done")
 
 
 def _lost(number: int) -> AttemptRecord:
@@ -335,11 +335,11 @@ def _volume_changes(root: Path, path: Path) -> list[Change]:
     scope, *owner, name = relative.split("/")
     volume = (scope, "/".join(owner), name, relative)
     sql = "INSERT OR IGNORE INTO volumes (scope, owner, name, path, keep) VALUES (?, ?, ?, ?, 1)"
-    changes: list[Change] = [lambda db: db.execute(sql, volume)]
+    changes = [_statement(sql, volume)]
     uid = path.stat().st_uid
     if scope != "node" and FIRST_UID <= uid <= LAST_UID:
         identity = (f"{scope}:{'/'.join(owner)}", uid)
-        changes.append(lambda db: db.execute("INSERT OR IGNORE INTO identities (owner, uid) VALUES (?, ?)", identity))
+        changes.append(_statement("INSERT OR IGNORE INTO identities (owner, uid) VALUES (?, ?)", identity))
     return changes
 
 
@@ -353,29 +353,26 @@ def _managed_changes(root: Path, info: ContainerInfo) -> list[Change]:
         labels.get(LABEL_STEP, ""),
         int(attempt) if attempt.isdecimal() else 0,
         labels.get(LABEL_OBJECT) or None,
+        DEFAULT_GRACE_S,
     )
     sql = (
         "INSERT OR IGNORE INTO managed (name, digest, state, run_id, step, attempt, object_ref, grace_s)"
-        " VALUES (?, ?, 'ready', ?, ?, ?, ?, 10)"
+        " VALUES (?, ?, 'ready', ?, ?, ?, ?, ?)"
     )
-    changes: list[Change] = [lambda db: db.execute(sql, row)]
+    changes = [_statement(sql, row)]
+    sql = "INSERT OR IGNORE INTO port_leases (port, protocol, owner, name) VALUES (?, ?, ?, ?)"
     for name, port, protocol in _ports_of(info):
-        lease = (port, protocol, info.name, name)
-        changes.append(
-            lambda db, lease=lease: db.execute(  # type: ignore[misc]
-                "INSERT OR IGNORE INTO port_leases (port, protocol, owner, name) VALUES (?, ?, ?, ?)", lease
-            )
-        )
+        changes.append(_statement(sql, (port, protocol, info.name, name)))
+    sql = "INSERT OR IGNORE INTO volume_uses (path, container) VALUES (?, ?)"
     for mount in info.mounts:
         source = Path(mount.source)
         if source.is_relative_to(root.resolve()):
-            use = (source.relative_to(root.resolve()).as_posix(), info.name)
-            changes.append(
-                lambda db, use=use: db.execute(  # type: ignore[misc]
-                    "INSERT OR IGNORE INTO volume_uses (path, container) VALUES (?, ?)", use
-                )
-            )
+            changes.append(_statement(sql, (source.relative_to(root.resolve()).as_posix(), info.name)))
     return changes
+
+
+def _statement(sql: str, row: Sequence[Any]) -> Change:
+    return lambda db: db.execute(sql, row)
 
 
 def _ports_of(info: ContainerInfo) -> list[tuple[str, int, str]]:

@@ -138,14 +138,12 @@ class RunEngine:
             await self._give_up(run, error)
         self._active.pop(run.run_id, None)
         self._services.netpool.release(run.run_id)
-        # Each attempt's goes with its container; what a former agent died before the removal of goes now.
-        directory = self._services.attempts_dir / run.run_id
-        self._services.removals.add(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
         try:
             await self._services.volumes.release_run(run.run_id)
         except OutriderError as error:
             log.warning("a run's volumes can't be removed now", run=run.run_id, error=str(error))
-        # Behind the removals of its attempts: until then it says which steps were begun.
+        # Each attempt's goes with its container. The run's goes behind them, with what a former agent died before the
+        # removal of: until then it says which steps were begun.
         directory = self._services.attempts_dir / run.run_id
         self._services.removals.add(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
 

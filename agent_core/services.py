@@ -110,7 +110,7 @@ class Removals:
                 due, removal = await self._queue.get()
                 try:
                     await asyncio.sleep(due - asyncio.get_running_loop().time())
-                    await self.calm()
+                    await self.calm(due + self.LATEST_S)
                 except asyncio.CancelledError:
                     self._queue.put_nowait((due, removal))
                     raise
@@ -123,10 +123,11 @@ class Removals:
                 task.cancel()
             await asyncio.gather(*self._slow, return_exceptions=True)
 
-    async def calm(self) -> None:
-        """Until no step is being started, nor was just before; after ``LATEST_S`` at the latest."""
+    async def calm(self, latest_at: float | None = None) -> None:
+        """Until no step is being started, nor was just before; until ``latest_at`` (of the loop's clock) at the latest,
+        which is ``LATEST_S`` from now unless given."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.LATEST_S):
+            async with asyncio.timeout_at(latest_at or asyncio.get_running_loop().time() + self.LATEST_S):
                 await self._calm.wait()
 
     def _look_again(self) -> None:

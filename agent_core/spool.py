@@ -216,10 +216,10 @@ class Spool:
         for log in [each for each in self._logs.values() if each.settled]:
             await self.acknowledge(log.key, log.acked)
 
-    def rewind(self, positions: dict[LogKey, int] | None = None) -> None:
-        """Send again from what is acknowledged, or from where the server says that it is."""
+    def rewind(self) -> None:
+        """Send again from what is acknowledged."""
         for log in self._logs.values():
-            log.sent = (positions or {}).get(log.key, log.acked)
+            log.sent = log.acked
             log.gap_sent = False
             log.aside = False
         self._changed.set()

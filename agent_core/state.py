@@ -24,6 +24,7 @@ from agent_core.transitions import Transition
 from outrider.reports import TERMINAL
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
+from outrider.wire import seconds
 
 MIGRATION = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -146,6 +147,11 @@ class Clock:
 class Cancellation:
     reason: str
     grace_s: float
+
+    @classmethod
+    def of(cls, cancel: pb.CancelRun, *, default_grace_s: float) -> Cancellation:
+        """As the server sent it."""
+        return cls(cancel.reason, seconds(cancel.grace) if cancel.HasField("grace") else default_grace_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ class StepRunner:
         status.ClearField("failure")
         if not status.HasField("started_at"):
             status.started_at.GetCurrentTime()
-        boot = self._services.engine.info.boot if self._services.engine.info else ""
+        boot = self._services.engine.boot
         await self._run.commit(
             Transition.ATTEMPT_INTENDED,
             status,

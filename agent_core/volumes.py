@@ -133,7 +133,7 @@ class Volumes:
 
         # What was allotted before is somebody's already: a run that a restarted agent goes on with has begun.
         if not await self._journal.query("SELECT 1 FROM volumes WHERE path = ? AND released = 0", (path,)):
-            await asyncio.to_thread(self._check_disk, size_bytes)
+            await asyncio.to_thread(self._check_disk)
         # The row first: a directory that nobody knows of would never be collected.
         await self._journal.write(Transition.VOLUME_ALLOTTED, record)
         with disk_errors(f"make the volume {name}"):
@@ -242,7 +242,7 @@ class Volumes:
 
     # -- below here everything may block and runs in a thread
 
-    def _check_disk(self, size_bytes: int | None) -> None:
+    def _check_disk(self) -> None:
         free = shutil.disk_usage(self._root).free
         if free < self._reserve_bytes:
             raise TemporaryError(

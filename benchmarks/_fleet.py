@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -100,6 +100,9 @@ class _Host:
         return npb.CommandAck(command_id=command.command_id)
 
     async def stop_streams(self) -> None:
+        return
+
+    async def retell(self, run_ids: Sequence[str]) -> None:
         return
 
     async def recover(self, stub: Any) -> None:
@@ -263,7 +266,7 @@ async def _add_nodes(server: ServerProcess, names: Iterable[str]) -> dict[str, s
     ca, tokens = server.ca_file.read_bytes(), {}
     gate = asyncio.Semaphore(_ADDING_AT_ONCE)
     async with open_channel(server.address, ca=ca, identity=Identity(server.token)) as channel:
-        stub = cgrpc.ControlServiceStub(channel)
+        stub = cast("cgrpc.ControlServiceAsyncStub", cgrpc.ControlServiceStub(channel))
 
         async def add(name: str) -> None:
             async with gate:

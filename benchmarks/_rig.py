@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import yaml
 
@@ -104,13 +105,13 @@ class Client:
         ca = here["ca"]
         pem = ca.encode() if "BEGIN CERTIFICATE" in ca else Path(ca).read_bytes()
         self._channel = open_channel(here["server"], ca=pem, identity=Identity(token=here["token"]))
-        self.stub = control_grpc.ControlServiceStub(self._channel)
+        self.stub = cast("control_grpc.ControlServiceAsyncStub", control_grpc.ControlServiceStub(self._channel))
 
     async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def run(self, pipeline: str, node: str = "dev") -> float:
         """Execute ``pipeline`` to its end; the wall time in seconds. A run that does not succeed ends the benchmark."""

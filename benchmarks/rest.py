@@ -77,7 +77,7 @@ def _start_both(folder: Path, started: list[subprocess.Popen[bytes]]) -> subproc
     token = folder / "token"
     token.write_text(json.loads(added.stdout)["token"])
     token.chmod(0o600)
-    agent = subprocess.Popen(
+    agent: subprocess.Popen[bytes] = subprocess.Popen(
         [
             OUTRIDER, "agent", "run", "--server", "127.0.0.1:18643", "--node-id", "rest", "--token-file", token,
             "--ca-file", data / "tls" / "ca.pem", "--state-dir", folder / "agent",

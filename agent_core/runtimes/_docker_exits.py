@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from agent_core.runtimes._docker_wire import Json
 from agent_core.runtimes.base import ContainerInfo, EngineEvent, Exit
@@ -22,13 +23,16 @@ _REMEMBERED = 4096
 _QUEUE = 10_000
 _KILLED = 137
 _EXPLAIN_S = 10.0  # how long an engine that hangs may delay the news of an end that is known
-_OOM_LATE_S = 0.2  # its notice of memory running out and that of the end reach the engine by two ways
+# The kernel's notice of memory running out and that of the end reach the engine by two ways.
+_OOM_LATE_S = 0.2
+_OOM_LATEST_S = 1.0  # where nothing else explains a SIGKILL
 
 ACTIONS = (
     "create", "start", "die", "oom", "kill", "stop", "restart", "destroy", "pause", "unpause", "rename",
     "health_status",
 )  # fmt: skip
 
+T = TypeVar("T")
 Stream = Callable[[], AsyncGenerator[Json, None]]
 Inspect = Callable[[str], Awaitable[ContainerInfo]]
 
@@ -93,9 +97,7 @@ class Exits:
     def created(self, container: str) -> None:
         """A container was just created: as long as the stream stands, its end can't be missed."""
         if self._up.is_set():
-            self._watched[container] = self._generation
-            while len(self._watched) > _REMEMBERED:
-                self._watched.popitem(last=False)
+            _remember(self._watched, container, self._generation)
 
     async def wait(self, container: str, boot: str) -> Exit:
         """The end of a container, by id. Waits through any absence of the engine."""
@@ -201,7 +203,7 @@ class Exits:
             for waiter in self._waiters.get(container, ()):
                 self._answer(waiter, replace(end, engine_stopped=self._stopped_since(waiter.boot)))
         elif self._up.is_set():
-            self._watched[container] = self._generation
+            _remember(self._watched, container, self._generation)
 
     def _stopped_since(self, boot: str) -> bool:
         """Whether what was started by the engine of that identity can have been stopped with it."""
@@ -224,9 +226,9 @@ class Exits:
             self._out_of_memory.pop(container, None)
             self._signalled.pop(container, None)
         elif action == "oom":
-            _note(self._out_of_memory, container)
+            _remember(self._out_of_memory, container, None)
         elif action == "kill":
-            _note(self._signalled, container)
+            _remember(self._signalled, container, None)
         elif action == "die":
             # Aside: an engine that hangs on one container must not hold up what is told about others.
             task = asyncio.create_task(self._died(container, code or 0))
@@ -260,9 +262,7 @@ class Exits:
         )
         if container in self._waiters:
             end = await self._explained(end)
-        self._ended[container] = end
-        while len(self._ended) > _REMEMBERED:
-            self._ended.popitem(last=False)
+        _remember(self._ended, container, end)
         for waiter in self._waiters.get(container, ()):
             self._answer(waiter, end)
 
@@ -276,7 +276,7 @@ class Exits:
             return replace(end, oom_killed=end.container_id in self._out_of_memory)
         try:
             async with asyncio.timeout(_EXPLAIN_S):
-                for wait_s in (0.0, _OOM_LATE_S):
+                for wait_s in (0.0, _OOM_LATE_S, *(() if end.signalled else (_OOM_LATEST_S,))):
                     await asyncio.sleep(wait_s)
                     info = await self._inspect(end.container_id)
                     if info.state == "removing":
@@ -308,7 +308,7 @@ class Exits:
             queue.put_nowait(event)
 
 
-def _note(containers: OrderedDict[str, None], container: str) -> None:
-    containers[container] = None
-    while len(containers) > _REMEMBERED:
-        containers.popitem(last=False)
+def _remember(known: OrderedDict[str, T], container: str, value: T) -> None:
+    known[container] = value
+    while len(known) > _REMEMBERED:
+        known.popitem(last=False)
