@@ -119,9 +119,11 @@ class Agent:
     async def _parts(self, policy: NodePolicy) -> AsyncIterator[Services]:
         """Everything that an agent has, in the order in which it depends on one another."""
         config = self.config
-        plugins = await asyncio.to_thread(PluginHost.load, config.plugins, config.disabled_plugins)
+        plugins = await asyncio.to_thread(
+            PluginHost.load, config.plugins, config.disabled_plugins, limit_s=config.plugin_limit_s
+        )
         for report in plugins.plugins:
-            if not report.ok:
+            if report.state == "error":
                 log.warning("a plugin is not used", plugin=report.name, reason=report.error)
         runtime = self._given_runtime or load_runtime(config.runtime, config.engine_socket)
         journal, damage = open_journal(
@@ -154,7 +156,8 @@ class Agent:
             on_refused=self._refused,
             operations=operations,
         )
-        facts = {**machine_facts(), **await asyncio.to_thread(plugins.node_facts)}
+        # What the agent has seen itself wins: steps and pipelines rely on it.
+        facts = {**await asyncio.to_thread(plugins.node_facts), **machine_facts()}
         engine = EngineWatch(runtime, outbox, on_return=netpool.start)
         disk = DiskWatch(
             config.state_dir,
@@ -339,6 +342,10 @@ class Agent:
                 ok=each.ok,
                 error=each.error,
                 step_types=each.step_types,
+                state=each.state,
+                fix=each.fix,
+                notes=each.notes,
+                contract=each.contract,
             )
             for each in self._services.plugins.plugins
         ]
@@ -433,9 +440,10 @@ class Agent:
             "spool_bytes": services.spool.size_bytes,
             "operations": [asdict(each) for each in services.operations.all()],
             "plugins": [
-                {"name": each.name, "version": each.version, "ok": each.ok, "error": each.error}
+                {"name": each.name, "version": each.version, "state": each.state, "error": each.error}
                 for each in services.plugins.plugins
             ],
+            "hook_failures": [asdict(each) for each in services.plugins.failures.values()],
         }
 
 

@@ -31,6 +31,7 @@ class AgentConfig(BaseModel):
     engine_socket: Path | None = None  # the engine's Unix socket; None: the driver's own default
     plugins: list[str] | None = None  # step plugins by name; None: all that are installed
     disabled_plugins: list[str] = Field(default_factory=list)
+    plugin_limit_s: Annotated[float, Field(gt=0)] = 30.0  # of the import of a plugin, and of each call of a hook
     policy_file: Path | None = None
     port_range: tuple[int, int] | None = None  # "20000-20999"; None: as the policy says
     labels: dict[str, str] = Field(default_factory=dict)

@@ -7,7 +7,7 @@ reported) and on the node (with real values in place of expressions).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -306,55 +306,20 @@ def _check_output(root: JSONSchema, reference: Sequence[str], path: str) -> Iter
 
 
 def installed_step_types() -> tuple[dict[str, StepTypeSpec], list[Problem]]:
-    """The step types of the plugins installed here, and what is wrong with plugins that could not be read.
+    """The step types of the plugins installed here, and what is wrong with plugins that can't be used."""
+    from outrider.plugin_host import StepPlugins
 
-    Nothing that a plugin does on import stops the others. The agent's plugin host does more (choosing, hooks).
-    """
-    from importlib.metadata import entry_points
-
-    from outrider.steps import PROJECT
-
-    found: dict[str, StepTypeSpec] = {}
-    problems: list[Problem] = []
-    for entry_point in sorted(entry_points(group=PROJECT), key=lambda entry_point: entry_point.name):
-        distribution = entry_point.dist.name if entry_point.dist else ""
-        version = entry_point.dist.version if entry_point.dist else ""
-        try:
-            specs = [
-                StepTypeSpec.of(step_type, distribution=distribution, version=version, plugin=entry_point.name)
-                for step_type in _types_of(entry_point.name, entry_point.load())
-            ]
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as error:  # a plugin may call sys.exit() or assert on import
-            said = " ".join(str(error).split())[:300] or type(error).__name__
-            hint = f"reinstall {distribution or entry_point.value}, or remove it"
-            problems.append(Problem(f"the plugin {entry_point.name} can't be used: {said}", hint=hint))
-            continue
-        for spec in specs:
-            if spec.name in found:
-                other = found[spec.name]
-                problems.append(
-                    Problem(
-                        f"the step type {spec.name} is in both {other.distribution} and {spec.distribution}",
-                        hint=f"the one of {other.distribution} counts; remove one of the two",
-                    )
-                )
-            else:
-                found[spec.name] = spec
-    return found, problems
-
-
-def _types_of(name: str, plugin: Any) -> Iterable[StepType]:
-    import pluggy
-
-    from outrider.steps import PROJECT, StepHooks
-
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(StepHooks)
-    manager.register(plugin, name)
-    for group in manager.hook.outrider_step_types():
-        yield from group
+    host = StepPlugins.load()
+    specs = {
+        name: StepTypeSpec.of(each.step_type, distribution=each.distribution, version=each.version, plugin=each.plugin)
+        for name, each in host.step_types.items()
+    }
+    problems = [
+        Problem(each.error.removesuffix(f"; {each.fix}"), hint=each.fix)
+        for each in host.plugins
+        if each.state == "error"
+    ]
+    return specs, problems
 
 
 def pipeline_schema(step_types: Mapping[str, StepTypeSpec]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ module implements hooks::
     def resolve_copy(params: CopyParams, context: StepContext) -> StepPlan:
         return StepPlan(image="example/copy:1", args=("cp", params.source, params.target))
 
+    outrider_contract = ">=1,<2"
+
     @hookimpl
     def outrider_step_types() -> list[StepType]:
         return [StepType(name="example.copy", params=CopyParams, resolve=resolve_copy, idempotent=True)]
@@ -38,6 +40,11 @@ PROJECT = "outrider.steps"
 
 CONTRACT_VERSION = 1
 """The version of the step-image contract, given to the program as OUTRIDER_CONTRACT."""
+
+CONTRACT = "1.0"
+"""The version of the whole contract: hooks, plans, parameters, image. Its first number is `CONTRACT_VERSION` and grows
+when something that worked no longer does; the second grows with what is added. A plugin's module says which versions
+it works with: ``outrider_contract = ">=1,<2"``."""
 
 STEP_TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
 

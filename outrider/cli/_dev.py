@@ -181,7 +181,7 @@ class Dev:
         note(f"node     {self.node_id} is {engine}")
         note(f"context  {self.context!r} in {self.contexts.path}")
         for plugin in node.plugins:
-            if not plugin.ok:
+            if not plugin.ok and plugin.state != "disabled":
                 note(f"plugin   {plugin.name} can't be used: {plugin.error}")
         note("")
         note("Outrider is ready. In another terminal:")

@@ -152,7 +152,7 @@ def show(app: App, node_id: str, as_json: bool) -> None:
         click.echo()
         rows = [(kind.name, kind.distribution, kind.version, kind.description) for kind in node.step_types]
         table(("STEP TYPE", "FROM", "VERSION", "WHAT IT DOES"), rows, empty="")
-    broken = [plugin for plugin in node.plugins if not plugin.ok]
+    broken = [plugin for plugin in node.plugins if not plugin.ok and plugin.state != "disabled"]
     if broken:
         click.echo()
         table(("PLUGIN", "FROM", "ERROR"), [(p.name, p.distribution, p.error) for p in broken], empty="")

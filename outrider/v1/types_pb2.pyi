@@ -793,6 +793,10 @@ class Plugin(google.protobuf.message.Message):
     OK_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     STEP_TYPES_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    FIX_FIELD_NUMBER: builtins.int
+    NOTES_FIELD_NUMBER: builtins.int
+    CONTRACT_FIELD_NUMBER: builtins.int
     name: builtins.str
     """the entry point's"""
     distribution: builtins.str
@@ -800,8 +804,18 @@ class Plugin(google.protobuf.message.Message):
     ok: builtins.bool
     error: builtins.str
     """why it is not loaded, with the fix"""
+    state: builtins.str
+    """"ok", "error", or "disabled": not even imported; empty from older agents: see ok"""
+    fix: builtins.str
+    """the end of error: what would be right"""
+    contract: builtins.str
+    """the contract versions that it declares to work with, as in ">=1,<2"; empty: none"""
     @property
     def step_types(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def notes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """what should be known of it all the same"""
+
     def __init__(
         self,
         *,
@@ -811,8 +825,12 @@ class Plugin(google.protobuf.message.Message):
         ok: builtins.bool = ...,
         error: builtins.str = ...,
         step_types: collections.abc.Iterable[builtins.str] | None = ...,
+        state: builtins.str = ...,
+        fix: builtins.str = ...,
+        notes: collections.abc.Iterable[builtins.str] | None = ...,
+        contract: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["distribution", b"distribution", "error", b"error", "name", b"name", "ok", b"ok", "step_types", b"step_types", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["contract", b"contract", "distribution", b"distribution", "error", b"error", "fix", b"fix", "name", b"name", "notes", b"notes", "ok", b"ok", "state", b"state", "step_types", b"step_types", "version", b"version"]) -> None: ...
 
 global___Plugin = Plugin
 

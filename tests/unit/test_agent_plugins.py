@@ -80,13 +80,13 @@ def test_a_broken_plugin_is_reported_by_name_and_the_others_work(site: Path, cas
 def test_a_disabled_plugin_is_not_even_imported(site: Path) -> None:
     install(site, "x-off", "off", "module_that_is_off", GOOD.format(type="off.step"))
     host = PluginHost.load(["off"], disabled=["off"])
-    assert not host.plugins
+    (report,) = (each for each in host.plugins if each.name == "off")
+    assert (report.state, report.ok, report.distribution) == ("disabled", False, "x-off")
     assert "module_that_is_off" not in sys.modules
 
 
 def test_an_enabled_plugin_that_is_not_installed_is_reported() -> None:
-    (report,) = PluginHost.load(["nowhere"]).plugins
-    assert not report.ok
+    (report,) = (each for each in PluginHost.load(["nowhere"]).plugins if each.state == "error")
     assert "nowhere" in report.error
 
 
@@ -95,7 +95,7 @@ def test_two_distributions_with_one_name_are_both_told(site: Path) -> None:
     install(site, "second-dist", "twice", "twice_b", GOOD.format(type="second.step"))
     host = PluginHost.load(["twice"])
     assert list(host.step_types) == ["first.step"]
-    loser = next(report for report in host.plugins if not report.ok)
+    loser = next(report for report in host.plugins if report.state == "error")
     assert (loser.distribution, "first-dist" in loser.error) == ("second-dist", True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from pydantic import BaseModel, Field
 from outrider._schema_errors import schema_problems
 from outrider.errors import InvalidInput, Problem
 from outrider.pipeline import Pipeline, load_pipeline
-from outrider.schema import StepTypeSpec, check_params, check_steps, installed_step_types, pipeline_schema
+from outrider.schema import StepTypeSpec, check_params, check_steps, pipeline_schema
 from outrider.steps import ReadPath, StepPlan, StepType, VolumeMounts, WritePath
 
 
@@ -198,63 +197,6 @@ def test_alternatives_of_parameters_are_said_as_such(params: str) -> None:
     types = {"ex.copy": StepTypeSpec(name="ex.copy", params_schema=schema)}
     assert [p.message for p in check_steps(pipeline(params), types)] == ["give exactly one of key, prefix"]
     assert check_steps(pipeline("{key: '${{ args.n }}'}"), types) == []
-
-
-class EntryPoint:
-    """What importlib.metadata gives, as far as it is looked at."""
-
-    def __init__(self, name: str, plugin: Any, distribution: str = "") -> None:
-        self.name, self.value, self._plugin = name, f"{name}:plugin", plugin
-        self.dist = type("Dist", (), {"name": distribution or f"outrider-step-{name}", "version": "1"})
-
-    def load(self) -> Any:
-        if isinstance(self._plugin, BaseException):
-            raise self._plugin
-        return self._plugin
-
-
-class Good:
-    @staticmethod
-    def types() -> list[StepType]:
-        return [StepType(name="ex.copy", params=Params, resolve=lambda p, c: StepPlan(image="x"))]
-
-
-def plugin(hook: Any) -> Any:
-    from outrider.steps import hookimpl
-
-    return type("Plugin", (), {"outrider_step_types": staticmethod(hookimpl(hook))})()
-
-
-@pytest.fixture
-def entry_points(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
-    given: list[EntryPoint] = []
-    monkeypatch.setattr(metadata, "entry_points", lambda group: given if group == "outrider.steps" else [])
-    return given
-
-
-def test_broken_plugins_are_named_and_the_others_work(entry_points: list[EntryPoint]) -> None:
-    def raising() -> list[StepType]:
-        raise ValueError("no such thing")
-
-    entry_points += [
-        EntryPoint("good", plugin(lambda: Good.types())),
-        EntryPoint("imports", ImportError("No module named 'boto3'")),
-        EntryPoint("exits", SystemExit(3)),
-        EntryPoint("asserts", AssertionError()),
-        EntryPoint("raises", plugin(raising)),
-        EntryPoint("signature", plugin(lambda unexpected: [])),
-        EntryPoint("wrong", plugin(lambda: ["ex.copy"])),
-        EntryPoint("none", plugin(lambda: 7)),
-        EntryPoint("zz-second", plugin(lambda: Good.types())),
-    ]
-    types, problems = installed_step_types()
-    assert list(types) == ["ex.copy"]
-    assert types["ex.copy"].distribution == "outrider-step-good"
-    said = [str(problem) for problem in problems]
-    for name in ("imports", "exits", "asserts", "raises", "signature", "wrong", "none"):
-        assert sum(f"the plugin {name} can't be used" in line for line in said) == 1
-    assert any("No module named 'boto3'" in line and "reinstall outrider-step-imports" in line for line in said)
-    assert any("is in both outrider-step-good and outrider-step-zz-second" in line for line in said)
 
 
 VALID = """

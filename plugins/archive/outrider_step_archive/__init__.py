@@ -9,6 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from outrider.steps import ReadPath, StepContext, StepPlan, StepType, WritePath, hookimpl
 
+outrider_contract = ">=1,<2"
+"""The versions of the plugin contract that this works with."""
+
 IMAGE = "outrider/step-archive:0.1.0"
 
 Format = Literal["7z", "zip", "tar", "tar.gz", "tar.xz", "tar.zst"]

@@ -19,6 +19,9 @@ from outrider_step_container._models import (
 
 __version__ = "0.1.0"
 
+outrider_contract = ">=1,<2"
+"""The versions of the plugin contract that this works with."""
+
 IMAGE = f"outrider/step-container:{__version__}"
 """The image with the programs."""
 

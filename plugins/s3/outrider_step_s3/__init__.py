@@ -22,12 +22,16 @@ __all__ = [
     "TransferParams",
     "UploadOutputs",
     "UploadParams",
+    "outrider_contract",
     "outrider_step_types",
     "resolve_download",
     "resolve_upload",
 ]
 
 __version__ = "0.1.0"
+
+outrider_contract = ">=1,<2"
+"""The versions of the plugin contract that this works with."""
 
 IMAGE = f"outrider/step-s3:{__version__}"
 """The image that carries both programs."""
