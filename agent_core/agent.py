@@ -30,6 +30,7 @@ from agent_core.damage import open_journal
 from agent_core.diskwatch import DiskWatch
 from agent_core.engine import EngineWatch
 from agent_core.identities import Identities
+from agent_core.images import Images
 from agent_core.journal import RESERVE_BYTES
 from agent_core.netpool import NetPool
 from agent_core.outbox import Outbox
@@ -179,6 +180,7 @@ class Agent:
             identities=identities,
             netpool=netpool,
             containers=containers,
+            images=Images(runtime, policy.images, operations),
             envs=self._session,
             background=background,
             removals=removals,

@@ -11,8 +11,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -220,8 +221,9 @@ class Attempt:
             oci_runtime=services.policy.oci_runtime,
             engine_boot=services.engine.boot,
         )
+        image_id = await services.images.before_create(order.plan.image, run=order.run_id, tell=self._pulling)
         try:
-            container = await services.runtime.create(spec)
+            container = await services.runtime.create(replace(spec, image_id=image_id))
             self._created = self._mark("created")
         except Conflict:
             # Ours, if the answer to a former request was lost: the name is the attempt's.
@@ -233,19 +235,15 @@ class Attempt:
         except OutriderError as error:
             if error.code == "image_not_found" and not pulled:
                 # Nearly always it is here: asked for only where the engine says that it is not.
-                pull: Literal["missing", "never"] = "missing" if services.policy.images.pull else "never"
-                # A question that timed out is asked again by who called this, after saying so.
-                await services.operations.run(
-                    "image.pull",
-                    RetryPolicy(),
-                    lambda: services.runtime.ensure_image(order.plan.image, pull=pull),
-                    idempotent=False,
-                )
+                await services.images.ensure(order.plan.image, run=order.run_id, tell=self._pulling)
                 return await self._create(pulled=True)
             if await self._namespace_is_gone():
                 return await self._create()
             raise
         return ContainerInfo(id=container, name=spec.name, image=spec.image, state="created", labels=spec.labels)
+
+    def _pulling(self, done: int, total: int, message: str) -> None:
+        self._on_progress(ProgressLine(done, total, "bytes", message))
 
     async def _find(self, *, fence: bool) -> ContainerInfo | None:
         """The attempt's container if it is there. ``fence``: one that never started is done away with."""

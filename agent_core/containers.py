@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import socket
 import sqlite3
@@ -26,6 +27,7 @@ from agent_core.container_spec import (
     mounts_of,
     substitute,
 )
+from agent_core.images import Images
 from agent_core.journal import Journal
 from agent_core.policy import NodePolicy, capability_name
 from agent_core.ports import Ports
@@ -95,6 +97,7 @@ class Containers:
         self._ports = ports
         self._volumes = volumes
         self._policy = policy
+        self._images = Images(runtime, policy.images)
         self._node_id = node_id
         self._missing_since: dict[str, float] = {}
         # Held by whoever works on that name, and gone with the last of them: any name can be asked for.
@@ -198,9 +201,9 @@ class Containers:
             await self._record(spec, scope, digest, "starting")
             container_id = ""
             try:
-                await self._runtime.ensure_image(spec.image, pull="missing" if self._policy.images.pull else "never")
+                image_id = await self._images.ensure(spec.image)
                 await self._volumes.use(spec.name, [mount.source for mount in mounts])
-                container_id = await self._runtime.create(container)
+                container_id = await self._runtime.create(dataclasses.replace(container, image_id=image_id))
                 await self._runtime.start(container_id)
                 await wait_ready(self._runtime, container_id, spec, ports)
             except OutriderError:

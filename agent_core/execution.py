@@ -167,11 +167,10 @@ class RunExecution:
     async def _pull_ahead(self) -> None:
         fresh = [step for step in self.pipeline.steps if step.name in self.plans and not self.record.attempts]
         images = {self.plans[step.name].plan.image: step for step in fresh if step.if_ is None}
-        pull = "missing" if self.services.policy.images.pull else "never"
 
         async def ensure(image: str) -> OutriderError | None:
             try:
-                await self.services.runtime.ensure_image(image, pull=pull)  # type: ignore[arg-type]
+                await self.services.images.ensure(image, run=self.run_id)
             except OutriderError as error:
                 return error
             return None

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from agent_core.image_policy import ImagePolicy
 from outrider.errors import InvalidInput, PolicyViolation, Problem
 from outrider.steps import Resources, StepPlan
 
@@ -25,15 +26,6 @@ _STEP_USER = re.compile(r"[1-9][0-9]{0,9}(:[1-9][0-9]{0,9})?", re.ASCII)
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ImagePolicy(_Section):
-    """``allow``: patterns for the whole reference (``game/*``, ``*`` for all). ``registries``: hosts that images
-    may come from; empty: any. ``pull``: whether an image that is missing may be pulled."""
-
-    allow: tuple[str, ...] = ("*",)
-    registries: tuple[str, ...] = ()
-    pull: bool = True
 
 
 class PortPolicy(_Section):
@@ -164,19 +156,7 @@ class NodePolicy(_Section):
 
     def check_image(self, image: str) -> None:
         """Raises PolicyViolation if ``image`` is not allowed here."""
-        if not any(fnmatchcase(image, pattern) for pattern in self.images.allow):
-            raise PolicyViolation(
-                f"this node's policy does not allow the image {image}",
-                code="image_not_allowed",
-                hint=f"images.allow: {', '.join(self.images.allow) or 'none'}",
-            )
-        registry = registry_of(image)
-        if self.images.registries and registry not in self.images.registries:
-            raise PolicyViolation(
-                f"this node's policy does not allow images from {registry} ({image})",
-                code="registry_not_allowed",
-                hint=f"images.registries: {', '.join(self.images.registries)}",
-            )
+        self.images.check(image)
 
     def network_of(self, network_class: str) -> str:
         """The engine's network of a class; "none" for "none". PolicyViolation if the node has no such class."""
@@ -235,13 +215,6 @@ class NodePolicy(_Section):
 def capability_name(name: str) -> str:
     """The engine's form: upper case, without ``CAP_``."""
     return name.upper().removeprefix("CAP_")
-
-
-def registry_of(image: str) -> str:
-    """The registry's host in a reference, by the rule of the reference grammar: the part before the first
-    slash is a host if it has a dot or a colon or is ``localhost``; else it is Docker Hub's ``docker.io``."""
-    first, slash, _ = image.partition("/")
-    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 
 
 def _at_most(value: Any, most: Any) -> Any:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from agent_core.diskwatch import DiskWatch
     from agent_core.engine import EngineWatch
     from agent_core.identities import Identities
+    from agent_core.images import Images
     from agent_core.netpool import NetPool
     from agent_core.policy import NodePolicy
     from agent_core.volumes import Volumes
@@ -168,6 +169,7 @@ class Services:
     identities: Identities
     netpool: NetPool
     containers: Containers
+    images: Images
     envs: EnvSource
     background: Background
     removals: Removals

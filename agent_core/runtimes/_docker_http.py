@@ -7,7 +7,7 @@ Connections of calls are kept and used again; an answer that streams has one to 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -65,13 +65,14 @@ class EngineHttp:
         self,
         method: str,
         path: str,
-        parameters: Mapping[str, object],
+        parameters: Mapping[str, object] | Sequence[tuple[str, str]],
         doing: str,
         *,
         headers: Mapping[str, str] | None = None,
         silence_s: float | None = None,
+        data: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer without an end in sight; errors while it is read are translated too."""
+        """An answer without an end in sight; errors while it is read are translated too. ``data``: what is sent."""
         prefix = await self.prefix()
         if self._streams is None:
             connector = aiohttp.UnixConnector(self._socket, force_close=True, limit=0)
@@ -79,7 +80,12 @@ class EngineHttp:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence_s)
         try:
             async with self._streams.request(
-                method, f"http://docker{prefix}{path}", params=query(parameters), headers=headers, timeout=timeout
+                method,
+                f"http://docker{prefix}{path}",
+                params=query(parameters) if isinstance(parameters, Mapping) else list(parameters),
+                data=data,
+                headers=headers,
+                timeout=timeout,
             ) as response:
                 if response.status >= 400:
                     raise wire.translate_answer(response.status, _message(response, await response.read()), doing, "")

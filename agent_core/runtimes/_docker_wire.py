@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
-from agent_core.runtimes.base import ContainerInfo, ContainerSpec, Mount, PortBinding, secrets_in
+from agent_core.runtimes.base import LABEL_IMAGE, ContainerInfo, ContainerSpec, Mount, PortBinding, secrets_in
 from outrider.errors import (
     Conflict,
     EngineUnavailable,
@@ -29,6 +29,25 @@ Json = dict[str, Any]
 _STATES = ("created", "running", "paused", "restarting", "removing", "exited", "dead")
 _PORT = re.compile(r"(?:0\.0\.0\.0|[\d.]+|\[[^\]]*\]):(\d{1,5})\b")
 _EXIT_CODE = re.compile(r"Exited \((\d+)\)")
+# How Go's network library, TLS and the engine's registry client say that another try may do.
+_REGISTRY_BUSY = (
+    "connection refused",
+    "connection reset",
+    "broken pipe",
+    "i/o timeout",
+    "timeout exceeded",
+    "handshake timeout",
+    "awaiting headers",
+    "deadline exceeded",
+    "network is unreachable",
+    "no route to host",
+    "temporary failure in name resolution",
+    "server misbehaving",
+    "toomanyrequests",
+    "too many requests",
+    "unexpected eof",
+)
+_HTTP_5XX = re.compile(r"(?:http status|status code|status from [^:]*request)[^0-9]{0,40}5\d\d\b|: eof$")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 
 
@@ -89,9 +108,9 @@ def create_body(spec: ContainerSpec, *, has_init: bool = False) -> Json:
     if spec.pids is not None:
         host["PidsLimit"] = spec.pids
     body: Json = {
-        "Image": spec.image,
+        "Image": spec.image_id or spec.image,
         "Env": [f"{name}={value}" for name, value in spec.env.items()],
-        "Labels": dict(spec.labels),
+        "Labels": {**spec.labels, **({LABEL_IMAGE: spec.image} if spec.image_id else {})},
         "Tty": False,
         "OpenStdin": False,
         "HostConfig": host,
@@ -129,7 +148,7 @@ def info_from_inspect(answer: Json) -> ContainerInfo:
     return ContainerInfo(
         id=answer["Id"],
         name=answer["Name"].removeprefix("/"),
-        image=config["Image"],
+        image=(config.get("Labels") or {}).get(LABEL_IMAGE) or config["Image"],
         state=status,
         labels=dict(config.get("Labels") or {}),
         exit_code=int(state["ExitCode"]) if ended or status == "restarting" else None,
@@ -167,7 +186,7 @@ def info_from_list(item: Json) -> ContainerInfo:
     return ContainerInfo(
         id=item["Id"],
         name=names[0].removeprefix("/"),
-        image=item["Image"],
+        image=(item.get("Labels") or {}).get(LABEL_IMAGE) or item["Image"],
         state=_state(item.get("State", "")),
         labels=dict(item.get("Labels") or {}),
         exit_code=int(code[1]) if code else None,
@@ -208,6 +227,20 @@ def image_not_found(image: str, tried: str = "") -> NotFound:
         code="image_not_found",
         hint="check its name and tag, load it on the node, or see that its registry can be reached",
     )
+
+
+def pull_failed(image: str, reason: str) -> OutriderError:
+    """Why a pull failed, by the engine's sentence, which is all that it gives."""
+    lower = reason.lower()
+    if any(words in lower for words in _REGISTRY_BUSY) or _HTTP_5XX.search(lower):
+        return TemporaryError(
+            f"the image {image} can't be pulled now: {reason}",
+            code="registry_unavailable",
+            hint="see that its registry can be reached, or load the image on the node",
+        )
+    if "no space left on device" in lower:
+        return TemporaryError(f"the node's disk is full: pull {image}", code="disk_full", hint="free some space")
+    return image_not_found(image, reason)
 
 
 def translate_answer(status: int, message: str, doing: str, subject: str) -> OutriderError:

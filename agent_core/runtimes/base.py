@@ -24,6 +24,7 @@ LABEL_SPEC = "outrider.spec"  # SHA-256 of a managed container's specification
 LABEL_SECRETS = "outrider.secrets"  # names of the environment variables that hold secrets, comma-separated
 LABEL_BOOT = "outrider.boot"  # EngineInfo.boot of the engine that a step's container was made with
 LABEL_PORTS = "outrider.ports"  # a managed container's leased ports: "game=27001/udp,http=27002/tcp"
+LABEL_IMAGE = "outrider.image"  # the image as it was named, where the container was made from its id
 LABEL_NAME = "outrider.name"  # a managed container's name as the pipeline gave it
 
 
@@ -53,6 +54,7 @@ class ContainerSpec:
 
     name: str
     image: str
+    image_id: str = ""  # the content that it is made from, where the node's policy says which; "": what `image` names
     args: tuple[str, ...] = ()
     entrypoint: tuple[str, ...] | None = None
     env: Mapping[str, str] = field(default_factory=dict)
@@ -153,7 +155,22 @@ class EngineInfo:
     storage_driver: str
 
 
-PullProgress = Callable[[int, int], None]  # bytes done, bytes in all (0: not known)
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """An image that the engine has. ``digests``: ``name@sha256:…`` for each registry that it was pulled from."""
+
+    id: str  # "sha256:…": of its configuration, which names its layers by their content
+    tags: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+    size_bytes: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def has_content(self, digest: str) -> bool:
+        """Whether ``digest`` is what a registry calls this content, or what the engine does."""
+        return self.id == digest or any(each.endswith(f"@{digest}") for each in self.digests)
+
+
+PullProgress = Callable[[int, int], None]  # bytes done, bytes of what is known by now
 
 
 class Runtime(Protocol):
@@ -162,10 +179,15 @@ class Runtime(Protocol):
     async def info(self) -> EngineInfo:
         """Ask the engine about itself; the way to learn whether it answers."""
 
-    async def ensure_image(
-        self, image: str, *, pull: Literal["missing", "never"], on_progress: PullProgress | None = None
-    ) -> str:
-        """The image's id, pulled if it is missing. NotFound names the image and says what was tried."""
+    async def find_image(self, image: str) -> ImageInfo:
+        """The image that the engine has by this name (or name@digest, or id). NotFound names it."""
+
+    async def pull_image(self, image: str, *, on_progress: PullProgress | None = None) -> ImageInfo:
+        """Fetch it from the registry in its name. NotFound says what was tried; TemporaryError (code
+        ``registry_unavailable``) that it may work later. One pull for all who want it at the same time."""
+
+    async def tag_image(self, image_id: str, name: str, tag: str) -> None:
+        """Give an image that the engine has a further name; another image that had it loses it."""
 
     async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
         """A bridge network without traffic between its containers. Idempotent."""

@@ -1,4 +1,4 @@
-"""Docker Engine, through its HTTP API at a Unix socket; credentials and image names are docker-py's matter.
+"""Docker Engine, through its HTTP API at a Unix socket; credentials of registries are docker-py's matter.
 
 Calls are made on the event loop and not with docker-py's client: its thread, its connection and its layers took
 a quarter of the time of server and agent for a step (docs/decisions/0006).
@@ -14,17 +14,14 @@ import os
 import re
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
-
-import docker.auth
-import docker.errors
-import docker.utils
 
 from agent_core.runtimes import _docker_streams as streams
 from agent_core.runtimes import _docker_wire as wire
 from agent_core.runtimes._docker_exits import ACTIONS, Exits
 from agent_core.runtimes._docker_http import EngineHttp
+from agent_core.runtimes._docker_images import DockerImages
 from agent_core.runtimes._docker_wire import Json
 from agent_core.runtimes.base import (
     ContainerInfo,
@@ -32,14 +29,14 @@ from agent_core.runtimes.base import (
     EngineEvent,
     EngineInfo,
     Exit,
+    ImageInfo,
     PullProgress,
     StreamName,
 )
-from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, PermanentError
+from outrider.errors import Conflict, NotFound
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 _CALL_TIMEOUT_S = 60.0
-_PULL_SILENCE_S = 300.0
 _INIT_PATH = "/usr/local/bin:/usr/bin:/usr/local/libexec/docker:/usr/libexec/docker"
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
@@ -57,7 +54,7 @@ class DockerRuntime:
         # The engine looks for it in its own path, and does not say whether it found it.
         self._has_init = shutil.which("docker-init", path=f"{os.environ.get('PATH', '')}:{_INIT_PATH}") is not None
         self._exits = Exits(self._events, self.inspect, self._boot, self._alive)
-        self._pulls: dict[str, asyncio.Task[str]] = {}
+        self._images = DockerImages(self._http)
         self._network_lock = asyncio.Lock()
 
     # -- the engine
@@ -73,21 +70,14 @@ class DockerRuntime:
             storage_driver=str(answer.get("Driver", "")),
         )
 
-    async def ensure_image(
-        self, image: str, *, pull: Literal["missing", "never"], on_progress: PullProgress | None = None
-    ) -> str:
-        try:
-            return await self._image_id(image)
-        except NotFound:
-            if pull == "never":
-                raise
-        # One pull for all who want the same image; who gives up waiting does not end it for the others.
-        task = self._pulls.get(image)
-        if task is None:
-            task = asyncio.create_task(self._pull(image, on_progress), name=f"pull {image}")
-            self._pulls[image] = task
-            task.add_done_callback(lambda done: self._pulled(image, done))
-        return await asyncio.shield(task)
+    async def find_image(self, image: str) -> ImageInfo:
+        return await self._images.find(image)
+
+    async def pull_image(self, image: str, *, on_progress: PullProgress | None = None) -> ImageInfo:
+        return await self._images.pull(image, on_progress)
+
+    async def tag_image(self, image_id: str, name: str, tag: str) -> None:
+        await self._images.tag(image_id, name, tag)
 
     async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
         doing = "make the network"
@@ -198,9 +188,7 @@ class DockerRuntime:
 
     async def aclose(self) -> None:
         await self._exits.aclose()
-        for task in self._pulls.values():
-            task.cancel()
-        await asyncio.gather(*self._pulls.values(), return_exceptions=True)
+        await self._images.aclose()
         await self._http.aclose()
 
     # -- inside
@@ -236,58 +224,9 @@ class DockerRuntime:
         except OSError as error:
             raise wire.unavailable(self._http.url, error) from error
 
-    async def _image_id(self, image: str) -> str:
-        if any(part in ("", ".", "..") for part in image.split("/")):
-            raise InvalidInput(f"{image!r} is not the name of an image", hint="it reads like name:tag or host/name:tag")
-        answer = await self._http.call(
-            "GET", f"/images/{quote(image, safe='/:@')}/json", doing="find the image", subject=image
-        )
-        return str(answer["Id"])
-
-    def _pulled(self, image: str, task: asyncio.Task[str]) -> None:
-        self._pulls.pop(image, None)
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; nobody may have
-
-    async def _pull(self, image: str, on_progress: PullProgress | None) -> str:
-        repository, tag = docker.utils.parse_repository_tag(image)
-        parameters = {"fromImage": repository, "tag": tag or "latest"}
-        headers = await asyncio.to_thread(_credentials, repository)
-        layers: dict[str, tuple[int, int]] = {}
-        try:
-            async with self._http.stream(
-                "POST", "/images/create", parameters, f"pull {image}", headers=headers, silence_s=_PULL_SILENCE_S
-            ) as response:
-                async for item in streams.json_lines(response):
-                    if item.get("error"):
-                        raise wire.image_not_found(image, str(item["error"]))
-                    detail: Json = item.get("progressDetail") or {}
-                    if on_progress and item.get("status") == "Downloading" and detail.get("total"):
-                        layers[str(item.get("id"))] = (int(detail.get("current") or 0), int(detail["total"]))
-                        on_progress(sum(done for done, _ in layers.values()), sum(size for _, size in layers.values()))
-        except (NotFound, Conflict, InvalidInput) as error:
-            raise wire.image_not_found(image, error.message) from error
-        except OutriderError as error:
-            if error.code == "engine_error":  # how the engine tells a registry that can't be reached
-                raise wire.image_not_found(image, error.message) from error
-            raise
-        return await self._image_id(image)
-
 
 def _path(container: str) -> str:
     """A container's name or id as part of a path, where ".." would lead to other things than containers."""
     if not _CONTAINER_NAME.fullmatch(container):
         raise NotFound(f"there is no container {container[:255]} on this node", code="container_not_found")
     return container
-
-
-def _credentials(repository: str) -> dict[str, str]:
-    """The header with the registry's credentials from the engine client's own configuration, if it has any."""
-    registry, _ = docker.auth.resolve_repository_name(repository)
-    try:
-        found = docker.auth.load_config().resolve_authconfig(registry)
-    except (docker.errors.DockerException, OSError, ValueError) as error:
-        raise PermanentError(
-            f"the registry's credentials for {repository} can't be read: {error}", code="credentials_unreadable"
-        ) from error
-    return {"X-Registry-Auth": docker.auth.encode_header(found).decode()} if found else {}

@@ -18,7 +18,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Literal
 
 from agent_core.runtimes.base import (
     ContainerInfo,
@@ -26,6 +25,7 @@ from agent_core.runtimes.base import (
     EngineEvent,
     EngineInfo,
     Exit,
+    ImageInfo,
     PullProgress,
     StreamName,
     secrets_in,
@@ -77,6 +77,8 @@ class FakeRuntime:
     def __init__(self, programs: Mapping[str, Program] | None = None, *, images: set[str] | None = None) -> None:
         self.programs: dict[str, Program] = dict(programs or {})
         self.images = images
+        self.registry: set[str] = set()  # what can be pulled beside them
+        self.tags: dict[str, str] = {}  # further names of images
         self.networks: set[str] = set()
         self.calls: list[tuple[str, str]] = []
         self._containers: dict[str, _Container] = {}
@@ -114,13 +116,26 @@ class FakeRuntime:
         self._call("info", "")
         return EngineInfo("fake", "1", "fake-engine", f"boot-{self._boot}", "/fake", "memory")
 
-    async def ensure_image(
-        self, image: str, *, pull: Literal["missing", "never"], on_progress: PullProgress | None = None
-    ) -> str:
-        self._call("ensure_image", image)
-        if self.images is not None and image not in self.images and image not in self.programs:
+    async def find_image(self, image: str) -> ImageInfo:
+        self._call("find_image", image)
+        name = self.tags.get(image, image)
+        if self.images is not None and name not in self.images and name not in self.programs:
+            raise NotFound(f"the image {image} is not on this node", code="image_not_found")
+        return ImageInfo(f"sha256:{name}", tags=(image,))
+
+    async def pull_image(self, image: str, *, on_progress: PullProgress | None = None) -> ImageInfo:
+        self._call("pull_image", image)
+        if self.images is not None and image not in self.images | self.registry and image not in self.programs:
             raise NotFound(f"the image {image} is not on this node and no registry has it", code="image_not_found")
-        return f"sha256:{image}"
+        if self.images is not None:
+            self.images.add(image)
+        if on_progress is not None:
+            on_progress(1000, 1000)
+        return await self.find_image(image)
+
+    async def tag_image(self, image_id: str, name: str, tag: str) -> None:
+        self._call("tag_image", f"{name}:{tag}")
+        self.tags[f"{name}:{tag}"] = image_id.removeprefix("sha256:")
 
     async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
         self._call("ensure_network", name)
@@ -128,7 +143,7 @@ class FakeRuntime:
 
     async def create(self, spec: ContainerSpec) -> str:
         self._call("create", spec.name)
-        await self.ensure_image(spec.image, pull="never")
+        await self.find_image(spec.image)
         if any(container.info.name == spec.name for container in self._containers.values()):
             raise Conflict(f"there is a container named {spec.name} already", code="name_taken")
         container_id = f"{next(self._ids):064x}"

@@ -15,7 +15,15 @@ import pytest
 
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec
 from agent_core.runtimes.docker import DockerRuntime
-from outrider.errors import Conflict, EngineUnavailable, InvalidInput, NotFound, OutriderError, PermanentError
+from outrider.errors import (
+    Conflict,
+    EngineUnavailable,
+    InvalidInput,
+    NotFound,
+    OutriderError,
+    PermanentError,
+    TemporaryError,
+)
 
 if TYPE_CHECKING:
     from conftest import Node
@@ -100,7 +108,7 @@ async def test_removed_container_ends_the_wait_for_it(node: Node) -> None:
 
 async def test_errors_are_sentences(node: Node) -> None:
     with pytest.raises(NotFound, match="image no-such/image:1 is not on this node"):
-        await node.runtime.ensure_image("no-such/image:1", pull="never")
+        await node.runtime.find_image("no-such/image:1")
     with pytest.raises(NotFound, match="no-such/image:1"):
         await node.runtime.create(ContainerSpec(name=f"{node.id}-x", image="no-such/image:1"))
     with pytest.raises(NotFound, match="no container nobody"):
@@ -116,9 +124,10 @@ async def test_errors_are_sentences(node: Node) -> None:
         await node.runtime.start(broken)
 
 
-async def test_image_that_no_registry_has_is_not_found(runtime: DockerRuntime) -> None:
-    with pytest.raises(NotFound, match=r"localhost:1/no/image:7.*could not be pulled"):
-        await runtime.ensure_image("localhost:1/no/image:7", pull="missing")
+async def test_registry_that_does_not_answer_may_do_so_later(runtime: DockerRuntime) -> None:
+    with pytest.raises(TemporaryError, match=r"localhost:1/no/image:7 can't be pulled now.*refused") as caught:
+        await runtime.pull_image("localhost:1/no/image:7")
+    assert caught.value.code == "registry_unavailable"
 
 
 async def test_engine_that_is_not_there_is_said_so(tmp_path: Path) -> None:
@@ -225,7 +234,7 @@ async def test_a_name_leads_to_no_other_thing_of_the_engines(runtime: DockerRunt
             await runtime.inspect(name)
     for image in ("../networks/bridge", "../images/outrider/base:1", "a//b"):
         with pytest.raises(InvalidInput, match="not the name of an image"):
-            await runtime.ensure_image(image, pull="never")
+            await runtime.find_image(image)
 
 
 async def test_connections_to_the_engine_stay_few(runtime: DockerRuntime) -> None:

@@ -25,6 +25,7 @@ from agent_core.runtimes.base import (
     EngineEvent,
     EngineInfo,
     Exit,
+    ImageInfo,
     PullProgress,
     StreamName,
 )
@@ -188,10 +189,14 @@ class Connection:
     async def info(self) -> EngineInfo:
         return await self._ask("info", self._engine.info())  # type: ignore[no-any-return]
 
-    async def ensure_image(
-        self, image: str, *, pull: Literal["missing", "never"], on_progress: PullProgress | None = None
-    ) -> str:
-        return await self._ask("ensure_image", self._engine.ensure_image(image, pull=pull))  # type: ignore[no-any-return]
+    async def find_image(self, image: str) -> ImageInfo:
+        return await self._ask("find_image", self._engine.find_image(image))  # type: ignore[no-any-return]
+
+    async def pull_image(self, image: str, *, on_progress: PullProgress | None = None) -> ImageInfo:
+        return await self._ask("pull_image", self._engine.pull_image(image))  # type: ignore[no-any-return]
+
+    async def tag_image(self, image_id: str, name: str, tag: str) -> None:
+        await self._ask("tag_image", self._engine.tag_image(image_id, name, tag))
 
     async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
         await self._ask("ensure_network", self._engine.ensure_network(name, labels=labels))

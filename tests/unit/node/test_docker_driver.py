@@ -170,7 +170,7 @@ async def test_names_can_not_lead_to_other_paths(api: FakeEngine) -> None:
         with pytest.raises(NotFound, match="no container"):
             await api.runtime.inspect(name)
     with pytest.raises(NotFound, match=r"image a%2\?b"):
-        await api.runtime.ensure_image("a%2?b", pull="never")
+        await api.runtime.find_image("a%2?b")
     assert set(api.calls) <= {"/version", "/v1.41/images/a%252%3Fb/json"}
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_core.policy import NodePolicy, registry_of
+from agent_core.policy import NodePolicy
 from outrider.errors import InvalidInput, PolicyViolation
 from outrider.steps import Resources, StepPlan
 
@@ -43,9 +43,6 @@ def test_images_and_registries_are_limited(tmp_path: Path) -> None:
     policy.check_image("reg.example:5000/game:1")
     with pytest.raises(PolicyViolation, match=r"does not allow the image evil/x:1 \(images.allow: outrider/\*"):
         policy.check_image("evil/x:1")
-    assert registry_of("a.example/b/c:1") == "a.example"
-    assert registry_of("library/c") == "docker.io"
-    assert registry_of("localhost/c") == "localhost"
 
 
 def test_what_is_allowed_by_name_is_allowed(tmp_path: Path) -> None:
