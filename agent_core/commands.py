@@ -7,6 +7,7 @@ acknowledged; the same command again gets the same answer and does nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 
 import structlog
 
@@ -69,15 +70,14 @@ class Commands:
         """Carry out what changes something; whether it had been received before."""
         known = await self._state.command(command.command_id)
         if known is not None:
-            digest, result = known
-            if digest != command.digest:
+            if known.digest != command.digest:
                 raise Conflict(
                     f"command {command.command_id} was received before with another content", code="digest_mismatch"
                 )
-            if result is not None:
-                self._send_result(result)
+            if known.result is not None:
+                self._send_result(known.result)
             elif kind == "container" and command.command_id not in self._in_hand:
-                self._act(command)  # the agent was killed in the middle of it: each of these may be done again
+                self._act(command, begun_at=known.received_at)  # the agent was killed in the middle of it
             return True
         match kind:
             case "run_pipeline":
@@ -98,12 +98,12 @@ class Commands:
                 raise InvalidInput(f"this agent does not know the command {kind!r}", code="unknown_command")
         return False
 
-    def _act(self, command: pb.Command) -> None:
+    def _act(self, command: pb.Command, *, begun_at: datetime | None = None) -> None:
         self._in_hand.add(command.command_id)
-        self._background.start(self._answer(command), "command container")
+        self._background.start(self._answer(command, begun_at), "command container")
 
-    async def _answer(self, command: pb.Command) -> None:
-        result = await self._containers.carry_out(command)
+    async def _answer(self, command: pb.Command, begun_at: datetime | None = None) -> None:
+        result = await self._containers.carry_out(command, begun_at=begun_at)
         if command.command_id in self._in_hand:
             await self._state.commit(Transition.COMMAND_ANSWERED, self._state.command_answered(result))
             self._in_hand.discard(command.command_id)

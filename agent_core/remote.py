@@ -23,7 +23,7 @@ from agent_core.runtimes.base import (
     LABEL_STEP,
     ContainerInfo,
 )
-from outrider.errors import InvalidInput, OutriderError
+from outrider.errors import InvalidInput, NotFound, OutriderError
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
 from outrider.v1 import types_pb2 as types
@@ -42,13 +42,17 @@ class RemoteContainers:
         self._containers = containers
         self._streams: dict[str, asyncio.Task[None]] = {}
 
-    async def carry_out(self, command: pb.Command) -> pb.CommandResult:
-        """Do what a container command asks; what goes wrong is in the result."""
+    async def carry_out(self, command: pb.Command, *, begun_at: datetime | None = None) -> pb.CommandResult:
+        """Do what a container command asks; what goes wrong is in the result.
+
+        ``begun_at``: when a former agent took it on, which died before it could say what came of it. What that agent
+        did is not done a second time: a container is restarted once, and one that was removed is no error.
+        """
         result = pb.CommandResult(command_id=command.command_id)
         try:
             match command.WhichOneof("body"):
                 case "container":
-                    result.containers.extend(await self._act(command.container))
+                    result.containers.extend(await self._act(command.container, begun_at))
                 case "list_containers":
                     result.containers.extend(await self._list(command.list_containers.all))
                 case "inspect_container":
@@ -60,7 +64,7 @@ class RemoteContainers:
             result.failure.CopyFrom(failure_of(error))
         return result
 
-    async def _act(self, command: pb.ContainerCommand) -> list[types.Container]:
+    async def _act(self, command: pb.ContainerCommand, begun_at: datetime | None) -> list[types.Container]:
         grace = seconds(command.grace) if command.HasField("grace") else None
         match command.action:
             case types.CONTAINER_ACTION_START:
@@ -68,9 +72,17 @@ class RemoteContainers:
             case types.CONTAINER_ACTION_STOP:
                 return [self.describe(await self._containers.stop(command.name, grace_s=grace))]
             case types.CONTAINER_ACTION_RESTART:
+                if begun_at is not None:
+                    info = await self._containers.inspect(command.name)
+                    if info.state == "running" and info.started_at is not None and info.started_at > begun_at:
+                        return [self.describe(info)]
                 return [self.describe(await self._containers.restart(command.name, grace_s=grace))]
             case types.CONTAINER_ACTION_REMOVE:
-                await self._containers.remove(command.name, force=command.force)
+                try:
+                    await self._containers.remove(command.name, force=command.force)
+                except NotFound:
+                    if begun_at is None:
+                        raise
                 return []
         raise InvalidInput(f"this agent does not know the container action {command.action}", code="unknown_command")
 

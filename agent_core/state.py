@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +153,15 @@ class Cancellation:
     def of(cls, cancel: pb.CancelRun, *, default_grace_s: float) -> Cancellation:
         """As the server sent it."""
         return cls(cancel.reason, seconds(cancel.grace) if cancel.HasField("grace") else default_grace_s)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRecord:
+    """A command that was received; ``result``: what came of it, None while that is not known."""
+
+    digest: bytes
+    result: pb.CommandResult | None
+    received_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,13 +431,17 @@ class State:
         blob = result.SerializeToString()
         return lambda db: db.execute("UPDATE commands SET result = ? WHERE command_id = ?", (blob, result.command_id))
 
-    async def command(self, command_id: str) -> tuple[bytes, pb.CommandResult | None] | None:
-        """Digest and result of a command received before."""
-        rows = await self.journal.query("SELECT digest, result FROM commands WHERE command_id = ?", (command_id,))
+    async def command(self, command_id: str) -> CommandRecord | None:
+        """A command that was received before."""
+        rows = await self.journal.query("SELECT * FROM commands WHERE command_id = ?", (command_id,))
         if not rows:
             return None
         blob = rows[0]["result"]
-        return bytes(rows[0]["digest"]), pb.CommandResult.FromString(blob) if blob is not None else None
+        return CommandRecord(
+            digest=bytes(rows[0]["digest"]),
+            result=pb.CommandResult.FromString(blob) if blob is not None else None,
+            received_at=datetime.fromtimestamp(rows[0]["received_at"], UTC),
+        )
 
     def ends(self, run_ids: Iterable[str]) -> list[pb.RunReport]:
         """All that the journal knows of these runs' ends; of those that are not terminal, or of which a report waits
