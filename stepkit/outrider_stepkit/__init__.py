@@ -11,6 +11,7 @@ main(greet)
 from outrider_stepkit.checksums import HashingReader, sha256_of
 from outrider_stepkit.control import ControlClient, ControlError
 from outrider_stepkit.masking import Masker
+from outrider_stepkit.patterns import Selection
 from outrider_stepkit.program import main
 from outrider_stepkit.publish import free_bytes, staged_directory, staged_file, write_error
 from outrider_stepkit.step import Cancelled, Step, StepFailure
@@ -21,6 +22,7 @@ __all__ = [
     "ControlError",
     "HashingReader",
     "Masker",
+    "Selection",
     "Step",
     "StepFailure",
     "free_bytes",
