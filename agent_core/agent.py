@@ -33,6 +33,7 @@ from agent_core.identities import Identities
 from agent_core.images import Images
 from agent_core.journal import RESERVE_BYTES
 from agent_core.netpool import NetPool
+from agent_core.networks import keep_guarded
 from agent_core.outbox import Outbox
 from agent_core.plugins import PluginHost
 from agent_core.policy import NodePolicy
@@ -232,6 +233,7 @@ class Agent:
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
                     ("time", self._keep_time()),
                     ("session", self._link()),
+                    ("networks", keep_guarded(services.runtime, services.policy)),
                     ("readiness", self._settle()),
                 )
             ]

@@ -19,6 +19,7 @@ import structlog
 
 from agent_core.container_spec import ContainerScope, GrantedVolume
 from agent_core.control import ControlSocket
+from agent_core.networks import told_to_step
 from agent_core.orders import AttemptOrder, AttemptResult
 from agent_core.outcome import Uncertain, Why, container_gone, engine_stopped, failure, stopped
 from agent_core.room import disk_errors
@@ -217,6 +218,7 @@ class Attempt:
             node_id=services.config.node_id,
             directory=self._directory.path,
             network=f"container:{self._pause}",
+            told=told_to_step(services.policy, order.plan.network),
             log_max_bytes=services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
             oci_runtime=services.policy.oci_runtime,
             engine_boot=services.engine.boot,

@@ -29,6 +29,7 @@ from agent_core.container_spec import (
 )
 from agent_core.images import Images
 from agent_core.journal import Journal
+from agent_core.networks import ready_network
 from agent_core.policy import NodePolicy, capability_name
 from agent_core.ports import Ports
 from agent_core.readiness import wait_ready
@@ -201,6 +202,8 @@ class Containers:
             await self._record(spec, scope, digest, "starting")
             container_id = ""
             try:
+                if network != "host":
+                    await ready_network(self._runtime, self._policy, self._node_id, spec.network)
                 image_id = await self._images.ensure(spec.image)
                 await self._volumes.use(spec.name, [mount.source for mount in mounts])
                 container_id = await self._runtime.create(dataclasses.replace(container, image_id=image_id))

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from agent_core.journal import Journal
+from agent_core.networks import ready_network
 from agent_core.policy import NodePolicy
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, LABEL_POOL, ContainerSpec, Runtime
 from agent_core.transitions import Transition
@@ -35,6 +36,7 @@ CREATE TABLE network_leases (
 PAUSE_IMAGE = "outrider/pause:1"
 # Refilling takes the engine's time; a short run is over before it starts.
 _REFILL_DELAY_S = 3.0
+_READY_FOR_S = 15.0
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class NetPool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._refilling: dict[str, asyncio.Task[None]] = {}
         self._urgent: dict[str, asyncio.Event] = {}
-        self._networks: set[str] = set()
+        self._ready_until: dict[str, float] = {}  # by network class, in the loop's time
         self._making: set[str] = set()  # names of those that are being created and started just now
         self._closed = False
 
@@ -123,14 +125,16 @@ class NetPool:
 
         Hand it to `give_back` when the step is over. PolicyViolation if the node has no such class.
         """
-        network = self._policy.network_of(network_class)
+        self._policy.network_of(network_class)
         held = self._runs[run_id]
         for container in held.idle:
             if held.all[container] == network_class:
                 held.idle.remove(container)
                 return container
         warm = self._warm[network_class]
-        container = warm.pop() if warm else await self._make(network_class, network)
+        if warm:
+            await self._ready(network_class)
+        container = warm.pop() if warm else await self._make(network_class)
         held.all[container] = network_class
         row = (container, run_id, network_class)
         await self._journal.execute(Transition.NETWORK_LEASED, "INSERT INTO network_leases VALUES (?, ?, ?)", row)
@@ -180,10 +184,16 @@ class NetPool:
             self._warm.clear()
             await asyncio.gather(*(self._discard(container) for container in warm))
 
-    async def _make(self, network_class: str, network: str) -> str:
-        if network != "none" and network not in self._networks:
-            await self._runtime.ensure_network(network, labels={LABEL_NODE: self._node_id})
-            self._networks.add(network)
+    async def _ready(self, network_class: str) -> str:
+        """The class's network, there and guarded. Asked for again now and then, as others may have undone it."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._ready_until.get(network_class, 0.0):
+            await ready_network(self._runtime, self._policy, self._node_id, network_class)
+            self._ready_until[network_class] = now + _READY_FOR_S
+        return self._policy.network_of(network_class)
+
+    async def _make(self, network_class: str) -> str:
+        network = await self._ready(network_class)
         spec = ContainerSpec(
             name=f"outrider-pause-{network_class}-{secrets.token_hex(6)}",
             image=self._image,
@@ -204,7 +214,7 @@ class NetPool:
             self._background(self._discard_when_made(making))
             raise
         except OutriderError:
-            self._networks.discard(network)
+            self._ready_until.pop(network_class, None)
             raise
         finally:
             self._making.discard(spec.name)
@@ -249,7 +259,7 @@ class NetPool:
         await self._calm()
         try:
             while not self._closed and len(self._warm[network_class]) < self._wanted(network_class):
-                container = await self._make(network_class, self._policy.network_of(network_class))
+                container = await self._make(network_class)
                 self._warm[network_class].append(container)
         except OutriderError as error:
             # A pool that is not full only costs time: leases make their own, and say what is wrong.

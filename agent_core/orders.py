@@ -88,10 +88,14 @@ class AttemptOrder:
         directory: Path,
         network: str,
         log_max_bytes: int,
+        told: Mapping[str, str] | None = None,
         oci_runtime: str = "",
         engine_boot: str = "",
     ) -> ContainerSpec:
-        """The container: the sandbox of the defaults, and what the plan and the allotment add to it."""
+        """The container: the sandbox of the defaults, and what the plan and the allotment add to it.
+
+        ``told`` is what the node tells the program, as further environment variables of the core's.
+        """
         plan = self.plan
         env = dict(plan.env) | dict(self.env)
         env |= {
@@ -100,6 +104,7 @@ class AttemptOrder:
             "OUTRIDER_STEP": self.step,
             "OUTRIDER_ATTEMPT": str(self.number),
         }
+        env |= told or {}
         env.setdefault("HOME", "/tmp")  # noqa: S108 - the container's own tmpfs
         if plan.control is not None:
             env["OUTRIDER_CONTROL"] = "/outrider/control.sock"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,8 @@ from outrider.errors import InvalidInput, PolicyViolation, Problem
 from outrider.steps import Resources, StepPlan
 
 DEFAULT_NETWORK = "outrider"
+PRIVATE_RANGES = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
+"""What ``allow: [private]`` means: RFC 1918, RFC 6598 (carriers, and the overlay networks that borrow it), RFC 4193."""
 _MIB = 1024**2
 # Digits alone: the engine takes "+0" for 0, too.
 _STEP_USER = re.compile(r"[1-9][0-9]{0,9}(:[1-9][0-9]{0,9})?", re.ASCII)
@@ -55,10 +58,41 @@ class PortPolicy(_Section):
 
 
 class NetworkClass(_Section):
-    """A network class: the engine's network that it means, and how many of its namespaces are kept warm."""
+    """A network class: the engine's network that it means, and how many of its namespaces are kept warm.
+
+    What containers of the class send to this machine, or to loopback, link-local (cloud metadata) and private addresses
+    is refused by the packet filter, unless it goes to one of the ranges in ``allow`` (``private`` stands for all
+    private ones) or to a name server: the machine's, or an address in ``dns``. ``guard: false``: no packet filter.
+    """
 
     network: str
     warm: Annotated[int, Field(ge=0, le=64)] = 1
+    allow: tuple[str, ...] = ()
+    dns: tuple[str, ...] = ()
+    guard: bool = True
+
+    @field_validator("allow")
+    @classmethod
+    def _ranges(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            if each != "private":
+                try:
+                    ip_network(each)
+                except ValueError as error:
+                    raise ValueError(f"{error}; a range reads like 10.1.0.0/16, and 'private' means all") from None
+        return value
+
+    @field_validator("dns")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            ip_address(each)
+        return value
+
+    @property
+    def allowed_ranges(self) -> tuple[str, ...]:
+        """``allow`` with ``private`` spelled out."""
+        return tuple(one for each in self.allow for one in (PRIVATE_RANGES if each == "private" else (each,)))
 
 
 class ManagedPolicy(_Section):
@@ -115,6 +149,9 @@ class NodePolicy(_Section):
         for name, network in value.items():
             if network.network == "host" or network.network.startswith("container:"):
                 raise ValueError(f"class {name!r}: {network.network!r} is no network of its own")
+        names = [network.network for network in value.values()]
+        for twice in {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{twice!r} is the network of two classes; give each its own, as it is guarded for one")
         return value
 
     @classmethod

@@ -173,6 +173,15 @@ class ImageInfo:
 PullProgress = Callable[[int, int], None]  # bytes done, bytes of what is known by now
 
 
+@dataclass(frozen=True, slots=True)
+class NetworkGuard:
+    """What containers of a network may reach beyond the internet: ``allow``, ranges like ``10.1.0.0/16``, and
+    ``resolvers``, addresses of name servers (port 53) beside those of the machine."""
+
+    allow: tuple[str, ...] = ()
+    resolvers: tuple[str, ...] = ()
+
+
 class Runtime(Protocol):
     """A container engine. Every method may raise EngineUnavailable; NotFound where a name is unknown."""
 
@@ -191,6 +200,13 @@ class Runtime(Protocol):
 
     async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
         """A bridge network without traffic between its containers. Idempotent."""
+
+    async def guard_network(self, name: str, guard: NetworkGuard) -> None:
+        """Keep containers of a network from the machine itself and from loopback, link-local and private addresses.
+
+        By the machine's packet filter, so that it binds every image. Idempotent, and called again now and then: it puts
+        back what is gone. NotFound without such a network; PolicyViolation if it can't be done here.
+        """
 
     async def create(self, spec: ContainerSpec) -> str:
         """Create, not start; returns the id. Conflict if the name is taken."""

@@ -23,6 +23,7 @@ from agent_core.runtimes._docker_exits import ACTIONS, Exits
 from agent_core.runtimes._docker_http import EngineHttp
 from agent_core.runtimes._docker_images import DockerImages
 from agent_core.runtimes._docker_wire import Json
+from agent_core.runtimes._netfilter import guard_bridge
 from agent_core.runtimes.base import (
     ContainerInfo,
     ContainerSpec,
@@ -30,10 +31,11 @@ from agent_core.runtimes.base import (
     EngineInfo,
     Exit,
     ImageInfo,
+    NetworkGuard,
     PullProgress,
     StreamName,
 )
-from outrider.errors import Conflict, NotFound
+from outrider.errors import Conflict, NotFound, PolicyViolation
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 _CALL_TIMEOUT_S = 60.0
@@ -93,6 +95,18 @@ class DockerRuntime:
                 "Labels": dict(labels),
             }
             await self._http.call("POST", "/networks/create", doing=doing, subject=name, body=body)
+
+    async def guard_network(self, name: str, guard: NetworkGuard) -> None:
+        answer = await self._http.call("GET", f"/networks/{quote(name)}", doing="look at the network", subject=name)
+        network_id = str(answer["Id"])
+        bridge = (answer.get("Options") or {}).get("com.docker.network.bridge.name") or f"br-{network_id[:12]}"
+        if answer.get("Driver") != "bridge":
+            raise PolicyViolation(
+                f"what containers of the network {name} reach can't be filtered: it is no bridge of this machine",
+                code="network_unguarded",
+                hint="say `guard: false` for its class in the policy file, if something else guards it",
+            )
+        await guard_bridge(network_id, bridge, guard)
 
     # -- containers
 

@@ -26,6 +26,7 @@ from agent_core.runtimes.base import (
     EngineInfo,
     Exit,
     ImageInfo,
+    NetworkGuard,
     PullProgress,
     StreamName,
     secrets_in,
@@ -80,6 +81,7 @@ class FakeRuntime:
         self.registry: set[str] = set()  # what can be pulled beside them
         self.tags: dict[str, str] = {}  # further names of images
         self.networks: set[str] = set()
+        self.guards: dict[str, NetworkGuard] = {}
         self.calls: list[tuple[str, str]] = []
         self._containers: dict[str, _Container] = {}
         self._ids = itertools.count(1)
@@ -140,6 +142,12 @@ class FakeRuntime:
     async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
         self._call("ensure_network", name)
         self.networks.add(name)
+
+    async def guard_network(self, name: str, guard: NetworkGuard) -> None:
+        self._call("guard_network", name)
+        if name not in self.networks:
+            raise NotFound(f"there is no network {name}", code="network_not_found")
+        self.guards[name] = guard
 
     async def create(self, spec: ContainerSpec) -> str:
         self._call("create", spec.name)

@@ -41,6 +41,7 @@ OUTRIDER = Path(sys.executable).with_name("outrider")
 GAME_IMAGE = "outrider/base:1"  # the game brings its own program; it needs nothing but a C++ library
 S3_KEY, S3_SECRET = "demo-access-key", "demo-secret-key-that-never-shows"
 NODE = "demo"  # a name of its own: an `outrider dev` that runs here already keeps its containers to itself
+NETWORK = "outrider-demo"
 VERSION = "0.7.5"
 READY_TIMEOUT_S = 30
 
@@ -231,6 +232,10 @@ def outrider_dev(demo: Demo) -> Iterator[None]:
     Path(demo.env["OUTRIDER_CONTEXT"]).unlink(missing_ok=True)
     state.mkdir(parents=True)
     command = [str(OUTRIDER), "dev", "--data-dir", str(state), "--listen", "127.0.0.1:0", "--node-id", NODE]
+    # Steps don't reach this machine, nor private networks, unless the node's policy says so; its stores are here.
+    policy = WORK / "policy.yaml"
+    policy.write_text(f"networks: {{egress: {{network: {NETWORK}, allow: [private]}}}}\n")
+    command += ["--policy-file", str(policy)]
     show("outrider", *command[1:])
     log = (WORK / "dev.log").open("w")
     process = subprocess.Popen(command, env=demo.env, stdout=log, stderr=log, start_new_session=True)

@@ -16,6 +16,10 @@ import pytest
 
 OUTRIDER = Path(sys.executable).with_name("outrider")
 READY_TIMEOUT_S = 30.0
+# Steps may call the tests' own servers on this machine. A network of the tests' own: what an engine's network lets
+# through is said by one agent at a time.
+NETWORK = "outrider-e2e"
+POLICY = f"networks: {{egress: {{network: {NETWORK}, allow: [private]}}}}\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +71,14 @@ class Dev:
 def start_dev(folder: Path, **extra: str) -> Dev:
     """Start `outrider dev` in ``folder`` and wait until its node is online."""
     folder.mkdir(parents=True, exist_ok=True)
+    policy = folder / "policy.yaml"
+    policy.write_text(POLICY)
     env = os.environ | {"OUTRIDER_CONTEXT": str(folder / "context.yaml")} | extra
     for name in ("OUTRIDER_SERVER", "OUTRIDER_CA", "OUTRIDER_TOKEN"):
         env.pop(name, None)
     with (folder / "dev.log").open("ab") as log:
         process = subprocess.Popen(
-            [OUTRIDER, "dev", "--data-dir", folder / "state", "--listen", "127.0.0.1:0"],
+            [OUTRIDER, "dev", "--data-dir", folder / "state", "--listen", "127.0.0.1:0", "--policy-file", policy],
             env=env,
             stdout=log,
             stderr=log,
@@ -104,3 +110,5 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
     running = start_dev(tmp_path_factory.mktemp("dev"))
     yield running
     stop_dev(running)
+    # Not while a managed container of somebody's is on it.
+    subprocess.run(["docker", "network", "rm", NETWORK], capture_output=True, check=False)

@@ -256,6 +256,7 @@ def test_a_step_sees_its_allotted_volumes_and_envs_and_nothing_else(dev: Dev) ->
     plain = {
         "PATH", "HOSTNAME", "HOME", "LANG", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE",
         "OUTRIDER_CONTRACT", "OUTRIDER_RUN_ID", "OUTRIDER_STEP", "OUTRIDER_ATTEMPT",
+        "OUTRIDER_NETWORK", "OUTRIDER_NETWORK_ALLOW",
     }  # fmt: skip
     assert set(seen["none"]["values"]) == plain
     assert set(seen["some"]["values"]) == plain | {"KEY", "AREA"}

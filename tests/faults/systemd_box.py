@@ -26,7 +26,7 @@ sys.path.append(str(ROOT / "deploy" / "images"))
 from imagebuild import base, engine  # noqa: E402
 from imagebuild.shell import Progress  # noqa: E402
 
-PACKAGES = "systemd,systemd-sysv,procps,python3,ca-certificates,docker.io,iptables"
+PACKAGES = "systemd,systemd-sysv,procps,python3,ca-certificates,docker.io,iptables,nftables"
 RELEASE = platform.freedesktop_os_release()
 SUITE = RELEASE["VERSION_CODENAME"]
 COMPONENTS = "main,universe" if RELEASE["ID"] == "ubuntu" else "main"

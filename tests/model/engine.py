@@ -26,6 +26,7 @@ from agent_core.runtimes.base import (
     EngineInfo,
     Exit,
     ImageInfo,
+    NetworkGuard,
     PullProgress,
     StreamName,
 )
@@ -200,6 +201,9 @@ class Connection:
 
     async def ensure_network(self, name: str, *, labels: Mapping[str, str]) -> None:
         await self._ask("ensure_network", self._engine.ensure_network(name, labels=labels))
+
+    async def guard_network(self, name: str, guard: NetworkGuard) -> None:
+        await self._ask("guard_network", self._engine.guard_network(name, guard))
 
     async def create(self, spec: ContainerSpec) -> str:
         return await self._ask("create", self._engine.create(spec))  # type: ignore[no-any-return]
