@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from outrider._plugin_checks import article
 from outrider.errors import ErrorClass
 from outrider.plugin_host import PluginError, PluginReport, RegisteredStepType, StepPlugins, guarded
 from outrider.steps import StepContext, StepOutcome, StepPlan
@@ -51,14 +52,18 @@ class PluginHost(StepPlugins):
         answers = self._call_each(
             "outrider_classify_failure", step_type=step_type, exit_code=exit_code, message=message
         )
-        return next((each for _, each in answers if isinstance(each, ErrorClass)), None)
+        for plugin, answer in answers:
+            if isinstance(answer, ErrorClass):
+                return answer
+            self._failed(plugin, "outrider_classify_failure", f"it gives {article(answer)}, not an ErrorClass")
+        return None
 
     def listens(self, hook: str) -> bool:
         """Whether any plugin implements ``hook``: most have none of those around a step, which need no thread then."""
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     def node_facts(self) -> dict[str, Any]:
-        """Facts of all plugins, joined. The first to name a fact is believed; what is not JSON is left out."""
+        """Facts of all plugins, joined. The first to state a fact is believed; what is not JSON is left out."""
         facts: dict[str, Any] = {}
         for plugin, answer in self._call_each("outrider_node_facts"):
             try:

@@ -1,0 +1,3 @@
+"""It asserts what is not so."""
+
+assert False, "never"

@@ -1,0 +1,6 @@
+from outrider.steps import hookimpl
+
+
+@hookimpl
+async def outrider_step_types():
+    return []

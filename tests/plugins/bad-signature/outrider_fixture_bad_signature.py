@@ -1,0 +1,6 @@
+from outrider.steps import hookimpl
+
+
+@hookimpl
+def outrider_step_types(config):
+    return []

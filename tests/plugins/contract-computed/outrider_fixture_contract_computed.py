@@ -1,0 +1,20 @@
+"""Its range is only known once it is imported."""
+
+from pydantic import BaseModel
+
+from outrider.steps import StepContext, StepPlan, StepType, hookimpl
+
+outrider_contract = f">={40 + 2}"
+
+
+class Params(BaseModel, extra="forbid"):
+    pass
+
+
+def resolve(params: Params, context: StepContext) -> StepPlan:
+    return StepPlan(image="fixture/none:1")
+
+
+@hookimpl
+def outrider_step_types():
+    return [StepType(name="computed.step", params=Params, resolve=resolve)]

@@ -1,0 +1,16 @@
+from pydantic import BaseModel
+
+from outrider.steps import StepContext, StepPlan, StepType, hookimpl
+
+
+class Params(BaseModel, extra="forbid"):
+    pass
+
+
+def resolve(params: Params, context: StepContext) -> StepPlan:
+    return StepPlan(image="fixture/none:1")
+
+
+@hookimpl
+def outrider_step_types():
+    return [StepType(name="undeclared.step", params=Params, resolve=resolve)]

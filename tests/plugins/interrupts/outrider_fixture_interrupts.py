@@ -1,0 +1,3 @@
+"""It raises what Ctrl-C raises."""
+
+raise KeyboardInterrupt

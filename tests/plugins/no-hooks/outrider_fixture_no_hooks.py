@@ -1,0 +1,1 @@
+"""A module like any other."""

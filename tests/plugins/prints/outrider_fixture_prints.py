@@ -1,0 +1,22 @@
+"""It prints when it is imported, and is a good plugin otherwise."""
+
+from pydantic import BaseModel
+
+from outrider.steps import StepContext, StepPlan, StepType, hookimpl
+
+print("hello from a plugin")
+
+outrider_contract = ">=1,<2"
+
+
+class Params(BaseModel, extra="forbid"):
+    pass
+
+
+def resolve(params: Params, context: StepContext) -> StepPlan:
+    return StepPlan(image="fixture/none:1")
+
+
+@hookimpl
+def outrider_step_types():
+    return [StepType(name="prints.step", params=Params, resolve=resolve)]

@@ -1,0 +1,2 @@
+def outrider_step_types():
+    return []
