@@ -70,6 +70,7 @@ class Facts:
     leftovers: list[str] = field(default_factory=list)  # paths
     warm: int = 1  # pause containers that may wait
     managed: Collection[str] = ()  # names of the managed containers that should be there
+    restarted: Collection[str] = ()  # names of managed containers that somebody had restarted, each of them once
 
 
 def compare(facts: Facts, *, gaps: bool = False, logs: bool = True) -> list[str]:
@@ -115,7 +116,10 @@ def _runs(facts: Facts) -> list[str]:
 def _attempts(facts: Facts) -> list[str]:
     found = []
     for name, ids in facts.starts.items():
-        if len(ids) != 1:
+        if name in facts.restarted:
+            wrong = [times for times in Counter(ids).values() if times != 2]
+            found += [f"{name} was restarted once and started {times} times" for times in wrong]
+        elif len(ids) != 1:
             found.append(f"{name} was started {len(ids)} times")
     for (run_id, step), attempts in facts.marks.items():
         twice = sorted(attempt for attempt, times in Counter(attempts).items() if times != 1)
@@ -193,12 +197,18 @@ def _names(states: Collection[int]) -> str:
 
 
 def check(
-    rig: Rig, *, gaps: bool = False, logs: bool = True, managed: Collection[str] = (), within_s: float = 40.0
+    rig: Rig,
+    *,
+    gaps: bool = False,
+    logs: bool = True,
+    managed: Collection[str] = (),
+    restarted: Collection[str] = (),
+    within_s: float = 40.0,
 ) -> None:
     """Fail with every difference that is left once all has had time to settle."""
     deadline = time.monotonic() + within_s
     while True:
-        problems = compare(collect(rig, managed=managed), gaps=gaps, logs=logs)
+        problems = compare(collect(rig, managed=managed, restarted=restarted), gaps=gaps, logs=logs)
         # What settles by itself is given its time; what never does is told at the end of it.
         if not problems or time.monotonic() > deadline:
             break
@@ -208,7 +218,7 @@ def check(
         raise AssertionError(f"after {rig.kills} kills, {len(rig.accepted)} runs:\n{listed}\n{rig.output()}")
 
 
-def collect(rig: Rig, *, managed: Collection[str] = ()) -> Facts:
+def collect(rig: Rig, *, managed: Collection[str] = (), restarted: Collection[str] = ()) -> Facts:
     """Everything, as it is now."""
     runs = {}
     listed = rig.operator.call("ListRuns", cs.ListRunsRequest(node_id=rig.node_id, limit=1000)).runs
@@ -238,6 +248,7 @@ def collect(rig: Rig, *, managed: Collection[str] = ()) -> Facts:
         rows=rows,
         leftovers=_on_disk(rig, runs),
         managed=managed,
+        restarted=restarted,
     )
 
 

@@ -98,11 +98,21 @@ class Traveller:
 @dataclass(frozen=True)
 class Journey:
     """``goes``: once along the way. ``comes_by``: the transitions of which the suite relies on it. ``logs``: whether
-    logs are compared: what a server had acknowledged before it was set back is on no node any more."""
+    logs are compared: what a server had acknowledged before it was set back is on no node any more. ``restarts``:
+    whether the game is restarted on the way."""
 
     comes_by: frozenset[Transition]
     goes: Callable[[Traveller], object]
     logs: bool = True
+    restarts: bool = False
+
+    def check(self, rig: Rig) -> None:
+        """Whether all is as it should be at its end."""
+        rig.check(logs=self.logs, restarted=[_game_of(rig)] if self.restarts else [])
+
+
+def _game_of(rig: Rig) -> str:
+    return f"game-{rig.node_id}"
 
 
 def plain(traveller: Traveller) -> None:
@@ -162,7 +172,7 @@ def cancelled(traveller: Traveller) -> None:
 def managed(traveller: Traveller) -> None:
     """A game: started by a step, restarted and removed by an operator."""
     rig = traveller.rig
-    name = f"game-{rig.node_id}"
+    name = _game_of(rig)
     start = {
         "name": "start",
         "uses": "container.start",
@@ -297,6 +307,7 @@ JOURNEYS: dict[str, Journey] = {
             }
         ),
         managed,
+        restarts=True,
     ),
     "fenced": Journey(frozenset({T.ATTEMPT_FENCED}), fenced),
     "given_up": Journey(frozenset({T.RUN_GIVEN_UP}), given_up, logs=False),

@@ -36,7 +36,7 @@ def test_an_agent_killed_at_every_transition_loses_nothing_and_does_nothing_twic
         traveller.again()
         traveller.everything(lambda: journey.goes(traveller))
         assert sorted(set(traveller.deaths) & set(points_of(name))) == sorted(points_of(name))
-        rig.check(logs=journey.logs)
+        journey.check(rig)
 
 
 @pytest.mark.long
@@ -50,4 +50,4 @@ def test_an_agent_killed_at_one_transition_loses_nothing_and_does_nothing_twice(
         traveller.again()
         traveller.everything(lambda: journey.goes(traveller))
         assert point in traveller.deaths
-        rig.check(logs=journey.logs)
+        journey.check(rig)

@@ -41,6 +41,10 @@ def log_of(facts: Facts) -> Log:
 
 
 WRONGS: dict[str, Callable[[Facts], object]] = {
+    "was restarted once and started 3 times": lambda f: (
+        setattr(f, "restarted", [CONTAINER]),
+        f.starts[CONTAINER].extend(["id1", "id1"]),
+    ),
     "is lost": lambda f: f.runs.clear(),  # type: ignore[attr-defined]
     "is not over": lambda f: setattr(f.runs[RUN], "state", types.RUN_STATE_RUNNING),
     "was told 2 times": lambda f: f.finished_events.update([RUN]),

@@ -70,8 +70,8 @@ def volume(state_dir: Path, run_id: str) -> Path:
     return state_dir / "volumes" / "run" / run_id / "v"
 
 
-async def restart(engine: Engine, *, live_restore: bool | None = None) -> None:
-    await asyncio.to_thread(engine.stop)
+async def restart(engine: Engine, *, live_restore: bool | None = None, kill: bool = False) -> None:
+    await asyncio.to_thread(engine.stop, kill=kill)
     await asyncio.to_thread(engine.start, live_restore=live_restore)
 
 
@@ -151,8 +151,9 @@ async def test_what_survives_the_engines_restart_goes_on_and_not_a_byte_of_its_l
         assert (run.steps["a"].attempt, agent.log(run_id, "a")) == (1, b"before\nmeanwhile\nafter\n")
 
 
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.long)])
 async def test_what_ended_with_its_engine_is_unknown_and_done_again_only_if_it_may_be(
-    engine: Engine, runtime: DockerRuntime, state_dir: Path, node_id: str
+    engine: Engine, runtime: DockerRuntime, state_dir: Path, node_id: str, kill: bool
 ) -> None:
     await live_restore(engine, False)
     again = ONCE + "echo up; [ $(wc -l < /v/times-b) = 2 ] || sleep 600"
@@ -167,7 +168,7 @@ async def test_what_ended_with_its_engine_is_unknown_and_done_again_only_if_it_m
             )
         )
         await agent.until(lambda: agent.log(run_id, "a") == b"before\n" and agent.log(run_id, "b") == b"up\n")
-        await restart(engine)
+        await restart(engine, kill=kill)
         run = await agent.end(run_id)
         assert run.states == {"a": "unknown", "b": "succeeded", "c": "skipped", "d": "succeeded"}
         assert (run.state, code(run, "a")) == ("unknown", "engine_stopped")
