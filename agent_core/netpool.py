@@ -18,12 +18,13 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from agent_core.images import Images
 from agent_core.journal import Journal
 from agent_core.networks import ready_network
 from agent_core.policy import NodePolicy
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, LABEL_POOL, ContainerSpec, Runtime
 from agent_core.transitions import Transition
-from outrider.errors import OutriderError
+from outrider.errors import NotFound, OutriderError
 
 MIGRATION = """
 CREATE TABLE network_leases (
@@ -69,6 +70,7 @@ class NetPool:
         """``calm`` returns when the engine has nothing more urgent to do than to fill the pool."""
         self._runtime = runtime
         self._policy = policy
+        self._images = Images(runtime, policy.images)
         self._node_id = node_id
         self._journal = journal
         self._image = image
@@ -220,7 +222,13 @@ class NetPool:
             self._making.discard(spec.name)
 
     async def _create_and_start(self, spec: ContainerSpec) -> str:
-        container = await self._runtime.create(spec)
+        try:
+            container = await self._runtime.create(spec)
+        except NotFound as error:
+            if error.code != "image_not_found":
+                raise
+            await self._images.ensure(self._image)
+            container = await self._runtime.create(spec)
         try:
             await self._runtime.start(container)
         except BaseException:

@@ -20,7 +20,8 @@ _HOST = re.compile(
 )
 _PATH = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_LIKE_AN_ID = re.compile(r"[0-9a-f]{64}")
+# An engine takes the beginning of an image's id for the image, whatever the image's name is.
+_LIKE_AN_ID = re.compile(r"(?:sha256:)?[0-9a-f]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class ImageReference:
 
     @classmethod
     def parse(cls, text: str) -> ImageReference:
-        """The parts of ``text``. InvalidInput if it is not the name of an image; an image's id is none."""
+        """The parts of ``text``. InvalidInput if it is not the name of an image, or could be an image's id, too."""
         rest, at, digest = text.partition("@")
         head, colon, tag = rest.rpartition(":")
         if not colon or "/" in tag:  # without a tag; the colon, if there is one, is of the registry's port
@@ -48,8 +49,13 @@ class ImageReference:
             or (registry and not _HOST.fullmatch(registry))
             or (colon and not _TAG.fullmatch(tag))
             or (at and not DIGEST.fullmatch(digest))
-            or _LIKE_AN_ID.fullmatch(head)
         )
+        if not wrong and _LIKE_AN_ID.fullmatch(text):
+            raise InvalidInput(
+                f"{text!r} may be an image's id as well as its name",
+                code="bad_image_name",
+                hint=f"write it with its tag, {head}:latest" if head == text else "write the image's name",
+            )
         if wrong:
             raise InvalidInput(
                 f"{text!r} is not the name of an image",
