@@ -65,7 +65,7 @@ def test_a_name_that_could_be_an_id_is_refused(text: str) -> None:
         ImageReference.parse(text)
 
 
-_PART = st.from_regex(r"[a-z0-9]{1,6}([._-][a-z0-9]{1,6}){0,2}", fullmatch=True)
+_PART = st.from_regex(r"[a-z0-9]{1,6}([_-][a-z0-9]{1,6}){0,2}", fullmatch=True)
 _NAMES = st.builds(
     lambda host, parts, tag: f"{host}{'/'.join(parts)}x{tag}",
     st.sampled_from(["", "reg.lan/", "reg.lan:5000/", "localhost/", "docker.io/"]),
