@@ -84,20 +84,25 @@ class StepTypeSpec:
 
 
 def check_steps(
-    pipeline: Pipeline, step_types: Mapping[str, StepTypeLike], *, where: str = "this machine"
+    pipeline: Pipeline,
+    step_types: Mapping[str, StepTypeLike],
+    *,
+    where: str = "this machine",
+    missing: Mapping[str, str] | None = None,
 ) -> list[Problem]:
     """Everything that the step types say is wrong with the pipeline, in its order.
 
     Unknown step types, wrong parameters (where they are no expressions), paths outside the step's volumes or written
     to read-only ones, envs that a step type doesn't understand, outputs that a step type doesn't have. ``where`` is
-    who has the step types, for the message: "node n7".
+    who has the step types, for the message: "node n7". ``missing`` says for step types that are not there what would
+    be right, where more is known than this machine does.
     """
     problems: list[Problem] = []
     for index, step in enumerate(pipeline.steps):
         path = f"steps[{index}]"
         step_type = step_types.get(step.uses)
         if step_type is None:
-            problems.append(_placed(pipeline, _unknown(step.uses, step_types, where, f"{path}.uses")))
+            problems.append(_placed(pipeline, _unknown(step.uses, step_types, where, f"{path}.uses", missing or {})))
             continue
         params = _check_values(step, step.with_, step_type, f"{path}.with", expressions=True)
         found = [*params, *_check_envs(step, step_type, path)]
@@ -135,7 +140,11 @@ def _placed(pipeline: Pipeline, problem: Problem) -> Problem:
     return Problem(problem.message, problem.path, line, column, problem.hint)
 
 
-def _unknown(uses: str, step_types: Mapping[str, StepTypeLike], where: str, path: str) -> Problem:
+def _unknown(
+    uses: str, step_types: Mapping[str, StepTypeLike], where: str, path: str, missing: Mapping[str, str]
+) -> Problem:
+    if missing.get(uses):
+        return Problem(f"{where} has no step type {uses}", path, hint=missing[uses])
     distribution = KNOWN_DISTRIBUTIONS.get(uses.split(".")[0])
     near = did_you_mean(uses, step_types)
     siblings = any(name.startswith(uses.split(".")[0] + ".") for name in step_types)

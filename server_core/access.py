@@ -53,6 +53,11 @@ CONTROL = {
     "GetNode": _operator("get", "nodes"),
     "RemoveNode": _operator("delete", "nodes"),
     "DrainNode": _operator("drain", "nodes"),
+    "SetNodeRole": _operator("update", "node_roles"),
+    "GetNodeRole": _operator("get", "node_roles"),
+    "ListNodeRoles": _operator("list", "node_roles"),
+    "RemoveNodeRole": _operator("delete", "node_roles"),
+    "AssignNodeRole": _operator("assign", "nodes"),
     "ValidatePipeline": _operator("validate", "pipelines"),
     "ExecutePipeline": _operator("create", "runs"),
     "ListRuns": _operator("list", "runs"),
@@ -91,6 +96,7 @@ NODE = {
     "GetEnvs": _NODE,
     "WriteBack": _NODE,
     "RecoverRuns": _NODE,
+    "GetOwnRole": Rule(tokens.NODE),
 }
 HEALTH = {"Check": _PUBLIC, "Watch": _PUBLIC, "List": _PUBLIC}
 REFLECTION = {"ServerReflectionInfo": _operator("get", "server")}

@@ -42,12 +42,16 @@ def problems_of(
     env_sets_hint: str,
     given: Mapping[str, Any],
     attributes: Mapping[str, Any] | None,
+    missing: Mapping[str, str],
 ) -> tuple[list[Problem], dict[str, Any]]:
     """All that is wrong, and the frozen arguments if nothing is wrong with them.
 
     ``known_envs`` has the variables of each set that the pipeline names, None for a set that does not exist.
+    ``missing`` has what is known of step types that the node has not (`server_core.roles.why_missing`).
     """
-    problems = [] if node is None else check_steps(pipeline, step_types(node), where=f"node {node.node_id}")
+    problems = []
+    if node is not None:
+        problems = check_steps(pipeline, step_types(node), where=f"node {node.node_id}", missing=missing)
     problems += _env_problems(pipeline, known_envs, env_sets_hint)
     args: dict[str, Any] = {}
     try:

@@ -25,7 +25,7 @@ from server_core.recovery import recover
 from server_core.security import tokens
 from server_core.security.vault import env_purpose
 from server_core.services import Services
-from server_core.store import envs, events, logs, nodes, objects, requests, runs
+from server_core.store import envs, events, logs, node_roles, nodes, objects, requests, runs
 from server_core.store.commits import Commit
 from server_core.store.common import now_us, stamp
 from server_core.store.runs import RunRow
@@ -75,6 +75,19 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             server_time=stamp(now_us()),
             server_id=self._s.server_id,
         )
+
+    async def GetOwnRole(
+        self, request: node_service_pb2.GetOwnRoleRequest, context: Context
+    ) -> node_service_pb2.OwnRole:
+        """The role of the node that asks, as the server has it now."""
+        node_id = current_caller().name
+
+        def read(connection: Connection) -> node_service_pb2.OwnRole:
+            role = nodes.get(connection, node_id).role
+            definition = node_roles.find(connection, role) if role else None
+            return node_service_pb2.OwnRole(role=role, definition=definition)
+
+        return await self._s.db.read(read)
 
     async def Heartbeat(
         self, request: node_service_pb2.HeartbeatRequest, context: Context

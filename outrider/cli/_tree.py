@@ -14,7 +14,7 @@ COMMANDS: dict[str, str] = {
     "dev": "Start server and agent in one process, for a first try and for tests.",
     "server": "The server: init, run, config, install.",
     "agent": "The agent of a node: run, status, config, install.",
-    "node": "Nodes: add, list, show, drain, rm.",
+    "node": "Nodes and their roles: add, list, show, drain, role, rm.",
     "pipeline": "Pipelines: validate, schema.",
     "run": "Run a pipeline on a node and follow it.",
     "runs": "Runs: list, show, cancel, retry, resolve.",

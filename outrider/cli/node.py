@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from outrider.cli._main import DONE, INTERRUPTED, App
+from outrider.cli._node_roles import role
 from outrider.cli._output import age, decoded, emit_json, fields, note, output_option, plain, size, table, word
 from outrider.cli._values import Duration, pairs
 
@@ -20,15 +21,18 @@ if TYPE_CHECKING:
 DRAIN_POLL_S = 1.0
 
 
-@click.group("node", help="Nodes: add, list, show, drain, rm.")
+@click.group("node", help="Nodes and their roles: add, list, show, drain, role, rm.")
 def command() -> None:
     """The nodes."""
+
+
+command.add_command(role)
 
 
 @command.command("add")
 @click.argument("node_id", metavar="NODE")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of the node; repeatable.")
-@click.option("--role", default="", help="What the node is for.")
+@click.option("--role", default="", help="A role of nodes; it says which plugins the node should have.")
 @click.option("--token-file", type=click.Path(path_type=Path), help="Write the token there (0600) and don't print it.")
 @output_option
 @click.pass_obj
@@ -95,7 +99,7 @@ def list_(app: App, as_json: bool) -> None:
             ("ok" if node.brief.engine_ok else "error") if node.online else "",
             len(node.brief.runs) if node.online else "",
             size(node.brief.disk_free_bytes) if node.brief.disk_total_bytes else "",
-            node.role,
+            f"{node.role} (drift)" if node.role_state.drift else node.role,
             " ".join(f"{key}={value}" for key, value in sorted(node.labels.items())),
         )
         for node in nodes
@@ -126,11 +130,13 @@ def show(app: App, node_id: str, as_json: bool) -> None:
             ("state", _state(node)),
             ("drain", _drain(node)),
             ("last seen", f"{age(node.last_seen)} ago" if node.last_seen.seconds else "never"),
-            ("role", node.role),
+            ("role", _role(node)),
+            ("environment", _environment(node)),
             ("labels", " ".join(f"{key}={value}" for key, value in sorted(node.labels.items()))),
             ("agent", node.agent_version),
             ("address", node.address),
             ("epoch", str(node.epoch)),
+            ("version", str(node.version)),
             ("engine", ("ok" if brief.engine_ok else f"error: {brief.engine_error}") if node.last_seen.seconds else ""),
             ("cpu", f"{brief.cpu_percent:.0f} %" if brief.memory_total_bytes else ""),
             ("memory", _share(brief.memory_used_bytes, brief.memory_total_bytes)),
@@ -148,6 +154,19 @@ def show(app: App, node_id: str, as_json: bool) -> None:
             for each in brief.operations
         ]
         table(("OPERATION", "ERROR CLASS", "RETRIES", "FAILURES"), counts, empty="")
+    if node.role_state.plugins:
+        click.echo()
+        stands = [
+            (
+                each.distribution,
+                (each.wanted or "any") if each.named else "not by the role",
+                each.locked,
+                each.actual or "missing",
+                _DRIFTS.get(each.drift, each.drift),
+            )
+            for each in node.role_state.plugins
+        ]
+        table(("DISTRIBUTION", "WANTED", "LOCKED", "ACTUAL", "DRIFT"), stands, empty="")
     if node.step_types:
         click.echo()
         rows = [(kind.name, kind.distribution, kind.version, kind.description) for kind in node.step_types]
@@ -156,6 +175,24 @@ def show(app: App, node_id: str, as_json: bool) -> None:
     if broken:
         click.echo()
         table(("PLUGIN", "FROM", "ERROR"), [(p.name, p.distribution, p.error) for p in broken], empty="")
+
+
+_DRIFTS = {"version": "not in range", "lock": "not the locked version"}
+
+
+def _role(node: Any) -> str:
+    """The role, and what is wrong with it."""
+    problem = node.role_state.problem
+    return f"{node.role}: {problem}" if problem else node.role
+
+
+def _environment(node: Any) -> str:
+    """The environment that the agent runs in, and the last one that it came back from."""
+    if not node.HasField("environment"):
+        return ""
+    given = node.environment
+    name = given.name or "the one that it was installed with"
+    return f"{name}; {given.refused} was left again: {given.refused_reason}" if given.refused else name
 
 
 def _state(node: Any) -> str:

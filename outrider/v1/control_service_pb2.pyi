@@ -246,6 +246,132 @@ class DrainNodeRequest(google.protobuf.message.Message):
 global___DrainNodeRequest = DrainNodeRequest
 
 @typing.final
+class SetNodeRoleRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    expected_version: builtins.int
+    """refused with ABORTED if the role has another; 0: must not exist"""
+    @property
+    def role(self) -> outrider.v1.types_pb2.NodeRole:
+        """name, description, agent, plugins and lock are taken"""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        role: outrider.v1.types_pb2.NodeRole | None = ...,
+        expected_version: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "role", b"role"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "request_id", b"request_id", "role", b"role"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_version", b"_expected_version"]) -> typing.Literal["expected_version"] | None: ...
+
+global___SetNodeRoleRequest = SetNodeRoleRequest
+
+@typing.final
+class GetNodeRoleRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+global___GetNodeRoleRequest = GetNodeRoleRequest
+
+@typing.final
+class ListNodeRolesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ListNodeRolesRequest = ListNodeRolesRequest
+
+@typing.final
+class ListNodeRolesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLES_FIELD_NUMBER: builtins.int
+    @property
+    def roles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.NodeRole]:
+        """without locks"""
+
+    def __init__(
+        self,
+        *,
+        roles: collections.abc.Iterable[outrider.v1.types_pb2.NodeRole] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["roles", b"roles"]) -> None: ...
+
+global___ListNodeRolesResponse = ListNodeRolesResponse
+
+@typing.final
+class RemoveNodeRoleRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    name: builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "request_id", b"request_id"]) -> None: ...
+
+global___RemoveNodeRoleRequest = RemoveNodeRoleRequest
+
+@typing.final
+class RemoveNodeRoleResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___RemoveNodeRoleResponse = RemoveNodeRoleResponse
+
+@typing.final
+class AssignNodeRoleRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    NODE_ID_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    node_id: builtins.str
+    role: builtins.str
+    """empty: none"""
+    expected_version: builtins.int
+    """of the node; refused with ABORTED if it has another"""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        node_id: builtins.str = ...,
+        role: builtins.str = ...,
+        expected_version: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "node_id", b"node_id", "request_id", b"request_id", "role", b"role"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_version", b"_expected_version"]) -> typing.Literal["expected_version"] | None: ...
+
+global___AssignNodeRoleRequest = AssignNodeRoleRequest
+
+@typing.final
 class ValidatePipelineRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

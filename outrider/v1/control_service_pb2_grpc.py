@@ -45,6 +45,31 @@ class ControlServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_control__service__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_types__pb2.Node.FromString,
                 )
+        self.SetNodeRole = channel.unary_unary(
+                '/outrider.v1.ControlService/SetNodeRole',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.SetNodeRoleRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_types__pb2.NodeRole.FromString,
+                )
+        self.GetNodeRole = channel.unary_unary(
+                '/outrider.v1.ControlService/GetNodeRole',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.GetNodeRoleRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_types__pb2.NodeRole.FromString,
+                )
+        self.ListNodeRoles = channel.unary_unary(
+                '/outrider.v1.ControlService/ListNodeRoles',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.ListNodeRolesRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_control__service__pb2.ListNodeRolesResponse.FromString,
+                )
+        self.RemoveNodeRole = channel.unary_unary(
+                '/outrider.v1.ControlService/RemoveNodeRole',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.RemoveNodeRoleRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_control__service__pb2.RemoveNodeRoleResponse.FromString,
+                )
+        self.AssignNodeRole = channel.unary_unary(
+                '/outrider.v1.ControlService/AssignNodeRole',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.AssignNodeRoleRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_types__pb2.Node.FromString,
+                )
         self.ValidatePipeline = channel.unary_unary(
                 '/outrider.v1.ControlService/ValidatePipeline',
                 request_serializer=outrider_dot_v1_dot_control__service__pb2.ValidatePipelineRequest.SerializeToString,
@@ -212,6 +237,38 @@ class ControlServiceServicer(object):
 
     def DrainNode(self, request, context):
         """Let the node take no new runs and empty itself of those it has, or undo that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetNodeRole(self, request, context):
+        """What roles of nodes have. What a node with that role should have is compared with what it reports.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetNodeRole(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListNodeRoles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveNodeRole(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AssignNodeRole(self, request, context):
+        """Give a node another role.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -409,6 +466,31 @@ def add_ControlServiceServicer_to_server(servicer, server):
             'DrainNode': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainNode,
                     request_deserializer=outrider_dot_v1_dot_control__service__pb2.DrainNodeRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_types__pb2.Node.SerializeToString,
+            ),
+            'SetNodeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetNodeRole,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.SetNodeRoleRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_types__pb2.NodeRole.SerializeToString,
+            ),
+            'GetNodeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetNodeRole,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.GetNodeRoleRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_types__pb2.NodeRole.SerializeToString,
+            ),
+            'ListNodeRoles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNodeRoles,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.ListNodeRolesRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_control__service__pb2.ListNodeRolesResponse.SerializeToString,
+            ),
+            'RemoveNodeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveNodeRole,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.RemoveNodeRoleRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_control__service__pb2.RemoveNodeRoleResponse.SerializeToString,
+            ),
+            'AssignNodeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.AssignNodeRole,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.AssignNodeRoleRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_types__pb2.Node.SerializeToString,
             ),
             'ValidatePipeline': grpc.unary_unary_rpc_method_handler(
@@ -649,6 +731,91 @@ class ControlService(object):
             metadata=None):
         return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/DrainNode',
             outrider_dot_v1_dot_control__service__pb2.DrainNodeRequest.SerializeToString,
+            outrider_dot_v1_dot_types__pb2.Node.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def SetNodeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/SetNodeRole',
+            outrider_dot_v1_dot_control__service__pb2.SetNodeRoleRequest.SerializeToString,
+            outrider_dot_v1_dot_types__pb2.NodeRole.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetNodeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/GetNodeRole',
+            outrider_dot_v1_dot_control__service__pb2.GetNodeRoleRequest.SerializeToString,
+            outrider_dot_v1_dot_types__pb2.NodeRole.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListNodeRoles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/ListNodeRoles',
+            outrider_dot_v1_dot_control__service__pb2.ListNodeRolesRequest.SerializeToString,
+            outrider_dot_v1_dot_control__service__pb2.ListNodeRolesResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def RemoveNodeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/RemoveNodeRole',
+            outrider_dot_v1_dot_control__service__pb2.RemoveNodeRoleRequest.SerializeToString,
+            outrider_dot_v1_dot_control__service__pb2.RemoveNodeRoleResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def AssignNodeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/AssignNodeRole',
+            outrider_dot_v1_dot_control__service__pb2.AssignNodeRoleRequest.SerializeToString,
             outrider_dot_v1_dot_types__pb2.Node.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -54,6 +54,33 @@ class ControlServiceStub:
     ]
     """Let the node take no new runs and empty itself of those it has, or undo that."""
 
+    SetNodeRole: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.SetNodeRoleRequest,
+        outrider.v1.types_pb2.NodeRole,
+    ]
+    """What roles of nodes have. What a node with that role should have is compared with what it reports."""
+
+    GetNodeRole: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.GetNodeRoleRequest,
+        outrider.v1.types_pb2.NodeRole,
+    ]
+
+    ListNodeRoles: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.ListNodeRolesRequest,
+        outrider.v1.control_service_pb2.ListNodeRolesResponse,
+    ]
+
+    RemoveNodeRole: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.RemoveNodeRoleRequest,
+        outrider.v1.control_service_pb2.RemoveNodeRoleResponse,
+    ]
+
+    AssignNodeRole: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.AssignNodeRoleRequest,
+        outrider.v1.types_pb2.Node,
+    ]
+    """Give a node another role."""
+
     ValidatePipeline: grpc.UnaryUnaryMultiCallable[
         outrider.v1.control_service_pb2.ValidatePipelineRequest,
         outrider.v1.control_service_pb2.ValidatePipelineResponse,
@@ -220,6 +247,33 @@ class ControlServiceAsyncStub:
         outrider.v1.types_pb2.Node,
     ]
     """Let the node take no new runs and empty itself of those it has, or undo that."""
+
+    SetNodeRole: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.SetNodeRoleRequest,
+        outrider.v1.types_pb2.NodeRole,
+    ]
+    """What roles of nodes have. What a node with that role should have is compared with what it reports."""
+
+    GetNodeRole: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.GetNodeRoleRequest,
+        outrider.v1.types_pb2.NodeRole,
+    ]
+
+    ListNodeRoles: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.ListNodeRolesRequest,
+        outrider.v1.control_service_pb2.ListNodeRolesResponse,
+    ]
+
+    RemoveNodeRole: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.RemoveNodeRoleRequest,
+        outrider.v1.control_service_pb2.RemoveNodeRoleResponse,
+    ]
+
+    AssignNodeRole: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.AssignNodeRoleRequest,
+        outrider.v1.types_pb2.Node,
+    ]
+    """Give a node another role."""
 
     ValidatePipeline: grpc.aio.UnaryUnaryMultiCallable[
         outrider.v1.control_service_pb2.ValidatePipelineRequest,
@@ -399,6 +453,43 @@ class ControlServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[outrider.v1.types_pb2.Node, collections.abc.Awaitable[outrider.v1.types_pb2.Node]]:
         """Let the node take no new runs and empty itself of those it has, or undo that."""
+
+    @abc.abstractmethod
+    def SetNodeRole(
+        self,
+        request: outrider.v1.control_service_pb2.SetNodeRoleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.types_pb2.NodeRole, collections.abc.Awaitable[outrider.v1.types_pb2.NodeRole]]:
+        """What roles of nodes have. What a node with that role should have is compared with what it reports."""
+
+    @abc.abstractmethod
+    def GetNodeRole(
+        self,
+        request: outrider.v1.control_service_pb2.GetNodeRoleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.types_pb2.NodeRole, collections.abc.Awaitable[outrider.v1.types_pb2.NodeRole]]: ...
+
+    @abc.abstractmethod
+    def ListNodeRoles(
+        self,
+        request: outrider.v1.control_service_pb2.ListNodeRolesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.control_service_pb2.ListNodeRolesResponse, collections.abc.Awaitable[outrider.v1.control_service_pb2.ListNodeRolesResponse]]: ...
+
+    @abc.abstractmethod
+    def RemoveNodeRole(
+        self,
+        request: outrider.v1.control_service_pb2.RemoveNodeRoleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.control_service_pb2.RemoveNodeRoleResponse, collections.abc.Awaitable[outrider.v1.control_service_pb2.RemoveNodeRoleResponse]]: ...
+
+    @abc.abstractmethod
+    def AssignNodeRole(
+        self,
+        request: outrider.v1.control_service_pb2.AssignNodeRoleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.types_pb2.Node, collections.abc.Awaitable[outrider.v1.types_pb2.Node]]:
+        """Give a node another role."""
 
     @abc.abstractmethod
     def ValidatePipeline(

@@ -48,6 +48,7 @@ class RegisterRequest(google.protobuf.message.Message):
     STEP_TYPES_FIELD_NUMBER: builtins.int
     PLUGINS_FIELD_NUMBER: builtins.int
     RUNS_FIELD_NUMBER: builtins.int
+    ENVIRONMENT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     last_session_id: builtins.str
     """offered to be resumed; empty: none"""
@@ -63,6 +64,10 @@ class RegisterRequest(google.protobuf.message.Message):
     def plugins(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.Plugin]: ...
     @property
     def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.HeldRun]: ...
+    @property
+    def environment(self) -> outrider.v1.types_pb2.Environment:
+        """set: the agent was started by the launcher"""
+
     def __init__(
         self,
         *,
@@ -75,8 +80,10 @@ class RegisterRequest(google.protobuf.message.Message):
         step_types: collections.abc.Iterable[outrider.v1.types_pb2.StepTypeInfo] | None = ...,
         plugins: collections.abc.Iterable[outrider.v1.types_pb2.Plugin] | None = ...,
         runs: collections.abc.Iterable[outrider.v1.types_pb2.HeldRun] | None = ...,
+        environment: outrider.v1.types_pb2.Environment | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "facts_json", b"facts_json", "labels", b"labels", "last_session_id", b"last_session_id", "plugins", b"plugins", "request_id", b"request_id", "runs", b"runs", "step_types", b"step_types"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["environment", b"environment"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "environment", b"environment", "facts_json", b"facts_json", "labels", b"labels", "last_session_id", b"last_session_id", "plugins", b"plugins", "request_id", b"request_id", "runs", b"runs", "step_types", b"step_types"]) -> None: ...
 
 global___RegisterRequest = RegisterRequest
 
@@ -116,6 +123,39 @@ class RegisterResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "heartbeat", b"heartbeat", "resumed", b"resumed", "server_id", b"server_id", "server_time", b"server_time", "server_version", b"server_version", "session_id", b"session_id"]) -> None: ...
 
 global___RegisterResponse = RegisterResponse
+
+@typing.final
+class GetOwnRoleRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___GetOwnRoleRequest = GetOwnRoleRequest
+
+@typing.final
+class OwnRole(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    DEFINITION_FIELD_NUMBER: builtins.int
+    role: builtins.str
+    """its name; empty: the node has none"""
+    @property
+    def definition(self) -> outrider.v1.types_pb2.NodeRole:
+        """absent: the server has no role of that name"""
+
+    def __init__(
+        self,
+        *,
+        role: builtins.str = ...,
+        definition: outrider.v1.types_pb2.NodeRole | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["definition", b"definition"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["definition", b"definition", "role", b"role"]) -> None: ...
+
+global___OwnRole = OwnRole
 
 @typing.final
 class HeartbeatRequest(google.protobuf.message.Message):

@@ -65,6 +65,11 @@ class NodeServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.FromString,
                 )
+        self.GetOwnRole = channel.unary_unary(
+                '/outrider.v1.NodeService/GetOwnRole',
+                request_serializer=outrider_dot_v1_dot_node__service__pb2.GetOwnRoleRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_node__service__pb2.OwnRole.FromString,
+                )
 
 
 class NodeServiceServicer(object):
@@ -131,6 +136,13 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOwnRole(self, request, context):
+        """The node's role and what it has, with its lock. Needs no session: it is asked by who makes environments on the node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -183,6 +195,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.RecoverRuns,
                     request_deserializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.SerializeToString,
+            ),
+            'GetOwnRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOwnRole,
+                    request_deserializer=outrider_dot_v1_dot_node__service__pb2.GetOwnRoleRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_node__service__pb2.OwnRole.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -361,5 +378,22 @@ class NodeService(object):
         return grpc.experimental.unary_unary(request, target, '/outrider.v1.NodeService/RecoverRuns',
             outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.SerializeToString,
             outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetOwnRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.NodeService/GetOwnRole',
+            outrider_dot_v1_dot_node__service__pb2.GetOwnRoleRequest.SerializeToString,
+            outrider_dot_v1_dot_node__service__pb2.OwnRole.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -75,6 +75,12 @@ class NodeServiceStub:
     ]
     """Asked after Register and before Connect by an agent that has lost its journal."""
 
+    GetOwnRole: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.node_service_pb2.GetOwnRoleRequest,
+        outrider.v1.node_service_pb2.OwnRole,
+    ]
+    """The node's role and what it has, with its lock. Needs no session: it is asked by who makes environments on the node."""
+
 class NodeServiceAsyncStub:
     Register: grpc.aio.UnaryUnaryMultiCallable[
         outrider.v1.node_service_pb2.RegisterRequest,
@@ -126,6 +132,12 @@ class NodeServiceAsyncStub:
         outrider.v1.node_service_pb2.RecoverRunsResponse,
     ]
     """Asked after Register and before Connect by an agent that has lost its journal."""
+
+    GetOwnRole: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.node_service_pb2.GetOwnRoleRequest,
+        outrider.v1.node_service_pb2.OwnRole,
+    ]
+    """The node's role and what it has, with its lock. Needs no session: it is asked by who makes environments on the node."""
 
 class NodeServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -198,5 +210,13 @@ class NodeServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[outrider.v1.node_service_pb2.RecoverRunsResponse, collections.abc.Awaitable[outrider.v1.node_service_pb2.RecoverRunsResponse]]:
         """Asked after Register and before Connect by an agent that has lost its journal."""
+
+    @abc.abstractmethod
+    def GetOwnRole(
+        self,
+        request: outrider.v1.node_service_pb2.GetOwnRoleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.node_service_pb2.OwnRole, collections.abc.Awaitable[outrider.v1.node_service_pb2.OwnRole]]:
+        """The node's role and what it has, with its lock. Needs no session: it is asked by who makes environments on the node."""
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

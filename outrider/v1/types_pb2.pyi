@@ -1065,6 +1065,9 @@ class Node(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    ROLE_STATE_FIELD_NUMBER: builtins.int
+    ENVIRONMENT_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     role: builtins.str
     online: builtins.bool
@@ -1073,6 +1076,8 @@ class Node(google.protobuf.message.Message):
     epoch: builtins.int
     address: builtins.str
     """where its connection came from"""
+    version: builtins.int
+    """of what people change of it: its role"""
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
     @property
@@ -1088,6 +1093,14 @@ class Node(google.protobuf.message.Message):
     @property
     def drain(self) -> global___Drain:
         """set: it takes no new runs"""
+
+    @property
+    def role_state(self) -> global___RoleState:
+        """set: it has a role"""
+
+    @property
+    def environment(self) -> global___Environment:
+        """set: its agent was started by the launcher"""
 
     def __init__(
         self,
@@ -1106,11 +1119,181 @@ class Node(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         address: builtins.str = ...,
         drain: global___Drain | None = ...,
+        version: builtins.int = ...,
+        role_state: global___RoleState | None = ...,
+        environment: global___Environment | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["brief", b"brief", "created_at", b"created_at", "drain", b"drain", "last_seen", b"last_seen"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "agent_version", b"agent_version", "brief", b"brief", "created_at", b"created_at", "drain", b"drain", "epoch", b"epoch", "facts_json", b"facts_json", "labels", b"labels", "last_seen", b"last_seen", "node_id", b"node_id", "online", b"online", "plugins", b"plugins", "role", b"role", "step_types", b"step_types"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["brief", b"brief", "created_at", b"created_at", "drain", b"drain", "environment", b"environment", "last_seen", b"last_seen", "role_state", b"role_state"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "agent_version", b"agent_version", "brief", b"brief", "created_at", b"created_at", "drain", b"drain", "environment", b"environment", "epoch", b"epoch", "facts_json", b"facts_json", "labels", b"labels", "last_seen", b"last_seen", "node_id", b"node_id", "online", b"online", "plugins", b"plugins", "role", b"role", "role_state", b"role_state", "step_types", b"step_types", "version", b"version"]) -> None: ...
 
 global___Node = Node
+
+@typing.final
+class NodeRole(google.protobuf.message.Message):
+    """What a role of nodes has: which plugins, in which versions, and the lock that an environment is made from."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    DESCRIPTION_FIELD_NUMBER: builtins.int
+    AGENT_FIELD_NUMBER: builtins.int
+    PLUGINS_FIELD_NUMBER: builtins.int
+    LOCK_FIELD_NUMBER: builtins.int
+    LOCK_SHA256_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    UPDATED_AT_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    description: builtins.str
+    agent: builtins.str
+    """versions of outrider itself, e.g. ">=0.1,<0.2" (PEP 440); empty: any"""
+    lock: builtins.bytes
+    """requirements.txt with hashes, the whole environment; left out of lists"""
+    lock_sha256: builtins.bytes
+    version: builtins.int
+    @property
+    def plugins(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RolePlugin]: ...
+    @property
+    def updated_at(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """that have this role"""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        description: builtins.str = ...,
+        agent: builtins.str = ...,
+        plugins: collections.abc.Iterable[global___RolePlugin] | None = ...,
+        lock: builtins.bytes = ...,
+        lock_sha256: builtins.bytes = ...,
+        version: builtins.int = ...,
+        updated_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        nodes: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["updated_at", b"updated_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent", "description", b"description", "lock", b"lock", "lock_sha256", b"lock_sha256", "name", b"name", "nodes", b"nodes", "plugins", b"plugins", "updated_at", b"updated_at", "version", b"version"]) -> None: ...
+
+global___NodeRole = NodeRole
+
+@typing.final
+class RolePlugin(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DISTRIBUTION_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    distribution: builtins.str
+    versions: builtins.str
+    """PEP 440, e.g. ">=0.1,<0.2"; empty: any"""
+    def __init__(
+        self,
+        *,
+        distribution: builtins.str = ...,
+        versions: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["distribution", b"distribution", "versions", b"versions"]) -> None: ...
+
+global___RolePlugin = RolePlugin
+
+@typing.final
+class RoleState(google.protobuf.message.Message):
+    """How a node stands to its role, by what its agent reported when it registered."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    ROLE_VERSION_FIELD_NUMBER: builtins.int
+    PLUGINS_FIELD_NUMBER: builtins.int
+    DRIFT_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    role: builtins.str
+    role_version: builtins.int
+    """0: the server has no such role"""
+    drift: builtins.bool
+    problem: builtins.str
+    """a sentence about all of it, with what to do; empty if there is no drift"""
+    @property
+    def plugins(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PluginState]: ...
+    def __init__(
+        self,
+        *,
+        role: builtins.str = ...,
+        role_version: builtins.int = ...,
+        plugins: collections.abc.Iterable[global___PluginState] | None = ...,
+        drift: builtins.bool = ...,
+        problem: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drift", b"drift", "plugins", b"plugins", "problem", b"problem", "role", b"role", "role_version", b"role_version"]) -> None: ...
+
+global___RoleState = RoleState
+
+@typing.final
+class PluginState(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DISTRIBUTION_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    LOCKED_FIELD_NUMBER: builtins.int
+    ACTUAL_FIELD_NUMBER: builtins.int
+    DRIFT_FIELD_NUMBER: builtins.int
+    NAMED_FIELD_NUMBER: builtins.int
+    distribution: builtins.str
+    wanted: builtins.str
+    """versions by the role; empty with `named`: any"""
+    locked: builtins.str
+    """the version in the role's lock"""
+    actual: builtins.str
+    """the version on the node; empty: it is not there"""
+    drift: builtins.str
+    """missing, version, lock, broken, extra; empty: as it should be"""
+    named: builtins.bool
+    """the role names it"""
+    def __init__(
+        self,
+        *,
+        distribution: builtins.str = ...,
+        wanted: builtins.str = ...,
+        locked: builtins.str = ...,
+        actual: builtins.str = ...,
+        drift: builtins.str = ...,
+        named: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["actual", b"actual", "distribution", b"distribution", "drift", b"drift", "locked", b"locked", "named", b"named", "wanted", b"wanted"]) -> None: ...
+
+global___PluginState = PluginState
+
+@typing.final
+class Environment(google.protobuf.message.Message):
+    """The virtual environment that an agent runs in, as its launcher keeps them."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    ROLE_VERSION_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    REFUSED_REASON_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """empty: the one that the agent was installed with"""
+    role: builtins.str
+    role_version: builtins.int
+    refused: builtins.str
+    """the last environment that did not get well, and was left again"""
+    refused_reason: builtins.str
+    """a sentence"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        role: builtins.str = ...,
+        role_version: builtins.int = ...,
+        refused: builtins.str = ...,
+        refused_reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "refused", b"refused", "refused_reason", b"refused_reason", "role", b"role", "role_version", b"role_version"]) -> None: ...
+
+global___Environment = Environment
 
 @typing.final
 class Drain(google.protobuf.message.Message):

@@ -8,12 +8,12 @@ from outrider import __version__, wire
 from outrider.errors import InvalidInput
 from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import types_pb2
-from server_core import dispatch
+from server_core import dispatch, roles
 from server_core.access import current_caller
 from server_core.bus.base import EVENTS, NODES
 from server_core.control.common import Context, Part, check_node_id
 from server_core.security import tokens as token_digests
-from server_core.store import audit, draining, events, nodes, runs, tokens
+from server_core.store import audit, draining, events, node_roles, nodes, runs, tokens
 from server_core.store.commits import Commit
 from server_core.store.common import now_us, stamp
 
@@ -22,12 +22,12 @@ _MAX_DEADLINE_S = 30 * 24 * 3600.0
 
 class Nodes(Part):
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.ServerInfo:
-        known = await self._s.db.read(nodes.listed)
+        known = await self._s.db.read(nodes.count)
         return pb.ServerInfo(
             version=__version__,
             server_id=self._s.server_id,
             started_at=stamp(self._s.started_us),
-            nodes=len(known),
+            nodes=known,
             nodes_online=self._s.fleet.online_count(),
         )
 
@@ -38,6 +38,8 @@ class Nodes(Part):
         caller = tokens.Caller(tokens.NODE, request.node_id, "node", token_digests.digest(token))
 
         def work(connection: Connection) -> pb.AddNodeResponse:
+            if request.role:
+                node_roles.get(connection, request.role)
             nodes.add(connection, request.node_id, request.labels, request.role)
             tokens.add(connection, caller)
             events.add(connection, "node.added", request.node_id, node_id=request.node_id)
@@ -50,12 +52,20 @@ class Nodes(Part):
         return answer
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesResponse:
-        known = await self._s.db.read(nodes.listed)
-        described = [self._s.fleet.describe(node) for node in known]
+        known, wanted = await self._s.db.read(lambda c: (nodes.listed(c), roles.all_wanted(c)))
+        described = [self._s.fleet.describe(roles.describe(node, wanted.get(node.role))) for node in known]
+        for node in described:
+            del node.step_types[:]
+            del node.plugins[:]
         return pb.ListNodesResponse(nodes=await self._s.drains.describe_all(described))
 
     async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> types_pb2.Node:
-        node = await self._s.db.read(lambda c: nodes.get(c, request.node_id))
+        def read(connection: Connection) -> types_pb2.Node:
+            node = nodes.get(connection, request.node_id)
+            found = node_roles.find(connection, node.role) if node.role else None
+            return roles.describe(node, None if found is None else roles.Wanted.of(found))
+
+        node = await self._s.db.read(read)
         return await self._s.drains.describe(self._s.fleet.describe(node))
 
     async def DrainNode(self, request: pb.DrainNodeRequest, context: Context) -> types_pb2.Node:

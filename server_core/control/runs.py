@@ -18,7 +18,7 @@ from outrider.errors import Conflict, InvalidInput, Problem
 from outrider.pipeline import Pipeline, env_references
 from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import types_pb2
-from server_core import checks, dispatch
+from server_core import checks, dispatch, roles
 from server_core.access import current_caller
 from server_core.bus.base import EVENTS, run_topic
 from server_core.control.common import Context, Part, check_ref, request_digest
@@ -171,14 +171,16 @@ class Runs(Part):
     ) -> tuple[list[Problem], dict[str, Any]]:
         def read(
             connection: Connection,
-        ) -> tuple[types_pb2.Node | None, types_pb2.Object | None, dict[str, list[str] | None], str]:
+        ) -> tuple[types_pb2.Node | None, types_pb2.Object | None, dict[str, str], dict[str, list[str] | None], str]:
             node = nodes.get(connection, node_id) if node_id else None
             found = None if ref is None else objects.get(connection, ref)
-            return node, found, *checks.known_envs(connection, pipeline)
+            uses = [step.uses for step in pipeline.steps]
+            missing = {} if node is None else roles.why_missing(connection, node, uses)
+            return node, found, missing, *checks.known_envs(connection, pipeline)
 
-        node, found, known, hint = await self._s.db.read(read)
+        node, found, missing, known, hint = await self._s.db.read(read)
         attributes = None if found is None else json.loads(found.attributes_json)
-        return await asyncio.to_thread(checks.problems_of, pipeline, node, known, hint, given, attributes)
+        return await asyncio.to_thread(checks.problems_of, pipeline, node, known, hint, given, attributes, missing)
 
     def _shown(self, run: types_pb2.Run) -> types_pb2.Run:
         """The run with the latest progress, and with why it still waits where that is known by presence."""

@@ -18,6 +18,9 @@ class Commit(StrEnum):
     # What operators ask for; the answer is kept in the same transaction.
     NODE_ADD = "node_add"
     NODE_REMOVE = "node_remove"
+    NODE_ASSIGN = "node_assign"
+    NODE_ROLE_SET = "node_role_set"
+    NODE_ROLE_REMOVE = "node_role_remove"
     OBJECT_SET = "object_set"
     OBJECT_REMOVE = "object_remove"
     ENV_SET = "env_set"
@@ -69,5 +72,13 @@ class Commit(StrEnum):
 
 
 _NEEDS_ROOM = frozenset(
-    {Commit.RUN_ACCEPT, Commit.NODE_ADD, Commit.OBJECT_SET, Commit.ENV_SET, Commit.LOGS, Commit.EVENTS}
+    {
+        Commit.RUN_ACCEPT,
+        Commit.NODE_ADD,
+        Commit.NODE_ROLE_SET,
+        Commit.OBJECT_SET,
+        Commit.ENV_SET,
+        Commit.LOGS,
+        Commit.EVENTS,
+    }
 )

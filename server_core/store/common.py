@@ -10,6 +10,7 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import Connection, insert, select, update
 
+from outrider.errors import Conflict
 from server_core.store import schema
 
 
@@ -59,3 +60,13 @@ def next_number(connection: Connection, key: str) -> int:
     number = int(get_meta(connection, key) or 0) + 1
     set_meta(connection, key, str(number))
     return number
+
+
+def refuse_stale(what: str, version: int, expected: int | None) -> None:
+    """Raise Conflict unless ``what`` has the version that the caller knew; None: the caller does not care."""
+    if expected is None or expected == version:
+        return
+    if expected == 0:
+        raise Conflict(f"{what} exists already, with version {version}", code="version_conflict")
+    have = f"has version {version}" if version else "does not exist"
+    raise Conflict(f"{what} {have}, not {expected}", code="version_conflict", hint="read it again, then change it")

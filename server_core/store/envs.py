@@ -9,9 +9,8 @@ from sqlalchemy import Connection, delete, insert, select, update
 from outrider.errors import NotFound
 from outrider.v1 import control_service_pb2
 from server_core.store import schema
-from server_core.store.common import now_us, stamp
+from server_core.store.common import now_us, refuse_stale, stamp
 from server_core.store.nodes import listing
-from server_core.store.objects import refuse_stale
 
 
 def put(

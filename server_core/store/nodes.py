@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from outrider.errors import Conflict, NotFound
 from outrider.v1 import node_service_pb2, types_pb2
 from server_core.store import schema
-from server_core.store.common import dump, now_us
+from server_core.store.common import dump, now_us, refuse_stale
 
 _LISTED = 20
 
@@ -88,12 +88,24 @@ def listing(lead: str, names: Iterable[str]) -> str:
 
 
 def listed(connection: Connection) -> list[types_pb2.Node]:
-    """All nodes, without step types and plugins."""
-    nodes = [_node(row) for row in connection.execute(select(schema.nodes).order_by(schema.nodes.c.node_id))]
-    for node in nodes:
-        del node.step_types[:]
-        del node.plugins[:]
-    return nodes
+    """All nodes, with step types and plugins."""
+    return [_node(row) for row in connection.execute(select(schema.nodes).order_by(schema.nodes.c.node_id))]
+
+
+def assign(connection: Connection, node_id: str, role: str, expected_version: int | None) -> types_pb2.Node:
+    """Give the node another role; the version grows if that is a change."""
+    node = get(connection, node_id)
+    refuse_stale(f"node {node_id}", node.version, expected_version)
+    if node.role == role:
+        return node
+    connection.execute(
+        update(schema.nodes).where(schema.nodes.c.node_id == node_id).values(role=role, version=node.version + 1)
+    )
+    return get(connection, node_id)
+
+
+def count(connection: Connection) -> int:
+    return int(connection.execute(select(func.count()).select_from(schema.nodes)).scalar() or 0)
 
 
 def begin_session(
@@ -123,6 +135,7 @@ def begin_session(
             labels_json=dump(json.loads(row.labels_json) | dict(request.labels)),
             facts_json=request.facts_json.decode() or "{}",
             described=described.SerializeToString(),
+            environment=request.environment.SerializeToString() if request.HasField("environment") else None,
             address=address,
             last_seen=now_us(),
         )
@@ -155,6 +168,9 @@ def _node(row: Row[tuple[object, ...]]) -> types_pb2.Node:
     node.agent_version = row.agent_version
     node.facts_json = row.facts_json.encode()
     node.epoch = row.epoch
+    node.version = row.version
+    if row.environment is not None:
+        node.environment.ParseFromString(row.environment)
     node.address = row.address
     node.created_at.FromMicroseconds(row.created_at)
     if row.last_seen is not None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
-from outrider.errors import Conflict, InvalidInput, NotFound
+from outrider.errors import InvalidInput, NotFound
 from outrider.v1 import types_pb2
 from server_core.store import schema
-from server_core.store.common import dump, now_us, stamp
+from server_core.store.common import dump, now_us, refuse_stale, stamp
 from server_core.store.nodes import listing
 
 MAX_ATTRIBUTES_BYTES = 256 * 1024
@@ -142,16 +142,6 @@ def write_back(
     if changed:
         connection.execute(update(schema.objects).where(*where).values(status_version=version + 1, updated_at=now_us()))
     return int(version) + changed
-
-
-def refuse_stale(what: str, version: int, expected: int | None) -> None:
-    """Raise Conflict unless ``what`` has the version that the caller knew; None: the caller does not care."""
-    if expected is None or expected == version:
-        return
-    if expected == 0:
-        raise Conflict(f"{what} exists already, with version {version}", code="version_conflict")
-    have = f"has version {version}" if version else "does not exist"
-    raise Conflict(f"{what} {have}, not {expected}", code="version_conflict", hint="read it again, then change it")
 
 
 def _object(connection: Connection, row: Row[tuple[object, ...]]) -> types_pb2.Object:

@@ -17,7 +17,7 @@ from server_core.store.common import get_meta, now_us, set_meta
 NUMBERS_STEP = 1_000_000_000
 """Epochs, run sequences, and the numbers of events and log chunks grow by it: more than anybody counted since."""
 VERSIONS_STEP = 1_000_000
-"""Versions of objects, env sets and nodes, which people see, grow by it."""
+"""Versions of objects, env sets, nodes and their roles, which people see, grow by it."""
 COMMANDS_KNOWN_FOR = timedelta(days=6)
 """Nodes know a command again for a week. What is older must not be sent: it could run a second time."""
 
@@ -37,6 +37,8 @@ def make_safe(connection: Connection, made_at: datetime) -> list[str]:
         )
     )
     connection.execute(update(env_sets).values(version=env_sets.c.version + VERSIONS_STEP))
+    roles = schema.node_roles
+    connection.execute(update(roles).values(version=roles.c.version + VERSIONS_STEP))
     set_meta(connection, "run_sequence", str(int(get_meta(connection, "run_sequence") or 0) + NUMBERS_STEP))
     for table in (schema.events.name, schema.run_logs.name):
         raise_autoincrement(connection, table)

@@ -63,6 +63,18 @@ nodes = Table(
     Column("brief", LargeBinary),  # a BriefState message
     Column("created_at", BigInteger, nullable=False),
     Column("drain_json", Text),  # see server_core.store.draining; NULL: it takes runs
+    Column("environment", LargeBinary),  # an Environment message; NULL: its agent has no launcher
+)
+
+node_roles = Table(
+    "node_roles",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("spec_json", Text, nullable=False),  # outrider.roles.Role
+    Column("lock", Text, nullable=False),  # a requirements file with hashes
+    Column("lock_sha256", LargeBinary, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
 )
 
 objects = Table(

@@ -151,6 +151,23 @@ def add_and_remove_nodes(rig: Rig, attack: Attack) -> None:
         assert told(rig, type_, name) == 1
 
 
+def assign_roles(rig: Rig, attack: Attack) -> None:
+    """A role that a node gets and loses again; made once, changed once, removed once."""
+    node, role = fresh("node"), fresh("role")
+    rig.operator.call("AddNode", cs.AddNodeRequest(node_id=node))
+    lock = f"outrider==0.1.0 --hash=sha256:{'0' * 64}\n".encode()
+    made = rig.operator.call("SetNodeRole", cs.SetNodeRoleRequest(role=types.NodeRole(name=role, lock=lock)))
+    assert made.version == 1
+    given = rig.operator.call("AssignNodeRole", cs.AssignNodeRoleRequest(node_id=node, role=role))
+    assert (given.role, given.version) == (role, 2)
+    assert rig.operator.call("AssignNodeRole", cs.AssignNodeRoleRequest(node_id=node)).role == ""
+    rig.operator.call("RemoveNodeRole", cs.RemoveNodeRoleRequest(name=role))
+    assert refusal(rig, "GetNodeRole", cs.GetNodeRoleRequest(name=role)) is grpc.StatusCode.NOT_FOUND
+    for type_, times in (("node_role.changed", 1), ("node_role.removed", 1)):
+        assert told(rig, type_, role) == times
+    assert told(rig, "node.role_changed", node) == 2
+
+
 # -- scenarios with an agent that does as it is told
 
 
@@ -330,6 +347,7 @@ SCENARIOS: dict[Scenario, tuple[Commit, ...]] = {
     retry: (Commit.RUN_RETRY,),
     drain: (Commit.NODE_DRAIN, Commit.NODE_DRAINED, Commit.DRAIN_DEADLINE),
     add_and_remove_nodes: (Commit.NODE_ADD, Commit.NODE_REMOVE),
+    assign_roles: (Commit.NODE_ROLE_SET, Commit.NODE_ASSIGN, Commit.NODE_ROLE_REMOVE),
     refuse_a_run: (Commit.RUN_SETTLED,),
     resolve: (Commit.RUN_RESOLVE,),
     stop_a_container: (Commit.CONTAINER_ANSWER,),

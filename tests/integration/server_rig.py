@@ -110,6 +110,9 @@ class FakeAgent:
     node_id: str
     token: str
     step_types: list[tpb.StepTypeInfo] = field(default_factory=lambda: [ECHO])
+    plugins: list[tpb.Plugin] = field(default_factory=list)
+    version: str = "test"
+    environment: tpb.Environment | None = None
     commands: list[npb.Command] = field(default_factory=list)
     acks: list[int] = field(default_factory=list)
     log_acks: list[npb.RunLogAck] = field(default_factory=list)
@@ -134,7 +137,12 @@ class FakeAgent:
         self.identity.session_id = ""
         self.session = await self.stub.Register(
             npb.RegisterRequest(
-                request_id="r", last_session_id=last_session_id, agent_version="test", step_types=self.step_types
+                request_id="r",
+                last_session_id=last_session_id,
+                agent_version=self.version,
+                step_types=self.step_types,
+                plugins=self.plugins,
+                environment=self.environment,
             ),
             timeout=TIMEOUT,
         )

@@ -1,0 +1,121 @@
+"""How nodes stand to their roles, and why one can't run a pipeline: sentences with the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from outrider.roles import AGENT, Installed, Role, Stand, compare, read_lock
+from outrider.schema import KNOWN_DISTRIBUTIONS
+from outrider.v1 import types_pb2
+from server_core.store import node_roles, nodes
+from server_core.store.nodes import listing
+
+_TOLD = 4
+"""So many differences are named in a sentence; a table has them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A role that is ready to be compared with: reading a lock costs more than comparing."""
+
+    role: Role
+    lock: Mapping[str, Sequence[str]]
+    version: int
+
+    @classmethod
+    def of(cls, role: types_pb2.NodeRole) -> Wanted:
+        return cls(node_roles.spec(role), read_lock(role.lock.decode()), role.version)
+
+
+def all_wanted(connection: Connection) -> dict[str, Wanted]:
+    """Every role of the server, by name."""
+    return {role.name: Wanted.of(role) for role in node_roles.listed(connection)}
+
+
+def describe(node: types_pb2.Node, wanted: Wanted | None) -> types_pb2.Node:
+    """Put onto a node's record how it stands to its role; nothing for a node without one. Needs its plugins."""
+    if not node.role:
+        return node
+    state = node.role_state
+    state.role = node.role
+    if wanted is None:
+        state.drift = True
+        state.problem = (
+            f"the server has no node role {node.role}: `outrider node role set FILE` makes it, "
+            f"`outrider node role assign {node.node_id} ROLE` gives the node another one"
+        )
+        return node
+    state.role_version = wanted.version
+    if not node.epoch:
+        state.drift = True
+        state.problem = "its agent has never connected, so nobody knows which plugins it has"
+        return node
+    stands = compare(wanted.role, wanted.lock, installed(node))
+    state.plugins.extend(_state(each) for each in stands)
+    differing = [each.words for each in stands if each.drift]
+    state.drift = bool(differing)
+    if differing:
+        more = f" and {len(differing) - _TOLD} more" if len(differing) > _TOLD else ""
+        state.problem = f"{'; '.join(differing[:_TOLD])}{more}: on the node, run `outrider agent plugins sync`"
+        if node.environment.refused:
+            state.problem += f" (the last try was taken back: {node.environment.refused_reason})"
+    return node
+
+
+def installed(node: types_pb2.Node) -> Iterable[Installed]:
+    """The agent and the plugins that the node has reported."""
+    yield Installed(AGENT, node.agent_version)
+    for plugin in node.plugins:
+        yield Installed(plugin.distribution, plugin.version, "" if plugin.ok else plugin.error)
+
+
+def why_missing(connection: Connection, node: types_pb2.Node, uses: Iterable[str]) -> dict[str, str]:
+    """For each step type of ``uses`` that the node lacks, what would be right, as a hint."""
+    have = {each.name for each in node.step_types}
+    missing = sorted(set(uses) - have)
+    if not missing:
+        return {}
+    found = node_roles.find(connection, node.role) if node.role else None
+    wanted = None if found is None else Wanted.of(found)
+    others = [each for each in nodes.listed(connection) if each.node_id != node.node_id]
+    return {each: hint for each in missing if (hint := _why(each, node, wanted, others))}
+
+
+def _why(uses: str, node: types_pb2.Node, wanted: Wanted | None, others: Sequence[types_pb2.Node]) -> str:
+    """Empty where nothing better is known than what every machine could say."""
+    prefix = uses.split(".")[0]
+    for plugin in node.plugins:
+        if not plugin.ok and (plugin.name == prefix or uses in plugin.step_types):
+            return f"{plugin.distribution} {plugin.version} is there and can't be used: {plugin.error}"
+    owners = [other.node_id for other in others if any(each.name == uses for each in other.step_types)]
+    distribution = next(
+        (each.distribution for other in others for each in other.step_types if each.name == uses),
+        KNOWN_DISTRIBUTIONS.get(prefix, ""),
+    )
+    if not distribution or wanted is None:
+        return ""
+    if distribution in wanted.role.plugins:
+        versions = wanted.role.plugins[distribution]
+        return (
+            f"it comes from {distribution}{versions and f' ({versions})'}, which role {node.role} has and the node "
+            f"has not yet: run `outrider agent plugins sync` there"
+        )
+    elsewhere = f"; {listing('it can run on', owners)}" if owners else ""
+    return (
+        f"it comes from {distribution}, which role {node.role} does not have: add it there (`outrider node role set`) "
+        f"and run `outrider agent plugins sync` on the node{elsewhere}"
+    )
+
+
+def _state(stand: Stand) -> types_pb2.PluginState:
+    return types_pb2.PluginState(
+        distribution=stand.distribution,
+        wanted=stand.wanted,
+        locked=stand.locked,
+        actual=stand.actual,
+        drift=stand.drift,
+        named=stand.named,
+    )
