@@ -3,9 +3,9 @@
     make soak MINUTES=30            or    python -m tests.faults.soak --minutes 30 --seed 7
 
 Half of the time anything may be killed. Then both processes stay alive through cuts and load: their memory and file
-descriptors are measured after a warm-up and at the end, and have to be flat. At last everything is let come to its
-end, and the checker of the fault tests compares server, agent, engine and disk. Prints what was done and found, as
-JSON; exit code 1 if a promise was broken or something grew.
+descriptors are measured after a warm-up, then eleven times more, and have to be flat. At last everything is let come
+to its end, and the checker of the fault tests compares server, agent, engine and disk. Prints what was done and found,
+as JSON; exit code 1 if a promise was broken or something grew.
 """
 
 from __future__ import annotations
@@ -250,8 +250,10 @@ def soak(minutes: float, seed: int, say: Callable[[str], None]) -> dict[str, Any
         say("both live on, through cuts")
         middle = time.monotonic()
         _while(middle, minutes * 10, load, monkey.cut, rng)
-        before = _sizes(rig)
-        _while(middle, minutes * 30, load, monkey.cut, rng)
+        sizes = [_sizes(rig)]
+        for tenth in range(1, 11):
+            _while(middle, minutes * (10 + 3 * tenth), load, monkey.cut, rng)
+            sizes.append(_sizes(rig))
         load.stop()
         proxy.flow()
         say("everything comes to its end")
@@ -263,9 +265,9 @@ def soak(minutes: float, seed: int, say: Callable[[str], None]) -> dict[str, Any
             for name in ("agent", "server")
             if getattr(rig, name).poll() is not None
         ]
-        after = _sizes(rig)
-        for name, size in before.items():
-            problems += [f"{name}: {each}" for each in size.grew(after[name])]
+        sizes.append(_sizes(rig))
+        for name, size in sizes[0].items():
+            problems += [f"{name}: {each}" for each in size.grew(sizes[-1][name])]
         facts = collect(rig)
         for run in facts.runs.values():
             tally.ended[types.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()] += 1
@@ -284,8 +286,8 @@ def soak(minutes: float, seed: int, say: Callable[[str], None]) -> dict[str, Any
             "log_bytes": sum(len(log.data) for log in facts.logs.values()),
             "lost": sum(run_id not in facts.runs for run_id in facts.accepted),
             "ran_twice": sum(len(each) != len(set(each)) for each in facts.marks.values()),
-            "memory_mib": {name: [before[name].memory_bytes >> 20, after[name].memory_bytes >> 20] for name in before},
-            "files": {name: [before[name].files, after[name].files] for name in before},
+            "memory_mib": {name: [each[name].memory_bytes >> 20 for each in sizes] for name in sizes[0]},
+            "files": {name: [each[name].files for each in sizes] for name in sizes[0]},
             "containers": len(facts.containers),
             "problems": problems,
             "output": rig.output() if problems else "",
