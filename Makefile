@@ -47,7 +47,7 @@ lint: venv ## style: ruff
 
 types: venv ## types: mypy --strict
 	@$(PY) -m mypy
-	@MYPYPATH=stepkit:deploy/images $(PY) -m mypy --explicit-package-bases stepkit/outrider_stepkit deploy/images/imagebuild
+	@MYPYPATH=stepkit $(PY) -m mypy --explicit-package-bases stepkit/outrider_stepkit
 	@for plugin in plugins/*; do MYPYPATH=stepkit:$$plugin:$$plugin/program $(PY) -m mypy --explicit-package-bases \
 		$$plugin/program $$plugin/outrider_step_* || exit 1; done
 

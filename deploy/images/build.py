@@ -17,10 +17,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-from imagebuild.images import Row, Workshop
-from imagebuild.shell import BuildError
+from outrider.cli.imagebuild import BuildError, Row, of_checkout  # noqa: E402
 
 COMMANDS = ("build", "list", "lock")
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = ["build", *given]
     options = _parser().parse_args(given)
     try:
-        workshop = Workshop(Path(__file__).resolve().parents[2], options.plugin)
+        workshop = of_checkout(ROOT, options.plugin)
         if options.command == "lock":
             for path in workshop.lock(options.names, upgrade=options.upgrade):
                 print(path)

@@ -20,12 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from outrider.cli.imagebuild import base, engine
+from outrider.cli.imagebuild.shell import Progress
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "deploy" / "images"))
-
-from imagebuild import base, engine  # noqa: E402
-from imagebuild.shell import Progress  # noqa: E402
-
 PACKAGES = "systemd,systemd-sysv,procps,python3,ca-certificates,docker.io,iptables,nftables"
 RELEASE = platform.freedesktop_os_release()
 SUITE = RELEASE["VERSION_CODENAME"]

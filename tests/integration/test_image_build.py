@@ -99,7 +99,7 @@ def test_package_that_is_not_what_the_lock_says_is_refused(plugin: Path) -> None
 def test_missing_lock_says_how_to_make_it(plugin: Path) -> None:
     (plugin / "image" / "requirements.in").write_text("py7zr\n")
     ended = build("build", plugin.name, "--plugin", str(plugin))
-    assert f"build.py lock {plugin.name}" in ended.stderr
+    assert f"outrider images lock {plugin.name}" in ended.stderr
 
 
 @pytest.mark.parametrize(

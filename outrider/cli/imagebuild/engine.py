@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagebuild.shell import BuildError, run
+from outrider.cli.imagebuild.shell import BuildError, run
 
 CONTENT_LABEL = "outrider.content"
 """The digest of everything that an image was made of. An image that bears the wanted one is not built again."""
@@ -85,6 +86,19 @@ def build(
     if before is not None and after is not None and before.id != after.id:
         # Ours, and nameless now. Where a container still uses it, the engine refuses: then it stays.
         subprocess.run(["docker", "image", "rm", before.id], capture_output=True, timeout=60)
+
+
+def build_layer(context: Path, *, base: str, what: str) -> str:
+    """Build ``context`` on ``base`` with this machine's network, under no name; the id of the image.
+
+    It stays as long as an image that stands on it.
+    """
+    command = ["docker", "build", "--network", "host", "--force-rm", "--build-arg", f"BASE={base}", str(context)]
+    output = run(command, what=what, env={"DOCKER_BUILDKIT": "0"})
+    match = re.search(r"Successfully built ([0-9a-f]+)", output)
+    if match is None:
+        raise BuildError(f"{what}: the container engine does not say which image it made")
+    return match[1]
 
 
 def _steps_alone(on_line: Callable[[str], None] | None) -> Callable[[str], None] | None:

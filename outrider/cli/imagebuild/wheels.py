@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from imagebuild.shell import BuildError, Progress, run
+from outrider.cli.imagebuild.shell import BuildError, Progress, run
 
 PYTHONS = ("3.11", "3.12")
 """The Pythons that a base image can have: Debian 12's, and that of python:3.12-slim. A lock serves both."""
@@ -71,7 +71,7 @@ def lock(source: Path, target: Path, *, upgrade: bool) -> None:
         raise BuildError(
             f"{source} resolves to other packages on Python {' than on '.join(PYTHONS)}: choose versions for both"
         )
-    header = f"# Made from {source.name} by: python3 deploy/images/build.py lock. Change that file, not this one.\n"
+    header = f"# Made from {source.name} by: outrider images lock. Change that file, not this one.\n"
     target.write_text(header + results[PYTHONS[0]])
 
 

@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from imagebuild import engine
-from imagebuild.shell import BuildError, Progress, as_root, run
+from outrider.cli.imagebuild import engine
+from outrider.cli.imagebuild.shell import BuildError, Progress, as_root, run
 
 REGISTRY_IMAGE = "python:3.12-slim"
 SUITE = "bookworm"

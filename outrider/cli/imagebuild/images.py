@@ -6,14 +6,13 @@ import fcntl
 import hashlib
 import re
 import shutil
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagebuild import base, engine, wheels
-from imagebuild.shell import BuildError, Progress
+from outrider.cli.imagebuild import base, engine, wheels
+from outrider.cli.imagebuild.shell import BuildError, Progress
 
 BASE = "outrider/base:1"
 PAUSE = "outrider/pause:1"
@@ -25,54 +24,67 @@ USER 0:0
 RUN ["python3", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", "/opt/outrider"]
 USER 65534:65534
 """
+PACKAGES = """ARG BASE
+FROM ${BASE}
+USER 0:0
+RUN apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends NAMES \\
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
+USER 65534:65534
+"""
+HERE = Path(__file__).resolve().parent
 _NOT_CONTENT = ("__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache")
 
 
 @dataclass(frozen=True, slots=True)
 class StepImage:
-    """The image of one step plugin."""
+    """The image of one step plugin. ``folder`` has ``image/`` and ``program/``."""
 
     name: str
     tag: str
-    plugin: Path
+    folder: Path
 
     @property
     def dockerfile(self) -> Path:
-        return self.plugin / "image" / "Dockerfile"
+        return self.folder / "image" / "Dockerfile"
+
+    @property
+    def packages(self) -> Path:
+        return self.folder / "image" / "packages.txt"
 
     @property
     def requirements(self) -> Path:
-        return self.plugin / "image" / "requirements.in"
+        return self.folder / "image" / "requirements.in"
 
     @property
     def lock(self) -> Path:
-        return self.plugin / "image" / "requirements.lock"
+        return self.folder / "image" / "requirements.lock"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An image and its state: "up to date", "outdated" or "absent"."""
+    """An image and its state: "up to date", "outdated" or "absent". ``id``: the engine's; "" where it is absent."""
 
     name: str
     tag: str
     state: str
     size_bytes: int
+    id: str = ""
 
 
 class Workshop:
-    """Builds the images of the checkout ``root``; what it fetches and stages lies in ``root``/.build."""
+    """Builds ``steps``, and what they stand on. What is fetched and staged for it lies in ``scratch``.
 
-    def __init__(self, root: Path, extra_plugins: Sequence[Path] = ()) -> None:
-        self.root = root
-        self.here = root / "deploy" / "images"
-        self.scratch = root / ".build" / "images"
-        self.stepkit = root / "stepkit" / "outrider_stepkit"
-        folders = sorted(path.parent.parent for path in root.glob("plugins/*/image/Dockerfile"))
-        self.steps = [_describe(folder) for folder in (*folders, *extra_plugins)]
+    ``stepkit``: the package outrider_stepkit, which goes into every step image.
+    """
+
+    def __init__(self, steps: Sequence[StepImage], *, scratch: Path, stepkit: Path) -> None:
+        self.scratch = scratch
+        self.stepkit = stepkit
+        self.steps = list(steps)
         tags = [step.tag for step in self.steps]
         for tag in tags:
             if tags.count(tag) > 1:
-                raise BuildError(f"two plugins make the image {tag}: give one of them another folder name or version")
+                raise BuildError(f"two plugins make the image {tag}: give one of them another name or version")
 
     def rows(self) -> list[Row]:
         """All images and their states."""
@@ -88,7 +100,7 @@ class Workshop:
                 rows.append(Row(name, tag, "absent", 0))
             else:
                 same = image.labels.get(engine.CONTENT_LABEL) == wanted.get(tag)
-                rows.append(Row(name, tag, "up to date" if same else "outdated", image.size_bytes))
+                rows.append(Row(name, tag, "up to date" if same else "outdated", image.size_bytes, image.id))
         return rows
 
     def build(self, names: Sequence[str], *, base_choice: str, mirror: str, refresh: bool) -> list[Row]:
@@ -124,7 +136,7 @@ class Workshop:
             self._build_base(base_choice, mirror, progress)
         elif name == "pause":
             content = self._pause_content(self._present_base())
-            engine.build(PAUSE, self.here / "pause", arguments={"BASE": BASE}, content=content)
+            engine.build(PAUSE, HERE / "pause_image", arguments={"BASE": BASE}, content=content)
         else:
             self._build_step(next(step for step in self.steps if step.name == name), progress)
 
@@ -148,24 +160,24 @@ class Workshop:
         return image
 
     def _base_content(self) -> str:
-        return _digest(base.RECIPE, self.here / "base")
+        return _digest(base.RECIPE, HERE / "base_image")
 
     def _pause_content(self, under: engine.Image) -> str:
-        return _digest(RECIPE, under.id, self.here / "pause")
+        return _digest(RECIPE, under.id, HERE / "pause_image")
 
     def _step_content(self, step: StepImage, under: engine.Image) -> str:
-        return _digest(RECIPE, COMPILE, under.id, step.plugin / "image", step.plugin / "program", self.stepkit)
+        return _digest(RECIPE, COMPILE, under.id, step.folder / "image", step.folder / "program", self.stepkit)
 
     def _build_base(self, choice: str, mirror: str, progress: Progress) -> None:
         source = base.source(choice, mirror, progress)
         progress.note(f"building on {source}")
-        engine.build(BASE, self.here / "base", arguments={"SOURCE": source}, content=self._base_content())
+        engine.build(BASE, HERE / "base_image", arguments={"SOURCE": source}, content=self._base_content())
 
     def _build_step(self, step: StepImage, progress: Progress) -> None:
         under = self._present_base()
         content = self._step_content(step, under)
         if step.requirements.exists() and not step.lock.exists():
-            raise BuildError(f"{step.lock} is missing: python3 deploy/images/build.py lock {step.name}")
+            raise BuildError(f"{step.lock} is missing: make it with `outrider images lock {step.name}`")
         context = self.scratch / "contexts" / step.name
         shutil.rmtree(context, ignore_errors=True)
         context.mkdir(parents=True)
@@ -177,14 +189,27 @@ class Workshop:
         ignore = shutil.ignore_patterns(*_NOT_CONTENT)
         shutil.copytree(self.stepkit, lib / "outrider_stepkit", ignore=ignore, dirs_exist_ok=True)
         for part in ("program", "image"):
-            if (step.plugin / part).is_dir():
-                shutil.copytree(step.plugin / part, context / part, ignore=ignore)
+            if (step.folder / part).is_dir():
+                shutil.copytree(step.folder / part, context / part, ignore=ignore)
         # Whatever the umask of whoever builds: a step runs as a user that no one here knows.
         for path in context.rglob("*"):
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
         (context / "Dockerfile").write_text(step.dockerfile.read_text() + COMPILE)
-        engine.build(step.tag, context, arguments={"BASE": BASE}, content=content, on_line=progress.note)
+        below = self._with_packages(step, under, progress) if step.packages.exists() else BASE
+        engine.build(step.tag, context, arguments={"BASE": below}, content=content, on_line=progress.note)
         shutil.rmtree(context)
+
+    def _with_packages(self, step: StepImage, under: engine.Image, progress: Progress) -> str:
+        """The base with the Debian packages that ``step`` asks for; the only build that has a network."""
+        names = _package_names(step.packages)
+        context = self.scratch / "contexts" / f"{step.name}.packages"
+        shutil.rmtree(context, ignore_errors=True)
+        context.mkdir(parents=True)
+        (context / "Dockerfile").write_text(PACKAGES.replace("NAMES", " ".join(names)))
+        progress.note(f"installing {', '.join(names)}")
+        built = engine.build_layer(context, base=under.id, what=f"installing {', '.join(names)} for {step.tag}")
+        shutil.rmtree(context)
+        return built
 
     @contextmanager
     def _alone(self, progress: Progress) -> Iterator[None]:
@@ -199,22 +224,15 @@ class Workshop:
             yield
 
 
-def _describe(plugin: Path) -> StepImage:
-    """The image of the plugin in the folder ``plugin``: named after the folder, tagged with the plugin's version."""
-    project = plugin / "pyproject.toml"
-    if not (plugin / "image" / "Dockerfile").exists():
-        raise BuildError(f"{plugin} has no image/Dockerfile, so it is not the folder of a step plugin")
-    try:
-        document = tomllib.loads(project.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BuildError(f"{project} can't be read: {error}") from error
-    version = document.get("project", {}).get("version")
-    if not isinstance(version, str):
-        raise BuildError(f'{project} has no version = "…" in [project], which the image\'s tag is made of')
-    name = plugin.resolve().name
-    if not re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*", name):
-        raise BuildError(f"the folder {name!r} can't be part of an image's name: lower-case letters, digits, . _ -")
-    return StepImage(name, f"outrider/step-{name}:{version.replace('+', '-')}", plugin)
+def _package_names(file: Path) -> list[str]:
+    lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    names = [line for line in lines if line]
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):
+            raise BuildError(f"{file}: {name!r} is not the name of a Debian package")
+    if not names:
+        raise BuildError(f"{file} names no package: one a line, or remove the file")
+    return names
 
 
 def _digest(*parts: str | Path) -> str:
