@@ -21,7 +21,7 @@ from agent_core.transitions import Transition
 from outrider.v1 import control_service_pb2 as cs
 from outrider.v1 import types_pb2 as types
 from tests.faults import damage
-from tests.faults.rig import BASE, Rig, expected_of, pipeline, step_of
+from tests.faults.rig import BASE, Rig, pipeline, step_of
 
 T = Transition
 RUNS_AT_MOST = 6
@@ -147,8 +147,7 @@ def waiting(traveller: Traveller) -> None:
     rig.operator.call("SetEnvSet", secret)
     last = step_of("b", then='echo "$KEY" | grep -q value-of-the-key', envs={"KEY": "faults.KEY"})
     text = pipeline(step_of("a", held=True), last, envs=[{"set": "faults"}])
-    run_id = rig.execute(text)
-    traveller.until(lambda: (rig.marks / f"ran-{run_id}-a").exists(), "step a running")
+    run_id = _with_a_running(traveller, text)
     rig.server.kill()
     traveller.again()  # envs live in memory alone: this agent has to ask for them again
     rig.release("a")
@@ -162,8 +161,7 @@ def waiting(traveller: Traveller) -> None:
 def cancelled(traveller: Traveller) -> None:
     """A run that is cancelled while its step runs."""
     rig = traveller.rig
-    run_id = rig.execute(pipeline(step_of("a", held=True)), expected={"a": expected_of("a")})
-    traveller.until(lambda: (rig.marks / f"ran-{run_id}-a").exists(), "step a running")
+    run_id = _with_a_running(traveller, pipeline(step_of("a", held=True)))
     rig.cancel(run_id)
     run = traveller.ended(run_id)
     assert run.state == types.RUN_STATE_CANCELLED, run
@@ -212,8 +210,7 @@ def fenced(traveller: Traveller) -> None:
 def given_up(traveller: Traveller) -> None:
     """A run whose record can't be read any more."""
     rig = traveller.rig
-    run_id = rig.execute(pipeline(step_of("a", held=True)))
-    traveller.until(lambda: (rig.marks / f"ran-{run_id}-a").exists(), "step a running")
+    run_id = _with_a_running(traveller, pipeline(step_of("a", held=True)))
     rig.agent.kill()
     traveller._note_death()
     damage.spoil_run(rig.journal, run_id)
@@ -227,8 +224,7 @@ def given_up(traveller: Traveller) -> None:
 def rebuilt(traveller: Traveller) -> None:
     """A journal that is damaged while a step runs."""
     rig = traveller.rig
-    run_id = rig.execute(pipeline(step_of("a", held=True), step_of("b")))
-    traveller.until(lambda: (rig.marks / f"ran-{run_id}-a").exists(), "step a running")
+    run_id = _with_a_running(traveller, pipeline(step_of("a", held=True), step_of("b")))
     rig.agent.kill()
     traveller._note_death()
     damage.tear(rig.journal)
@@ -243,8 +239,7 @@ def rebuilt(traveller: Traveller) -> None:
 def retold(traveller: Traveller) -> None:
     """A server that was set back to before a run's end."""
     rig = traveller.rig
-    run_id = rig.execute(pipeline(step_of("a", held=True)))
-    traveller.until(lambda: (rig.marks / f"ran-{run_id}-a").exists(), "step a running")
+    run_id = _with_a_running(traveller, pipeline(step_of("a", held=True)))
     traveller.until(lambda: rig.step_state(run_id, "a") == types.STEP_STATE_RUNNING, "step a told")
     rig.server.stop()
     former = rig.folder / "former"
@@ -258,6 +253,13 @@ def retold(traveller: Traveller) -> None:
     rig.start_server()
     assert traveller.ended(run_id).state == types.RUN_STATE_SUCCEEDED
     (rig.marks / "go-a").unlink()
+
+
+def _with_a_running(traveller: Traveller, text: str) -> str:
+    """The run of this pipeline, once its step a has begun, which goes on until it is released."""
+    run_id = traveller.rig.execute(text)
+    traveller.until(lambda: (traveller.rig.marks / f"ran-{run_id}-a").exists(), "step a running")
+    return run_id
 
 
 def _ordered(traveller: Traveller, method: str, name: str) -> None:
