@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,7 @@ from agent_core.status import serve_status
 from agent_core.telemetry.node import load, machine_facts
 from agent_core.volumes import Volumes
 from outrider import __version__
+from outrider._plugin_discovery import installed
 from outrider.errors import Conflict, EngineUnavailable, InvalidInput, OutriderError
 from outrider.reports import held_digest
 from outrider.retry import OperationCounts
@@ -122,7 +124,11 @@ class Agent:
         """Everything that an agent has, in the order in which it depends on one another."""
         config = self.config
         plugins = await asyncio.to_thread(
-            PluginHost.load, config.plugins, config.disabled_plugins, limit_s=config.plugin_limit_s
+            PluginHost.load_surviving,
+            config.state_dir,
+            config.plugins,
+            config.disabled_plugins,
+            limit_s=config.plugin_limit_s,
         )
         for report in plugins.plugins:
             if report.state == "error":
@@ -454,8 +460,15 @@ class Agent:
 def load_runtime(name: str, socket_path: Path | None = None) -> Runtime:
     """The container engine's driver called ``name``. Raises InvalidInput if none is installed."""
     given = {} if socket_path is None else {"socket_path": str(socket_path)}
+
+    class Drivers(DriverManager[Any]):
+        """stevedore's own list fails as a whole where a single distribution's metadata is damaged."""
+
+        def list_entry_points(self) -> list[EntryPoint]:
+            return [each.entry_point for each in installed(self.namespace)[0]]
+
     try:
-        manager: Any = DriverManager("outrider.runtimes", name, invoke_on_load=True, invoke_kwds=given)
+        manager: Any = Drivers("outrider.runtimes", name, invoke_on_load=True, invoke_kwds=given)
     except NoMatches as error:
         raise InvalidInput(
             f"no driver for a container engine is called {name!r}", code="unknown_runtime", hint="docker is built in"

@@ -9,10 +9,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from outrider._plugin_bounds import LIMIT_S
 from outrider.errors import InvalidInput
 
 ENV_PREFIX = "OUTRIDER_AGENT_"
 _NODE_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+
+
+class PluginSettings(BaseModel):
+    """Those settings of an agent that choose its step plugins, for whoever wants to know what it would load."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    plugins: list[str] | None = None
+    disabled_plugins: list[str] = Field(default_factory=list)
+    plugin_limit_s: Annotated[float, Field(gt=0)] = LIMIT_S
 
 
 class AgentConfig(BaseModel):
@@ -31,7 +42,7 @@ class AgentConfig(BaseModel):
     engine_socket: Path | None = None  # the engine's Unix socket; None: the driver's own default
     plugins: list[str] | None = None  # step plugins by name; None: all that are installed
     disabled_plugins: list[str] = Field(default_factory=list)
-    plugin_limit_s: Annotated[float, Field(gt=0)] = 30.0  # of the import of a plugin, and of each call of a hook
+    plugin_limit_s: Annotated[float, Field(gt=0)] = LIMIT_S  # of the import of a plugin, and of each call of a hook
     policy_file: Path | None = None
     port_range: tuple[int, int] | None = None  # "20000-20999"; None: as the policy says
     labels: dict[str, str] = Field(default_factory=dict)

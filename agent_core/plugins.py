@@ -1,103 +1,48 @@
-"""The agent's step plugins: loaded as everywhere (`outrider.plugin_host`), with the hooks around its steps."""
+"""The agent's step plugins: loaded and called as everywhere (`outrider.plugin_host`), and what fails is logged."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
-from outrider._plugin_checks import article
-from outrider.errors import ErrorClass
 from outrider.plugin_host import PluginError, PluginReport, RegisteredStepType, StepPlugins, guarded
-from outrider.steps import StepContext, StepOutcome, StepPlan
+from outrider.plugin_probe import probe
 
-__all__ = ["HookFailure", "PluginError", "PluginHost", "PluginReport", "RegisteredStepType", "guarded"]
+__all__ = ["PluginError", "PluginHost", "PluginReport", "RegisteredStepType", "guarded"]
 
 log = structlog.get_logger(__name__)
-
-MAX_FACTS_BYTES = 64 * 1024
-"""Of one plugin: the facts of all travel in one message when the node registers."""
-
-
-@dataclass(slots=True)
-class HookFailure:
-    """How often a hook of a plugin has failed since the agent started, and how it did so last."""
-
-    plugin: str
-    hook: str
-    count: int = 0
-    error: str = ""
 
 
 @dataclass
 class PluginHost(StepPlugins):
-    """The plugins of this node. Build it with `load`. ``failures``: the hooks that did not work, by plugin and hook."""
+    """The plugins of this node. Build it with `load_surviving`."""
 
-    failures: dict[tuple[str, str], HookFailure] = field(default_factory=dict)
+    @classmethod
+    def load_surviving(
+        cls, state_dir: Path, enabled: Sequence[str] | None, disabled: Sequence[str], *, limit_s: float
+    ) -> PluginHost:
+        """`load`, but a plugin that ended the agent when it was loaded is left out the next time.
 
-    def before_step(self, step_type: str, context: StepContext, plan: StepPlan) -> None:
-        """Tell every plugin; what one raises is logged and counted."""
-        self._call_each("outrider_before_step", step_type=step_type, context=context, plan=plan)
-
-    def after_step(self, step_type: str, context: StepContext, outcome: StepOutcome) -> None:
-        """Tell every plugin; what one raises is logged and counted."""
-        self._call_each("outrider_after_step", step_type=step_type, context=context, outcome=outcome)
-
-    def classify(self, step_type: str, exit_code: int, message: str) -> ErrorClass | None:
-        """The first plugin's answer to whether the failure may be retried; ``None``: none has one."""
-        answers = self._call_each(
-            "outrider_classify_failure", step_type=step_type, exit_code=exit_code, message=message
-        )
-        for plugin, answer in answers:
-            if isinstance(answer, ErrorClass):
-                return answer
-            self._failed(plugin, "outrider_classify_failure", f"it gives {article(answer)}, not an ErrorClass")
-        return None
-
-    def listens(self, hook: str) -> bool:
-        """Whether any plugin implements ``hook``: most have none of those around a step, which need no thread then."""
-        return bool(getattr(self._manager.hook, hook).get_hookimpls())
-
-    def node_facts(self) -> dict[str, Any]:
-        """Facts of all plugins, joined. The first to state a fact is believed; what is not JSON is left out."""
-        facts: dict[str, Any] = {}
-        for plugin, answer in self._call_each("outrider_node_facts"):
-            try:
-                if not isinstance(answer, Mapping) or not all(isinstance(name, str) for name in answer):
-                    raise TypeError(f"{type(answer).__name__} is no mapping of names to values")
-                text = json.dumps(dict(answer), ensure_ascii=False, allow_nan=False)
-                if len(text.encode()) > MAX_FACTS_BYTES:
-                    raise ValueError(f"they are longer than {MAX_FACTS_BYTES} bytes")
-            except (TypeError, ValueError, RecursionError) as error:
-                self._failed(plugin, "outrider_node_facts", f"its facts are no JSON object: {error}")
-                continue
-            taken = sorted(facts.keys() & answer.keys())
-            if taken:
-                self._failed(plugin, "outrider_node_facts", f"another plugin says {', '.join(taken)} already")
-            facts = json.loads(text) | facts
-        return facts
-
-    def _call_each(self, hook: str, **given: Any) -> list[tuple[str, Any]]:
-        """Call the implementations one by one: in a pluggy call one that raises would stop the others."""
-        answers = []
-        for impl in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
-            arguments = [given[name] for name in impl.argnames]
-            what = f"{hook} of plugin {impl.plugin_name!r} failed"
-            try:
-                answer = guarded(partial(impl.function, *arguments), what, self.limit_s)
-            except PluginError as error:
-                self._failed(impl.plugin_name, hook, str(error))
-                continue
-            if answer is not None:
-                answers.append((impl.plugin_name, answer))
-        return answers
+        A mark in ``state_dir`` says that plugins are being loaded. Where it is found, a former agent did not come to
+        the end of it: killed by somebody, or by a plugin, which a child process finds out.
+        """
+        mark = state_dir / "plugins.loading"
+        survived = not mark.exists()
+        found = None if survived else probe(enabled, disabled, limit_s=limit_s)
+        fatal = found.fatal if found is not None else ()
+        with contextlib.suppress(OSError):  # on a full disk plugins are loaded without
+            mark.touch()
+        host = cls.load(enabled, [*disabled, *fatal], limit_s=limit_s)
+        mark.unlink(missing_ok=True)
+        if found is not None:
+            blamed = {(each.name, each.distribution): each for each in found.plugins if each.name in fatal}
+            host.plugins = [blamed.get((each.name, each.distribution), each) for each in host.plugins]
+        return host
 
     def _failed(self, plugin: str, hook: str, error: str) -> None:
-        failure = self.failures.setdefault((plugin, hook), HookFailure(plugin, hook))
-        failure.count += 1
-        failure.error = error
+        super()._failed(plugin, hook, error)
         log.warning("a plugin's hook failed", plugin=plugin, hook=hook, error=error)

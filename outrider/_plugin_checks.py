@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pluggy
 from pydantic import BaseModel
 
+from outrider._plugin_bounds import article, said
 from outrider._plugin_discovery import CONTRACT_ATTRIBUTE, UNDECLARED, PluginError
+from outrider._plugin_hooks import HOOK_PREFIX, hook_names, new_manager
 from outrider._suggest import did_you_mean
-from outrider.steps import PROJECT, NoOutputs, StepHooks, StepType
+from outrider.steps import NoOutputs, StepHooks, StepType
 
 MAX_SCHEMA_BYTES = 256 * 1024
 """Of one step type, parameters and outputs together: all of a node travel in one message when it registers."""
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_HOOK_PREFIX = "outrider_"
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,6 @@ class RegisteredStepType:
         return self.step_type.outputs.model_json_schema(mode="serialization")
 
 
-def new_manager() -> pluggy.PluginManager:
-    """A plugin manager that knows the hooks."""
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(StepHooks)
-    return manager
-
-
-def hook_names() -> tuple[str, ...]:
-    """The names of all hooks."""
-    return tuple(name for name in vars(StepHooks) if name.startswith(_HOOK_PREFIX))
-
-
 def check_binding(plugin: object, name: str) -> None:
     """Raises PluginError unless ``plugin`` is a module (or an instance) whose hooks can all be called."""
     if inspect.isclass(plugin) or inspect.isroutine(plugin):
@@ -87,7 +75,7 @@ def check_binding(plugin: object, name: str) -> None:
         value = getattr(plugin, attribute, None)
         options = manager.parse_hookimpl_opts(plugin, attribute) if inspect.isroutine(value) else None
         if options is None:
-            if attribute.startswith(_HOOK_PREFIX) and inspect.isroutine(value):
+            if attribute.startswith(HOOK_PREFIX) and inspect.isroutine(value):
                 raise PluginError(f"{attribute} of plugin {name!r} is never called", "mark it with @hookimpl")
             continue
         known = _check_hook(options.get("specname") or attribute, value, options, name)
@@ -247,23 +235,3 @@ def _check_schemas(registered: RegisteredStepType) -> None:
             f"the schemas of step type {name} have {length} bytes, and at most {MAX_SCHEMA_BYTES} are sent",
             "leave long descriptions and lists of values to its documentation",
         )
-
-
-def said(error: BaseException, limit: int = 400) -> str:
-    """An exception in one line that can be shown and sent, whatever a stranger's ``__str__`` does."""
-    try:
-        text = " ".join(str(error).split())
-    except BaseException:
-        text = ""
-    kind = type(error).__name__
-    text = "".join(c if c.isprintable() else "\ufffd" for c in (f"{kind}: {text}" if text else kind))
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def article(value: object) -> str:
-    """A value by its kind, never by its own word: `a str`, `the class X`, `None`."""
-    if value is None:
-        return "None"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    return f"{'an' if type(value).__name__[:1].lower() in 'aeiou' else 'a'} {type(value).__name__}"

@@ -56,12 +56,14 @@ class Candidate:
 class Unreadable:
     """A distribution that names the group, but whose metadata is damaged."""
 
-    path: str
+    distribution: str  # as its directory is called: it can't say its name
     error: PluginError
 
 
-def installed() -> tuple[list[Candidate], list[Unreadable]]:
+def installed(group: str = PROJECT) -> tuple[list[Candidate], list[Unreadable]]:
     """All step plugins that are installed, and the distributions that seem to have some but can't be read.
+
+    ``group``: of entry points; drivers are found the same way.
 
     The distributions are gone through one by one: `importlib.metadata.entry_points` raises for all of them when one
     is damaged, as an interrupted pip leaves it.
@@ -75,10 +77,10 @@ def installed() -> tuple[list[Candidate], list[Unreadable]]:
             text = str(bytes(error.object), "utf-8", "replace")
         except OSError:
             continue
-        if PROJECT not in text:
+        if group not in text:
             continue
         try:
-            canonical, candidates = _read(distribution)
+            canonical, candidates = _read(distribution, group)
         except Exception as error:
             damaged.append(_unreadable(distribution, error))
             continue
@@ -150,18 +152,18 @@ def _number(version: str) -> Version:
     return Version(version.removesuffix(".*"))
 
 
-def _read(distribution: importlib.metadata.Distribution) -> tuple[str, list[Candidate]]:
+def _read(distribution: importlib.metadata.Distribution, group: str) -> tuple[str, list[Candidate]]:
     name, version = distribution.name, distribution.version
     if not name or not version:
         raise ValueError("its metadata has no name or no version")
-    entry_points = [each for each in distribution.entry_points if each.group == PROJECT]
+    entry_points = [each for each in distribution.entry_points if each.group == group]
     return canonicalize_name(name), [Candidate(each.name, each.value, name, version, each) for each in entry_points]
 
 
 def _unreadable(distribution: importlib.metadata.Distribution, error: Exception) -> Unreadable:
     path = str(getattr(distribution, "_path", "")) or str(distribution.locate_file(""))
     reason = f"the metadata of the distribution in {path} can't be read: {type(error).__name__}: {error}"
-    return Unreadable(path, PluginError(reason, "install it anew, or remove that directory"))
+    return Unreadable(Path(path).stem, PluginError(reason, "install it anew, or remove that directory"))
 
 
 def _is_first(distribution: importlib.metadata.Distribution, name: str) -> bool:

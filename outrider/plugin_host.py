@@ -8,26 +8,16 @@ What is disabled is not even imported.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import importlib
 import importlib.metadata
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-import pluggy
-
-from outrider._plugin_checks import (
-    RegisteredStepType,
-    check_binding,
-    collect,
-    new_manager,
-    notes_on,
-    said,
-)
+from outrider._plugin_bounds import LIMIT_S, Raised, bounded, guarded, said
+from outrider._plugin_checks import RegisteredStepType, check_binding, collect, notes_on
 from outrider._plugin_discovery import (
     CONTRACT_ATTRIBUTE,
     Candidate,
@@ -37,16 +27,13 @@ from outrider._plugin_discovery import (
     declared_contract,
     installed,
 )
+from outrider._plugin_hooks import HookFailure, PluginHooks
 from outrider._suggest import did_you_mean
 from outrider.steps import PROJECT
 
-__all__ = ["LIMIT_S", "PluginError", "PluginReport", "RegisteredStepType", "StepPlugins", "guarded"]
-
-LIMIT_S = 30.0
-"""How long the import of a plugin, or a call of one of its hooks, may take, in seconds."""
+__all__ = ["LIMIT_S", "HookFailure", "PluginError", "PluginReport", "RegisteredStepType", "StepPlugins", "guarded"]
 
 _SLOW_S = 2.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +70,7 @@ class _Examined:
 
 
 @dataclass
-class StepPlugins:
+class StepPlugins(PluginHooks):
     """The step plugins of this environment. Build it with `load`, or with `register` one by one.
 
     ``plugins``: a report for each, by name. ``step_types``: what can be used, by name of the step type.
@@ -91,8 +78,6 @@ class StepPlugins:
 
     plugins: list[PluginReport] = field(default_factory=list)
     step_types: dict[str, RegisteredStepType] = field(default_factory=dict)
-    limit_s: float = LIMIT_S
-    _manager: pluggy.PluginManager = field(default_factory=new_manager)
 
     @classmethod
     def load(
@@ -119,7 +104,7 @@ class StepPlugins:
             for other in others:
                 host._note(other, error=_same_name(other, first))
         for unreadable in damaged:
-            host.plugins.append(_failed("", "", "", unreadable.error))
+            host.plugins.append(_failed("", unreadable.distribution, "", unreadable.error))
         for name in [*(enabled or ()), *disabled]:
             if name not in found:
                 host.plugins.append(_missing(name, found, wanted=name in (enabled or ()) and name not in disabled))
@@ -214,54 +199,6 @@ class StepPlugins:
             self.plugins.append(_failed(*about, error, module=candidate.module))
         else:
             self.plugins.append(PluginReport(*about, ok=False, module=candidate.module, **given))
-
-
-class Raised(Exception):
-    """What a stranger's code raised: ``error``. Also KeyboardInterrupt is only its own then, and not a person's."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(str(type(error).__name__))
-        self.error = error
-
-
-def guarded(call: Callable[[], T], what: str, limit_s: float = LIMIT_S) -> T:
-    """Call a stranger's code, in a thread of its own, for ``limit_s`` seconds at most.
-
-    Raises PluginError, ``what`` with what was raised, and that as its cause; also for SystemExit and AssertionError,
-    which are only its own failure, not the host's.
-    """
-    try:
-        return bounded(call, limit_s)
-    except Raised as raised:
-        raise PluginError(f"{what}: {said(raised.error)}") from raised.error
-    except TimeoutError as error:
-        raise PluginError(f"{what}: it had not ended after {limit_s:g} s") from error
-
-
-def bounded(call: Callable[[], T], limit_s: float) -> T:
-    """Call a stranger's code in a thread of its own, and wait ``limit_s`` seconds for it.
-
-    Raises Raised for whatever it raises, and TimeoutError: then it is told to end. A loop of Python ends at that;
-    what waits in the system stays behind, and is ended with the process.
-    """
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            outcome.append(call())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="plugin", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if outcome:
-        return outcome[0]
-    if failure:
-        raise Raised(failure[0]) from failure[0]
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-    raise TimeoutError
 
 
 def _import(candidate: Candidate) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from outrider.cli._tree import help_text
@@ -21,6 +22,9 @@ def main() -> int:
     if arguments in ([], ["--help"], ["-h"], ["help"]) and not _completing():
         sys.stdout.write(help_text())
         return 0
+    # Pydantic would read the entry points of every distribution for plugins of its own, and one whose metadata is
+    # damaged would stop it, and us.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         from outrider.cli._main import run
     except ModuleNotFoundError as error:
@@ -34,6 +38,4 @@ def main() -> int:
 
 def _completing() -> bool:
     # A shell that asks for completions calls the program with this variable set and without arguments.
-    import os
-
     return "_OUTRIDER_COMPLETE" in os.environ

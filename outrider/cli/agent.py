@@ -12,6 +12,7 @@ import click
 
 from outrider.cli._machine import How, install_options, this_command
 from outrider.cli._output import emit_json, fields, output_option, table
+from outrider.cli._plugins import plugin_options
 from outrider.cli._service import config_option, load_settings, run_until_signal, show_settings
 from outrider.cli._values import pairs
 from outrider.sdnotify import Notifier, serving, starting
@@ -40,6 +41,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--state-dir", type=path, help="Where the agent keeps journal, volumes and spool."),
             click.option("--policy-file", type=path, help="What this node allows; no server can change it."),
             click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label; repeatable."),
+            *plugin_options,
             click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
         ]
     ):
@@ -47,10 +49,16 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _load(file: Path | None, labels: tuple[str, ...], **flags: Any) -> Loaded[AgentConfig]:
+def _load(
+    file: Path | None, labels: tuple[str, ...], plugins: tuple[str, ...], disabled: tuple[str, ...], **flags: Any
+) -> Loaded[AgentConfig]:
     from agent_core.config import ENV_PREFIX, AgentConfig
 
-    given = flags | {"labels": pairs(labels, "--label") or None}
+    given = flags | {
+        "labels": pairs(labels, "--label") or None,
+        "plugins": list(plugins) or None,
+        "disabled_plugins": list(disabled) or None,
+    }
     return load_settings(AgentConfig, ENV_PREFIX, file, CONFIG_FILE, given)
 
 

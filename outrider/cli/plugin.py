@@ -2,55 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
 import click
 
+from outrider.cli import _plugins
 from outrider.cli._main import DONE, FAILED, App
-from outrider.cli._output import emit_json, note, output_option, plain, table
+from outrider.cli._output import emit_json, output_option, plain
+from outrider.cli._plugins import selection_options
 
 
-@click.group("plugin", help="Step plugins that are installed here: list.")
+@click.group("plugin", help="Step plugins that are installed here: list, doctor.")
 def command() -> None:
     """The plugins."""
 
 
 @command.command("list")
 @click.option("--node", help="Those of this node, as it has reported them, instead of this machine's.")
+@selection_options
 @output_option
 @click.pass_obj
-def list_(app: App, node: str | None, as_json: bool) -> int:
+def list_(app: App, node: str | None, selection: Callable[[], dict[str, Any]], as_json: bool) -> int:
     """List step plugins with their step types; one that can't be used is listed with the reason and the fix.
 
-    The exit code is 1 if one can't be used.
+    Those of this machine are what an agent here would load, by its settings. The exit code is 1 if one can't be used.
     """
-    plugins = _of_node(app, node) if node else _installed()
+    rows = _of_node(app, node) if node else _plugins.as_rows(_plugins.look(selection))
     if as_json:
-        emit_json(plugins)
+        emit_json(rows)
+        return FAILED if any(_plugins.state_of(row) == "error" for row in rows) else DONE
+    return FAILED if _plugins.show(rows) else DONE
+
+
+@command.command("doctor")
+@selection_options
+@output_option
+def doctor(selection: Callable[[], dict[str, Any]], as_json: bool) -> int:
+    """Look closer at the step plugins of this environment: contract, requirements, facts, and what could be better.
+
+    Each is imported in a process of its own making, so that one which crashes it is named, too. The exit code is 1 if
+    one can't be used.
+    """
+    found = _plugins.look(selection, facts=True)
+    rows = _plugins.as_rows(found)
+    broken = any(row["state"] == "error" for row in rows)
+    if as_json:
+        emit_json({"ok": not broken, **_plugins.environment(), "plugins": rows, "facts": found.facts})
     else:
-        rows = [
-            (
-                plugin["name"],
-                plugin["distribution"],
-                plugin["version"],
-                "ok" if plugin["ok"] else "error",
-                " ".join(plugin["step_types"]),
-            )
-            for plugin in plugins
-        ]
-        empty = "there are no step plugins; install one, for example: pip install outrider-step-container"
-        table(("PLUGIN", "DISTRIBUTION", "VERSION", "STATE", "STEP TYPES"), rows, empty=empty)
-    broken = [plugin for plugin in plugins if not plugin["ok"]]
-    for plugin in broken:
-        note(f"{plugin['name']}: {plugin['error']}")
+        _plugins.show(rows, contract=True)
+        _plugins.show_environment(found)
     return FAILED if broken else DONE
-
-
-def _installed() -> list[dict[str, Any]]:
-    from agent_core.plugins import PluginHost
-
-    return [plain(asdict(report)) for report in PluginHost.load().plugins]
 
 
 def _of_node(app: App, node: str) -> list[dict[str, Any]]:
