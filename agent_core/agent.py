@@ -32,7 +32,7 @@ from agent_core.diskwatch import DiskWatch
 from agent_core.engine import EngineWatch
 from agent_core.identities import Identities
 from agent_core.images import Images
-from agent_core.journal import RESERVE_BYTES
+from agent_core.journal import RESERVE_BYTES, Journal
 from agent_core.netpool import NetPool
 from agent_core.networks import keep_guarded
 from agent_core.outbox import Outbox
@@ -146,9 +146,9 @@ class Agent:
             told = {"reason": damage.reason, "kept": str(damage.aside or "")}
             await outbox.emit("journal.damaged", config.node_id, told)
         spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
-        identities = Identities(journal)
+        identities = self._make_identities(journal)
         ports = Ports(journal, policy.ports.range, address=policy.ports.interface)
-        volumes = Volumes(journal, config.state_dir / "volumes", identities, reserve_bytes=policy.disk_reserve_bytes)
+        volumes = self._make_volumes(journal, identities, policy.disk_reserve_bytes)
         containers = Containers(runtime, journal, ports, volumes, policy, config.node_id)
         removals = Removals()
         netpool = NetPool(runtime, policy, config.node_id, journal, calm=removals.calm)
@@ -222,6 +222,14 @@ class Agent:
                 await runtime.aclose()
             spool.close()
             journal.close()
+
+    # What `agent_core.trial` has other ones of.
+
+    def _make_identities(self, journal: Journal) -> Identities:
+        return Identities(journal)
+
+    def _make_volumes(self, journal: Journal, identities: Identities, reserve_bytes: int) -> Volumes:
+        return Volumes(journal, self.config.state_dir / "volumes", identities, reserve_bytes=reserve_bytes)
 
     async def _serve(self, services: Services) -> None:
         cleanup = Cleanup(services, self._runs, self._rebuild.over)

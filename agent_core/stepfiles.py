@@ -114,6 +114,13 @@ class StepDirectory:
                         total += os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_blocks * 512
         return total
 
+    def raw(self, name: str) -> bytes:
+        """The file ``name`` as the step left it, up to 1 MiB; b"" if it is missing or no regular file."""
+        try:
+            return self._read(name, 0, _MAX_FILE_BYTES)
+        except OSError:
+            return b""
+
     def read_progress(self, secrets: tuple[str, ...] = ()) -> bool:
         """Take what has been added to `progress`, masked; whether there was anything new in it."""
         data = self._read("progress", self._offset, _MAX_PROGRESS_READ)
