@@ -1,4 +1,4 @@
-"""The step types ``s3.download`` and ``s3.upload``: an object, or everything under a prefix.
+"""The step types ``s3.download`` and ``s3.upload``, for an object or everything under a prefix, and ``s3.presign``.
 
 This module only describes them; the work is done by ``program/`` inside the plugin's image.
 """
@@ -9,6 +9,9 @@ from outrider.steps import Resources, StepContext, StepPlan, StepType, hookimpl
 from outrider_step_s3._models import (
     DownloadOutputs,
     DownloadParams,
+    PresignOutputs,
+    PresignParams,
+    StoreParams,
     TransferParams,
     UploadOutputs,
     UploadParams,
@@ -19,12 +22,15 @@ __all__ = [
     "IMAGE",
     "DownloadOutputs",
     "DownloadParams",
+    "PresignOutputs",
+    "PresignParams",
     "TransferParams",
     "UploadOutputs",
     "UploadParams",
     "outrider_contract",
     "outrider_step_types",
     "resolve_download",
+    "resolve_presign",
     "resolve_upload",
 ]
 
@@ -34,21 +40,22 @@ outrider_contract = ">=1,<2"
 """The versions of the plugin contract that this works with."""
 
 IMAGE = f"outrider/step-s3:{__version__}"
-"""The image that carries both programs."""
+"""The image that carries the program."""
 
-ENVS = ("S3_ENDPOINT", "S3_REGION", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_SESSION_TOKEN")
-"""What the programs read from their environment. Without a key pair requests are anonymous."""
+_WHERE_AND_WHO = ("S3_ENDPOINT", "S3_REGION", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_SESSION_TOKEN")
+ENVS = (*_WHERE_AND_WHO, "S3_CA", "S3_SSE_CUSTOMER_KEY")
+"""What the program reads from its environment. Without a key pair requests are anonymous."""
 
 # The programs stay below 150 MB; the rest is room for the page cache, which counts against the limit
 # and makes writing slow when there is none.
 _RESOURCES = Resources(memory_bytes=256 * 1024**2)
 
 
-def _plan(action: str, params: TransferParams) -> StepPlan:
+def _plan(action: str, params: StoreParams, network: str = "egress") -> StepPlan:
     return StepPlan(
         image=IMAGE,
         args=(action,),
-        network="egress",
+        network=network,
         resources=_RESOURCES,
         inputs=params.model_dump(mode="json", by_alias=True, exclude_none=True),
     )
@@ -64,9 +71,14 @@ def resolve_upload(params: UploadParams, context: StepContext) -> StepPlan:
     return _plan("upload", params)
 
 
+def resolve_presign(params: PresignParams, context: StepContext) -> StepPlan:
+    """The plan of ``s3.presign``. Signing needs a key and a clock, and no network."""
+    return _plan("presign", params, network="none")
+
+
 @hookimpl
 def outrider_step_types() -> list[StepType]:
-    """Both are idempotent: done twice, the same bytes are at the same place."""
+    """All are idempotent: done twice, the same bytes are at the same place."""
     return [
         StepType(
             name="s3.download",
@@ -84,6 +96,15 @@ def outrider_step_types() -> list[StepType]:
             outputs=UploadOutputs,
             resolve=resolve_upload,
             envs=ENVS,
+            idempotent=True,
+        ),
+        StepType(
+            name="s3.presign",
+            description="Make a URL that lets its holder fetch or write one object for a while",
+            params=PresignParams,
+            outputs=PresignOutputs,
+            resolve=resolve_presign,
+            envs=_WHERE_AND_WHO,
             idempotent=True,
         ),
     ]

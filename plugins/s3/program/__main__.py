@@ -1,4 +1,4 @@
-"""What the image of the S3 steps runs: ``download`` or ``upload``."""
+"""What the image of the S3 steps runs: ``download``, ``upload`` or ``presign``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import Any
 
 from outrider_stepkit import Step, main
 
+Transfer = Callable[[Mapping[str, Any], Mapping[str, str], Callable[[int, int, str], None]], dict[str, Any]]
 
-def _carry_out(
-    transfer: Callable[[Mapping[str, Any], Mapping[str, str], Callable[[int, int], None]], dict[str, Any]], step: Step
-) -> None:
-    step.output(**transfer(step.params, os.environ, step.progress))
+
+def _carry_out(transfer: Transfer, step: Step) -> None:
+    def report(done: int, total: int, rate: str) -> None:
+        step.progress(done, total, message=rate)
+
+    step.secrets.add(os.environ.get("S3_SSE_CUSTOMER_KEY", ""))
+    outputs = transfer(step.params, os.environ, report)
+    step.output(**{name: value for name, value in outputs.items() if value is not None})
 
 
 def download(step: Step) -> None:
-    # Not at the top: boto3 takes half a second to import, and a step that can't start should say so at once.
+    # Not at the top: the libraries take a while to import, and a step that can't start should say so at once.
     from s3_transfer.download import download
 
     _carry_out(download, step)
@@ -28,5 +33,11 @@ def upload(step: Step) -> None:
     _carry_out(upload, step)
 
 
+def presign(step: Step) -> None:
+    from s3_transfer.presign import presign
+
+    step.output(**presign(step.params, os.environ))
+
+
 if __name__ == "__main__":
-    main({"download": download, "upload": upload})
+    main({"download": download, "upload": upload, "presign": presign})

@@ -66,7 +66,9 @@ def test_plan_asks_for_egress_and_carries_the_parameters_by_their_names() -> Non
     types = {step_type.name: step_type for step_type in plugin.outrider_step_types()}
     plan = types["s3.upload"].resolve(plugin.UploadParams.model_validate(UPLOAD), CONTEXT)
     assert (plan.image, plan.args, plan.network, plan.control) == (plugin.IMAGE, ("upload",), "egress", None)
-    assert plan.inputs == UPLOAD | {"idle_timeout_s": 60}
+    assert plan.inputs is not None
+    assert {name: plan.inputs[name] for name in UPLOAD} == UPLOAD
+    assert "from_" not in plan.inputs
     assert types["s3.download"].idempotent
     assert types["s3.upload"].idempotent
 

@@ -14,7 +14,7 @@ import pytest
 from .conftest import Program, Proxy, Store
 
 MIB = 1024**2
-BIG = os.urandom(MIB) * 37
+BIG = os.urandom(MIB) * 70  # two parts
 
 
 @pytest.fixture
@@ -34,19 +34,21 @@ def test_file_becomes_an_object(store: Store, program: Program, source: Path, bo
     assert ended.code == 0, ended.text
     assert store.get("backup/ü 1.7z") == body
     etag = store.client.head_object(Bucket=store.bucket, Key="backup/ü 1.7z")["ETag"].strip('"')
-    assert ended.outputs == {"path": str(path), "bytes": len(body), "sha256": digest, "objects": 1, "etag": etag}
+    expected = {"path": str(path), "bytes": len(body), "sha256": digest, "objects": 1, "transferred": 1, "etag": etag}
+    assert ended.outputs == expected
     assert store.unfinished() == []
     if body:
         assert (ended.progress[-1]["done"], ended.progress[-1]["total"]) == (len(body), len(body))
 
 
 @pytest.mark.parametrize("body", [b"x", BIG], ids=["small", "parts"])
-def test_wrong_checksum_sends_nothing(store: Store, proxy: Proxy, program: Program, source: Path, body: bytes) -> None:
+def test_wrong_checksum_makes_no_object(store: Store, program: Program, source: Path, body: bytes) -> None:
     (source / "f").write_bytes(body)
-    params = {"bucket": store.bucket, "key": "k", "from": f"{source}/f", "sha256": "0" * 64, "endpoint": proxy.endpoint}
+    params = {"bucket": store.bucket, "key": "k", "from": f"{source}/f", "sha256": "0" * 64}
     ended = program.run("upload", params, store.env)
     assert (ended.code, ended.cause) == (1, "checksum_mismatch")
-    assert proxy.requests == []
+    assert store.listed() == []
+    assert store.unfinished() == []
 
 
 def test_directory_becomes_a_prefix_whose_checksum_sha256sum_can_tell(
@@ -112,14 +114,29 @@ def test_overloaded_store_is_asked_again(store: Store, proxy: Proxy, program: Pr
     assert store.get("k") == BIG
 
 
-def test_failed_upload_leaves_no_object_and_no_parts(
-    store: Store, proxy: Proxy, program: Program, source: Path
-) -> None:
+def test_upload_that_failed_for_now_is_gone_on_with(store: Store, proxy: Proxy, program: Program, source: Path) -> None:
     (source / "f").write_bytes(BIG)
     proxy.fault = lambda method, path, number: "503 SlowDown" if "partNumber=2" in path else None
     params = {"bucket": store.bucket, "key": "k", "from": f"{source}/f", "endpoint": proxy.endpoint}
     ended = program.run("upload", params, store.env)
     assert (ended.code, ended.cause) == (75, "store_unavailable")
+    assert store.listed() == []
+    assert store.unfinished() == ["k"]
+    proxy.fault, proxy.requests[:] = lambda method, path, number: None, []
+    ended = program.run("upload", params, store.env)
+    assert ended.code == 0, ended.text
+    assert [path for method, path, _ in proxy.requests if method == "PUT" and "partNumber=1&" in path] == []
+    assert store.get("k") == BIG
+    assert ended.outputs["sha256"] == hashlib.sha256(BIG).hexdigest()
+    assert store.unfinished() == []
+
+
+def test_upload_that_is_refused_leaves_no_parts(store: Store, proxy: Proxy, program: Program, source: Path) -> None:
+    (source / "f").write_bytes(BIG)
+    proxy.fault = lambda method, path, number: "403 AccessDenied" if "partNumber=2" in path else None
+    params = {"bucket": store.bucket, "key": "k", "from": f"{source}/f", "endpoint": proxy.endpoint}
+    ended = program.run("upload", params, store.env)
+    assert (ended.code, ended.cause) == (1, "denied")
     assert store.listed() == []
     assert store.unfinished() == []
 
@@ -144,7 +161,7 @@ def test_cancelled_upload_ends_at_once_and_is_aborted(
     proxy.fault = lambda method, path, number: "hang" if "partNumber=" in path else None
     params = {"bucket": store.bucket, "key": "k", "from": f"{source}/f", "endpoint": proxy.endpoint}
     process = program.start("upload", params, store.env)
-    wait_for(lambda: proxy.count("PUT") >= 3)
+    wait_for(lambda: proxy.count("PUT") >= 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
     program.end(process)

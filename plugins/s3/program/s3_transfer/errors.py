@@ -1,10 +1,14 @@
-"""The one place where errors of botocore and of its transport become sentences."""
+"""The one place where a store's answers, and the errors of the transport to it, become sentences."""
 
 from __future__ import annotations
 
-from botocore import exceptions as aws
+import http.client
+import ssl
+from collections.abc import Mapping
+from xml.etree import ElementTree
+
 from outrider_stepkit import StepFailure
-from urllib3 import exceptions as http
+from urllib3 import exceptions as http3
 
 # What stores say when they want to be asked again, beside every 5xx and 429.
 _TEMPORARY_CODES = frozenset(
@@ -27,74 +31,81 @@ _CREDENTIAL_CODES = frozenset(
     {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"}
 )
 
+TRANSPORT_ERRORS = (http3.HTTPError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
-def from_store(error: Exception, *, what: str, bucket: str, endpoint: str) -> StepFailure:
-    """Translate what botocore or its transport raised while ``what`` ("object 'a/b' of bucket 'c'") was moved.
 
-    Only codes and our own words are used: a store's message, or a request as urllib3 prints it, may carry
-    a signature or a key.
+class Refused(StepFailure):
+    """The store answered, and not with what was asked for. ``error_code`` is its own word for it, ``status`` HTTP's."""
+
+    def __init__(self, message: str, *, code: str, error_code: str, status: int, temporary: bool = False) -> None:
+        super().__init__(message, code=code, temporary=temporary)
+        self.error_code, self.status = error_code, status
+
+
+def from_transport(error: Exception, *, what: str, endpoint: str) -> StepFailure:
+    """What urllib3 raised while ``what`` ("object 'a/b' of bucket 'c'") was moved.
+
+    Only our own words are used: a request as urllib3 prints it carries a signature.
     """
-    at = f"at {endpoint}"
     match error:
-        case aws.ClientError():
-            return _from_answer(error, what=what, bucket=bucket, endpoint=endpoint)
-        case aws.SSLError():
+        case http3.SSLError() | ssl.SSLError():
             return StepFailure(
-                f"no trusted TLS connection to {endpoint}: its certificate does not verify, or it does not speak TLS",
+                f"no trusted TLS connection to {endpoint}: its certificate does not verify, or it does not speak TLS "
+                "(an authority of your own goes into the env S3_CA, as PEM)",
                 code="tls",
             )
-        case aws.ConnectTimeoutError() | aws.EndpointConnectionError() | aws.ProxyConnectionError():
+        case http3.ConnectTimeoutError() | http3.NewConnectionError() | http3.NameResolutionError():
             return StepFailure(f"can't reach {endpoint} for {what}", code="unreachable", temporary=True)
-        case aws.ReadTimeoutError() | http.ReadTimeoutError():
+        case http3.ReadTimeoutError() | TimeoutError():
             return StepFailure(f"{endpoint} fell silent while {what} was transferred", code="idle", temporary=True)
-        case (
-            aws.ConnectionClosedError()
-            | aws.ResponseStreamingError()
-            | aws.IncompleteReadError()
-            | aws.HTTPClientError()
-        ):
-            return StepFailure(
-                f"the connection to {endpoint} broke while {what} was transferred", code="cut", temporary=True
-            )
-        case http.HTTPError() | ConnectionError() | TimeoutError():
-            return StepFailure(
-                f"the connection to {endpoint} broke while {what} was transferred", code="cut", temporary=True
-            )
-        case aws.BotoCoreError() | ValueError():
-            return StepFailure(f"the request for {what} {at} can't be made: {error}", code="invalid_request")
-    return StepFailure(f"{what} {at}: {type(error).__name__}: {error}", code="internal")
+    return StepFailure(f"the connection to {endpoint} broke while {what} was transferred", code="cut", temporary=True)
 
 
-def _from_answer(error: aws.ClientError, *, what: str, bucket: str, endpoint: str) -> StepFailure:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+def error_code(body: bytes) -> str:
+    """The code in an answer's XML; empty where there is none."""
+    try:
+        root = ElementTree.fromstring(body)  # noqa: S314  # expat 2.4 and later stop entities that multiply
+    except ElementTree.ParseError:
+        return ""
+    return (root.findtext("{*}Code") or root.findtext("{*}Error/{*}Code") or "").strip()
+
+
+def from_answer(
+    status: int, body: bytes, headers: Mapping[str, str], *, what: str, bucket: str, endpoint: str
+) -> Refused:
+    """What an answer that is not a success means. A store's message is not repeated: it may hold a signature."""
+    code = error_code(body)
+
+    def refused(message: str, cause: str, *, temporary: bool = False) -> Refused:
+        return Refused(message, code=cause, error_code=code, status=status, temporary=temporary)
+
     if code == "NoSuchBucket":
-        return StepFailure(f"there is no bucket {bucket!r} at {endpoint}", code="no_such_bucket")
-    if code in {"NoSuchKey", "NoSuchVersion"} or (status == 404 and code in {"404", "NotFound"}):
-        return StepFailure(f"there is no {what} at {endpoint}", code="no_such_key")
+        return refused(f"there is no bucket {bucket!r} at {endpoint}", "no_such_bucket")
+    if code in {"NoSuchKey", "NoSuchVersion"} or (status == 404 and code in {"", "404", "NotFound"}):
+        return refused(f"there is no {what} at {endpoint}", "no_such_key")
     if code in _CREDENTIAL_CODES:
-        return StepFailure(
+        return refused(
             f"{endpoint} does not accept the credentials for {what} ({code}): check S3_ACCESS_KEY_ID, "
             "S3_SECRET_ACCESS_KEY and the region",
-            code="bad_credentials",
+            "bad_credentials",
         )
     if code in {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}:
-        return StepFailure(f"the credentials for {what} at {endpoint} have expired", code="expired_credentials")
+        return refused(f"the credentials for {what} at {endpoint} have expired", "expired_credentials")
     if code == "RequestTimeTooSkewed":
-        return StepFailure(f"{endpoint} refuses {what}: this node's clock is too far off", code="clock_skew")
+        return refused(f"{endpoint} refuses {what}: this node's clock is too far off", "clock_skew")
     if code in _TEMPORARY_CODES or status == 429 or (status >= 500 and status not in {501, 505}):
-        return StepFailure(
-            f"{endpoint} can't serve {what} now ({code or status})", code="store_unavailable", temporary=True
-        )
-    if code == "PreconditionFailed" or status == 412:
-        return StepFailure(
-            f"{what} at {endpoint} was replaced while it was transferred", code="changed", temporary=True
-        )
-    if code in {"BadDigest", "NoSuchUpload"}:
-        return StepFailure(f"{what} did not reach {endpoint} intact ({code})", code="damaged", temporary=True)
+        return refused(f"{endpoint} can't serve {what} now ({code or status})", "store_unavailable", temporary=True)
+    if status in {301, 307, 308} or code in {"PermanentRedirect", "TemporaryRedirect"}:
+        region = headers.get("x-amz-bucket-region")
+        hint = f"set the region to {region!r}" if region else "set the endpoint or the region that the bucket is in"
+        return refused(f"bucket {bucket!r} is not served by {endpoint}: {hint}", "wrong_region")
+    if status == 412 or code in {"PreconditionFailed", "ConditionalRequestConflict"}:
+        return refused(f"{what} at {endpoint} was replaced while it was transferred", "changed", temporary=True)
+    if code in {"BadDigest", "NoSuchUpload", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}:
+        return refused(f"{what} did not reach {endpoint} intact ({code})", "damaged", temporary=True)
     if status in {401, 403}:
-        return StepFailure(
+        return refused(
             f"{endpoint} denies access to {what} ({code or status}): check the credentials and their permissions",
-            code="denied",
+            "denied",
         )
-    return StepFailure(f"{endpoint} refuses {what}: {code or 'no reason given'} (status {status})", code="refused")
+    return refused(f"{endpoint} refuses {what}: {code or 'no reason given'} (status {status})", "refused")

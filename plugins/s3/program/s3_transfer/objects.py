@@ -8,13 +8,12 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from outrider_stepkit import StepFailure
+from outrider_stepkit import Selection, StepFailure
 from outrider_stepkit.publish import STAGE_PREFIX
 
-from s3_transfer.store import Store
+from s3_transfer.api import Api
+from s3_transfer.settings import Settings
 
-CHUNK_BYTES = 1024**2
-PART_BYTES = 16 * 1024**2
 MAX_OBJECTS = 100_000
 """How many objects one step moves. All their names are held in memory."""
 
@@ -26,7 +25,7 @@ class Entry:
     key: str
     name: str
     size: int
-    etag: str | None = None
+    etag: str = ""
 
 
 def folder(prefix: str) -> str:
@@ -44,72 +43,78 @@ def listing_sha256(digests: Iterable[tuple[str, str]]) -> str:
     return total.hexdigest()
 
 
-def list_objects(store: Store, prefix: str) -> list[Entry]:
-    """Everything below the prefix. Raises StepFailure if there is nothing, too much, or an unsafe name."""
-    prefix = folder(prefix)
-    what = f"prefix {prefix!r} of bucket {store.bucket!r}"
+def list_objects(api: Api, prefix: str, chosen: Selection) -> list[Entry]:
+    """What is chosen below the prefix. Raises StepFailure if that is nothing, too much, or has an unsafe name."""
+    below = folder(prefix)
+    what = f"prefix {below!r} of bucket {api.settings.bucket!r}"
     entries: list[Entry] = []
-    with store.errors(what):
-        for page in store.client.get_paginator("list_objects_v2").paginate(Bucket=store.bucket, Prefix=prefix):
-            for item in page.get("Contents", ()):
-                name = item["Key"][len(prefix) :]
-                if (not name or name.endswith("/")) and item["Size"] == 0:
-                    continue  # what consoles create to show an empty folder
-                entries.append(Entry(item["Key"], name, item["Size"], item.get("ETag")))
-                if len(entries) > MAX_OBJECTS:
-                    raise StepFailure(
-                        f"{what} has more than {MAX_OBJECTS} objects: take a narrower prefix, or pack them",
-                        code="too_many_objects",
-                    )
+    seen = False
+    for item in api.listing(below):
+        name = item.key[len(below) :]
+        if (not name or name.endswith("/")) and item.size == 0:
+            continue  # what consoles create to show an empty folder
+        seen = True
+        if not chosen.wants(name):
+            continue
+        entries.append(Entry(item.key, name, item.size, item.etag))
+        if len(entries) > MAX_OBJECTS:
+            raise StepFailure(
+                f"{what} has more than {MAX_OBJECTS} objects: take a narrower prefix, or pack them",
+                code="too_many_objects",
+            )
     if not entries:
-        raise StepFailure(f"there is no object below {what} at {store.endpoint}", code="no_such_key")
-    _refuse_unsafe(entries, store)
+        which = "no object that 'include' and 'exclude' leave" if seen else "no object"
+        raise StepFailure(f"there is {which} below {what} at {api.settings.shown}", code="no_such_key")
+    _refuse_unsafe(entries, api.settings)
     return entries
 
 
-def _refuse_unsafe(entries: list[Entry], store: Store) -> None:
+def _refuse_unsafe(entries: list[Entry], settings: Settings) -> None:
     names = {entry.name for entry in entries}
     for entry in entries:
         parts = entry.name.split("/")
         if any(part in {"", ".", ".."} or "\0" in part or len(os.fsencode(part)) > 255 for part in parts):
             raise StepFailure(
-                f"{store.object(entry.key)} at {store.endpoint} can't be a file below the target: "
+                f"{settings.object(entry.key)} at {settings.shown} can't be a file below the target: "
                 "its name has an empty, '.', '..' or over-long part",
                 code="unsafe_name",
             )
         if parts[0].startswith(STAGE_PREFIX):
             raise StepFailure(
-                f"{store.object(entry.key)}: names beginning with {STAGE_PREFIX!r} are taken", code="unsafe_name"
+                f"{settings.object(entry.key)}: names beginning with {STAGE_PREFIX!r} are taken", code="unsafe_name"
             )
         for depth in range(1, len(parts)):
             if (parent := "/".join(parts[:depth])) in names:
                 raise StepFailure(
-                    f"{store.object(entry.key)} can't be a file: object {parent!r} is where its directory would be",
+                    f"{settings.object(entry.key)} can't be a file: object {parent!r} is where its directory would be",
                     code="unsafe_name",
                 )
 
 
-def list_files(directory: str, prefix: str) -> list[Entry]:
-    """Every file below a directory, sorted. Raises StepFailure for links, special files and an empty directory."""
-    prefix = folder(prefix)
+def list_files(directory: str, prefix: str, chosen: Selection) -> list[Entry]:
+    """Every chosen file below a directory, sorted. Raises StepFailure for links and special files among them, and if
+    there is none."""
+    below = folder(prefix)
     entries: list[Entry] = []
     pending = [""]
     while pending:
-        below = pending.pop()
-        with os.scandir(os.path.join(directory, below)) as items:
+        at = pending.pop()
+        with os.scandir(os.path.join(directory, at)) as items:
             for item in items:
-                name = f"{below}{item.name}"
+                name = f"{at}{item.name}"
                 if item.name.startswith(STAGE_PREFIX):
                     continue  # another step's work, or what a killed one left
                 info = item.stat(follow_symlinks=False)
                 if stat.S_ISDIR(info.st_mode):
                     pending.append(f"{name}/")
+                elif not chosen.wants(name):
+                    continue
                 elif stat.S_ISREG(info.st_mode):
-                    entries.append(Entry(_key(prefix, name, directory), name, info.st_size))
+                    entries.append(Entry(_key(below, name, directory), name, info.st_size))
                 else:
                     raise StepFailure(
                         f"{os.path.join(directory, name)!r} is a link or a special file, which an object can't be: "
-                        "remove it, or pack the directory with archive.create",
+                        "remove it, exclude it, or pack the directory with archive.create",
                         code="not_a_file",
                     )
         if len(entries) > MAX_OBJECTS:
@@ -117,7 +122,7 @@ def list_files(directory: str, prefix: str) -> list[Entry]:
                 f"{directory} has more than {MAX_OBJECTS} files: pack it with archive.create", code="too_many_objects"
             )
     if not entries:
-        raise StepFailure(f"there is no file in {directory}", code="nothing_to_send")
+        raise StepFailure(f"there is no file to send in {directory}", code="nothing_to_send")
     return sorted(entries, key=lambda entry: entry.key)
 
 

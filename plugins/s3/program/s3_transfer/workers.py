@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -66,6 +67,17 @@ class Workers:
             else:
                 return
             self.stop.wait(wait_s(retry))
+
+    def aside(self, job: Callable[[], object], patience_s: float) -> None:
+        """Try ``job()`` once, wait for it for so long at most, and mind no error of it."""
+
+        def tried() -> None:
+            with suppress(Exception):
+                job()
+
+        thread = threading.Thread(target=tried, daemon=True)
+        thread.start()
+        thread.join(patience_s)
 
     def __enter__(self) -> Self:
         return self

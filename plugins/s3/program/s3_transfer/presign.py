@@ -1,0 +1,38 @@
+"""s3.presign: a URL that lets whoever has it fetch or write one object for a while. Nothing is asked of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+
+from outrider_stepkit import StepFailure, staged_file
+
+from s3_transfer.settings import Settings
+from s3_transfer.transport import Transport
+
+
+def presign(params: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
+    """Make the URL; the outputs of the step. With ``to`` it goes into that file, and only there."""
+    settings = Settings.read(params, env)
+    if settings.credentials is None:
+        raise StepFailure(
+            "a URL can only be signed with a key pair: allot S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY to the step",
+            code="bad_credentials",
+        )
+    query: dict[str, str] = {}
+    if version_id := params.get("version_id"):
+        query["versionId"] = version_id
+    if name := params.get("file_name"):
+        query["response-content-disposition"] = f"attachment; filename*=UTF-8''{quote(name, safe='')}"
+    method = {"get": "GET", "put": "PUT"}[params.get("action", "get")]
+    expires_s = int(params.get("expires_s", 3600))
+    expires_at = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=expires_s)
+    url = Transport(settings, 1).presign(method, params["key"], query, expires_s)
+    outputs: dict[str, Any] = {"method": method, "expires_at": expires_at.isoformat()}
+    if to := params.get("to"):
+        with staged_file(to, mode=0o600) as file:
+            file.write(f"{url}\n".encode())
+        return outputs | {"path": to}
+    return outputs | {"url": url}
