@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -30,6 +31,7 @@ from agent_core.containers import Containers
 from agent_core.damage import open_journal
 from agent_core.diskwatch import DiskWatch
 from agent_core.engine import EngineWatch
+from agent_core.environment import environment
 from agent_core.identities import Identities
 from agent_core.images import Images
 from agent_core.journal import RESERVE_BYTES, Journal
@@ -163,6 +165,7 @@ class Agent:
             labels=dict(config.labels),
             on_refused=self._refused,
             operations=operations,
+            environment=lambda: environment(config.state_dir),
         )
         # What the agent has seen itself wins: steps and pipelines rely on it.
         facts = {**await asyncio.to_thread(plugins.node_facts), **machine_facts()}
@@ -439,6 +442,7 @@ class Agent:
             "node_id": self.config.node_id,
             "version": __version__,
             "pid": os.getpid(),
+            "environment": sys.prefix,
             "server": {
                 "address": self.config.server,
                 "connected": self._session.connected,

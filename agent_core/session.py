@@ -101,7 +101,9 @@ class Session:
         retry: RetryPolicy = FOREVER,
         operations: OperationCounts | None = None,
         rng: random.Random | None = None,
+        environment: Callable[[], types.Environment | None] = lambda: None,
     ) -> None:
+        self._environment = environment
         self._credentials = credentials
         self._host = host
         self._state = state
@@ -254,6 +256,7 @@ class Session:
             step_types=self._host.step_types(),
             plugins=self._host.plugins(),
             runs=self._host.held_runs(),
+            environment=self._environment(),
         )
         try:
             answer = await stub.Register(request, timeout=REGISTER_TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import sys
@@ -15,7 +16,7 @@ import click
 import yaml
 
 import outrider
-from outrider import settings
+from outrider import launcher, settings
 from outrider.cli._machine import (
     HIDDEN_BY_HOME,
     HIDDEN_BY_TMP,
@@ -45,6 +46,7 @@ class Places:
 
     etc: Path = Path("/etc/outrider")
     units: Path = UNIT_DIR
+    lib: Path = Path("/usr/local/lib/outrider")
     temporary: Sequence[Path] = HIDDEN_BY_TMP
 
 
@@ -56,9 +58,11 @@ def plan_agent(
     Raises InvalidInput for settings that can't work, Conflict where they are not those of the file that is there.
     """
     from agent_core.config import AgentConfig
+    from agent_core.environment import DIRECTORY
 
     plan, unit = Plan(), Unit(AGENT, places.units)
     unit.check_ours(_template(AGENT))
+    program = places.lib / "launcher.py"
     file, token_path, ca_path = (places.etc / name for name in ("agent.yaml", "token", "ca.pem"))
     there = _read(file, AgentConfig)
     if there is None:
@@ -91,13 +95,17 @@ def plan_agent(
             " or give it with --token-file"
         )
     paths = [config.state_dir, source, *filter(None, (config.ca_file, config.policy_file, config.engine_socket))]
-    replaced: dict[str, str | None] = {"ExecStart": _run(command, "agent", file)}
+    command = _initial(command, config.state_dir, unit)
+    plan.file(program, Path(launcher.__file__).read_text(encoding="utf-8"), 0o755)
+    start = [_plain(_system_python()), "-IS", _plain(program), "--environments", _plain(config.state_dir / DIRECTORY)]
+    start += ["--initial", _plain(command), "--", *_run(command, "agent", file).split()[1:]]
+    replaced: dict[str, str | None] = {"ExecStart": " ".join(start)}
     replaced["LoadCredential"] = f"token:{_plain(source)}" if config.token is None else None
     if config.state_dir != Path("/var/lib/outrider"):
         plan.directory(config.state_dir, 0o711)
         replaced |= {"StateDirectory": None, "StateDirectoryMode": None}
         replaced["ReadWritePaths"] = _plain(config.state_dir)
-    _add_unit(plan, unit, replaced, [*paths, *_program(command)], places)
+    _add_unit(plan, unit, replaced, [*paths, program, *_program(command)], places)
     return plan, unit
 
 
@@ -261,6 +269,30 @@ def _same(file: Path, config: BaseModel, given: Mapping[str, Any]) -> None:
 
 def _program(command: Path) -> list[Path]:
     return [command.resolve(), Path(sys.prefix), Path(sys.base_prefix), Path(outrider.__file__).parent]
+
+
+def _system_python() -> Path:
+    """The interpreter of the launcher: one that outlives every environment, and upgrades of the system."""
+    public = Path("/usr/bin/python3")
+    return public if public.exists() else Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+
+
+def _initial(command: Path, state_dir: Path, unit: Unit) -> Path:
+    """The program of the installation. Raises Conflict where only one is known that may be removed."""
+    from agent_core.environment import DIRECTORY
+
+    home = state_dir / DIRECTORY
+    if not beneath(command, [home]):
+        return command
+    with contextlib.suppress(OSError):
+        found = re.search(r" --initial (\S+) ", unit.path.read_text(encoding="utf-8"))
+        if found:
+            return Path(found[1])
+    raise Conflict(
+        f"{command} is in an environment that the launcher keeps, and may remove",
+        code="command_in_environment",
+        hint="give the program that stays with --command",
+    )
 
 
 def _run(command: Path, part: str, file: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outrider.cli._agent_plugins import plugins
 from outrider.cli._machine import How, install_options, this_command
 from outrider.cli._output import emit_json, fields, output_option, table
 from outrider.cli._plugins import plugin_options
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 CONFIG_FILE = Path("/etc/outrider/agent.yaml")
 
 
-@click.group("agent", help="The agent of a node: run, status, config, install.")
+@click.group("agent", help="The agent of a node: run, status, config, install, plugins.")
 def command() -> None:
     """The agent."""
+
+
+command.add_command(plugins)
 
 
 def _options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -101,7 +101,12 @@ def connected(box: Box) -> bool:
 
 
 def pid(box: Box, unit: str = AGENT) -> int:
-    return int(box.show(unit, "MainPID"))
+    """The process that does the work: the agent's is the child of its launcher."""
+    main = int(box.show(unit, "MainPID"))
+    if unit == SERVER or not main:
+        return main
+    children = box.run("pgrep", "--parent", main).stdout.split()
+    return int(children[0]) if children else 0
 
 
 def exposure(box: Box, unit: str) -> str:

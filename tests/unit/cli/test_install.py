@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from outrider import launcher
 from outrider.cli import _install
 from outrider.cli._install import Places, plan_agent, plan_server
 from outrider.cli._machine import Plan, beneath, may_read, write_file
@@ -31,7 +32,7 @@ CA = "-----BEGIN CERTIFICATE-----\n"
 def places(tmp_path: Path) -> Places:
     (tmp_path / "etc").mkdir()
     (tmp_path / "units").mkdir()
-    return Places(tmp_path / "etc", tmp_path / "units", temporary=())
+    return Places(tmp_path / "etc", tmp_path / "units", tmp_path / "lib", temporary=())
 
 
 def agent(places: Places, token: str | None = "orn_1", ca: str | None = CA, **given: Any) -> Plan:
@@ -80,12 +81,19 @@ def test_a_unit_keeps_the_promises_of_the_service() -> None:
 def test_an_agent_gets_its_settings_its_token_and_its_unit(places: Places) -> None:
     plan = agent(places, server="s.example:8443", node_id="n7", labels={"zone": "eu"})
     written = files_of(plan)
-    assert set(written) == {"agent.yaml", "ca.pem", "token", "outrider-agent.service"}
+    assert set(written) == {"agent.yaml", "ca.pem", "token", "launcher.py", "outrider-agent.service"}
     assert written["token"] == ""  # never shown
     assert "server: s.example:8443\nnode_id: n7\n" in written["agent.yaml"]
     assert f"ca_file: {places.etc}/ca.pem" in written["agent.yaml"]
     unit = settings_of(written["outrider-agent.service"])
-    assert unit["ExecStart"] == [f"/usr/bin/env agent run --config {places.etc}/agent.yaml"]
+    (start,) = unit["ExecStart"]
+    python, _, rest = start.partition(" ")
+    assert Path(python).name.startswith("python3")
+    assert rest == (
+        f"-IS {places.lib}/launcher.py --environments /var/lib/outrider/environments --initial /usr/bin/env"
+        f" -- agent run --config {places.etc}/agent.yaml"
+    )
+    assert written["launcher.py"] == Path(launcher.__file__).read_text()
     assert unit["LoadCredential"] == [f"token:{places.etc}/token"]
     assert plan.missing == []
     for change in plan.changes:
@@ -95,6 +103,19 @@ def test_an_agent_gets_its_settings_its_token_and_its_unit(places: Places) -> No
     assert agent(places, server="s.example:8443", node_id="n7", labels={"zone": "eu"}).changes == []
     assert agent(places, None, None).changes == []
     assert [change.words for change in agent(places, "orn_2").changes] == [f"write {places.etc}/token (mode 0600)"]
+
+
+def test_a_program_of_an_environment_is_not_what_the_launcher_falls_back_to(places: Places, tmp_path: Path) -> None:
+    (places.etc / "agent.yaml").write_text(f"server: s:1\nnode_id: n1\nstate_dir: {tmp_path}/state\n")
+    inside = tmp_path / "state/environments/game-1/bin/outrider"
+    inside.parent.mkdir(parents=True)
+    inside.touch()
+    given = {"server": None, "node_id": None, "labels": None}
+    with pytest.raises(Conflict, match="in an environment that the launcher keeps"):
+        plan_agent(given, "orn_1", None, places, inside)
+    for change in agent(places, ca=None).changes:
+        change.do()
+    assert plan_agent(given, None, None, places, inside)[0].changes == []
 
 
 def test_a_file_that_is_open_to_others_is_closed(places: Places) -> None:
@@ -109,7 +130,7 @@ def test_settings_of_a_person_are_not_overwritten(places: Places) -> None:
     with pytest.raises(Conflict, match=r"agent.yaml is there and says otherwise: node_id is n1"):
         agent(places, server="mine:1", node_id="n2")
     written = files_of(agent(places, ca=None, server="mine:1"))
-    assert set(written) == {"token", "outrider-agent.service"}
+    assert set(written) == {"token", "launcher.py", "outrider-agent.service"}
 
 
 def test_what_only_a_person_can_bring_is_named_and_nothing_is_started_without_it(places: Places) -> None:
@@ -139,7 +160,7 @@ def test_other_directories_are_opened_to_the_service(places: Places, tmp_path: P
 
 def test_a_state_directory_among_temporary_files_is_refused(places: Places, tmp_path: Path) -> None:
     (places.etc / "agent.yaml").write_text(f"server: s:1\nnode_id: n1\nstate_dir: {tmp_path}/state\n")
-    there = Places(places.etc, places.units, temporary=(tmp_path / "state",))
+    there = Places(places.etc, places.units, places.lib, temporary=(tmp_path / "state",))
     with pytest.raises(InvalidInput, match=r"state lies where other programs put what is temporary"):
         agent(there, ca=None)
 
@@ -240,7 +261,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "would write /etc/systemd/system/outrider-agent.service" in done.stdout
-    assert "    ExecStart=/usr/bin/env agent run\n" in done.stdout
+    assert "--initial /usr/bin/env -- agent run\n" in done.stdout
     assert "would start outrider-agent.service" in done.stdout
     assert "orn_secret" not in done.stdout + done.stderr
     assert not Path("/etc/systemd/system/outrider-agent.service").exists()
