@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "events": "Show what happens on the nodes.",
     "audit": "What operators decided: list, verify.",
     "plugin": "Step plugins that are installed here: list.",
+    "images": "Images of step plugins: build, list, lock, save, load.",
     "completion": "Print the script that completes commands in a shell.",
     "version": "Print the version.",
 }

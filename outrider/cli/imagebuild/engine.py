@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Image:
     id: str
     labels: Mapping[str, str]
     size_bytes: int
+    platform: str = ""  # "linux/amd64"
 
 
 def check() -> None:
@@ -57,7 +59,9 @@ def inspect(tags: Sequence[str]) -> dict[str, Image]:
         check()
     found = {}
     for document in documents:
-        image = Image(document["Id"], (document.get("Config") or {}).get("Labels") or {}, document["Size"])
+        platform = f"{document.get('Os', '')}/{document.get('Architecture', '')}"
+        labels = (document.get("Config") or {}).get("Labels") or {}
+        image = Image(document["Id"], labels, document["Size"], platform)
         found.update({tag: image for tag in document.get("RepoTags") or [] if tag in tags})
     return found
 
@@ -137,6 +141,53 @@ def import_tree(tree: Path, tag: str, exclude: Sequence[str], prefix: Sequence[s
     if answer.returncode != 0 or tar.returncode != 0:
         reason = answer.stderr.strip() or complaint.strip()
         raise BuildError(f"the tree of {tag} could not be handed to the container engine: {reason}")
+
+
+def platform() -> str:
+    """What the engine's machine is: ``linux/amd64``."""
+    return run(
+        ["docker", "version", "--format", "{{.Server.Os}}/{{.Server.Arch}}"], what="asking the engine what it runs on"
+    ).strip()
+
+
+def save(tags: Sequence[str]) -> Iterator[bytes]:
+    """The images ``tags`` as the engine's archive, in chunks; layers that they share once."""
+    with subprocess.Popen(
+        ["docker", "save", *tags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            while chunk := process.stdout.read(2**20):
+                yield chunk
+            complaint = process.stderr.read().decode(errors="replace").strip()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise BuildError(f"the container engine can't save {', '.join(tags)}: {complaint or 'no reason given'}")
+
+
+def load(chunks: Iterator[bytes]) -> None:
+    """Hand an archive of `save` to the engine. If ``chunks`` raises, the engine gets no end and loads nothing."""
+    with subprocess.Popen(
+        ["docker", "load", "--quiet"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        try:
+            with suppress(BrokenPipeError):  # then it says why
+                for chunk in chunks:
+                    process.stdin.write(chunk)
+                process.stdin.close()
+            complaint = process.stderr.read().decode(errors="replace").strip()
+        except BaseException:
+            process.kill()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            raise
+    if process.returncode != 0:
+        raise BuildError(f"the container engine can't load the images: {complaint or 'no reason given'}")
 
 
 def python_of(tag: str) -> dict[str, str]:
