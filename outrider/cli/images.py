@@ -84,11 +84,16 @@ def list_(folders: tuple[Path, ...], file: Path | None, as_json: bool) -> None:
 @_names
 @_plugins
 @click.option("--upgrade", is_flag=True, help="Move to the newest versions.")
-def lock(names: tuple[str, ...], folders: tuple[Path, ...], upgrade: bool) -> None:
+@output_option
+def lock(names: tuple[str, ...], folders: tuple[Path, ...], upgrade: bool, as_json: bool) -> None:
     """Make image/requirements.lock of image/requirements.in, with the hashes of all files. Needs uv."""
     with _sentences():
         workshop, _ = _workshop(folders)
-        for path in workshop.lock(names, upgrade=upgrade):
+        made = workshop.lock(names, upgrade=upgrade)
+    if as_json:
+        emit_json([str(path) for path in made])
+    else:
+        for path in made:
             click.echo(str(path))
 
 
