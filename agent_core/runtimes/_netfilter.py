@@ -27,8 +27,8 @@ REFUSED = (
 """What a guarded network does not reach by default: the special-purpose ranges of IANA (RFC 6890) that are nobody's
 on the internet."""
 
-EMBEDDING = ("2002::/16", "64:ff9b::/96", "::ffff:0:0/96")
-"""Ranges whose packets may end at the IPv4 address inside them, whatever that is."""
+_TRANSLATED = (("64:ff9b::", 96), ("2002::", 16), ("::ffff:0:0", 96))
+"""Where an IPv4 address stands inside an IPv6 one: NAT64, 6to4, mapped; and at which bit."""
 
 RESOLV_CONF = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
 _NFT_PATH = "/usr/sbin:/sbin:/usr/bin:/bin:/usr/local/sbin"
@@ -91,7 +91,7 @@ def rules(network_id: str, bridge: str, guard: NetworkGuard, *, resolvers: Itera
     Chains run before those of priority "filter". Answers pass (``ct state``): who is let in by a published port is
     answered wherever it is. What goes to the machine itself is refused whatever its address, as it is its own network.
     """
-    allowed, refused = _by_version(guard.allow), _by_version((*REFUSED, *EMBEDDING))
+    allowed, refused = _by_version(guard.allow), _by_version((*REFUSED, *_embedded(REFUSED)))
     name_servers = _by_version((*resolvers, *guard.resolvers))
     passing = ["ct state established,related accept", "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"]
     for version, family in ((4, "ip"), (6, "ip6")):
@@ -132,6 +132,18 @@ def resolvers(files: Iterable[Path] = RESOLV_CONF) -> list[str]:
                     address = ipaddress.ip_address(words[1].partition("%")[0])
                     if not address.is_loopback and str(address) not in found:
                         found.append(str(address))
+    return found
+
+
+def _embedded(ranges: Iterable[str]) -> list[str]:
+    """The IPv6 ranges whose packets may end at an address of the IPv4 ones."""
+    found = []
+    for each in ranges:
+        network = ipaddress.ip_network(each)
+        if isinstance(network, ipaddress.IPv4Network):
+            for prefix, bit in _TRANSLATED:
+                address = int(ipaddress.IPv6Address(prefix)) | int(network.network_address) << (96 - bit)
+                found.append(f"{ipaddress.IPv6Address(address)}/{bit + network.prefixlen}")
     return found
 
 

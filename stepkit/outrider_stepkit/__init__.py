@@ -11,17 +11,21 @@ main(greet)
 from outrider_stepkit.checksums import HashingReader, sha256_of
 from outrider_stepkit.control import ControlClient, ControlError
 from outrider_stepkit.masking import Masker
+from outrider_stepkit.meter import Meter
+from outrider_stepkit.network import AddressGuard
 from outrider_stepkit.patterns import Selection
 from outrider_stepkit.program import main
 from outrider_stepkit.publish import free_bytes, staged_directory, staged_file, write_error
 from outrider_stepkit.step import Cancelled, Step, StepFailure
 
 __all__ = [
+    "AddressGuard",
     "Cancelled",
     "ControlClient",
     "ControlError",
     "HashingReader",
     "Masker",
+    "Meter",
     "Selection",
     "Step",
     "StepFailure",

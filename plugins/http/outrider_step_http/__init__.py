@@ -36,21 +36,30 @@ outrider_contract = ">=1,<2"
 IMAGE = f"outrider/step-http:{__version__}"
 """The image that carries both programs."""
 
-ENVS = ("HTTP_TOKEN", "HTTP_USER", "HTTP_PASSWORD")
-"""What the programs read from their environment: a bearer token, or a user and a password."""
+ENVS = (
+    "HTTP_TOKEN",
+    "HTTP_USER",
+    "HTTP_PASSWORD",
+    "HTTP_AUTH_VALUE",
+    "HTTP_CA",
+    "HTTP_PROXY_USER",
+    "HTTP_PROXY_PASSWORD",
+)
+"""What the programs read from their environment: a bearer token, or a user and a password, or the value of the header
+that ``auth_header`` names; an authority's certificate; the proxy's user and password."""
 
 # The programs stay below 150 MB; the rest is room for the page cache, which counts against the limit
 # and makes writing slow when there is none.
 _RESOURCES = Resources(memory_bytes=256 * 1024**2)
 
 
-def _plan(action: str, params: TransferParams) -> StepPlan:
+def _plan(action: str, params: TransferParams, **more: str) -> StepPlan:
     return StepPlan(
         image=IMAGE,
         args=(action,),
         network="egress",
         resources=_RESOURCES,
-        inputs=params.model_dump(mode="json", by_alias=True, exclude_none=True),
+        inputs=params.model_dump(mode="json", by_alias=True, exclude_none=True) | more,
     )
 
 
@@ -61,7 +70,7 @@ def resolve_download(params: DownloadParams, context: StepContext) -> StepPlan:
 
 def resolve_upload(params: UploadParams, context: StepContext) -> StepPlan:
     """The plan of ``http.upload``."""
-    return _plan("upload", params)
+    return _plan("upload", params, method=params.method or ("POST" if params.form else "PUT"))
 
 
 @hookimpl
@@ -79,7 +88,7 @@ def outrider_step_types() -> list[StepType]:
         ),
         StepType(
             name="http.upload",
-            description="Send a file over HTTP with PUT or POST",
+            description="Send a file over HTTP with PUT, POST or a form",
             params=UploadParams,
             outputs=UploadOutputs,
             resolve=resolve_upload,

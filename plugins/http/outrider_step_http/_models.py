@@ -9,7 +9,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from outrider.steps import ReadPath, WritePath
@@ -92,14 +100,60 @@ Headers = Annotated[
     ),
 ]
 
-_SHA256_PATTERN = r"^[0-9a-fA-F]{64}$"
-_SHA256_RULE = "must be a SHA-256: 64 hexadecimal digits, not {value}"
+_NO_AUTHORITY_PATTERN = r"^[Hh][Tt][Tt][Pp]://[^/@?#\s]+/?$"
+_PROXY_RULE = "must read like http://proxy:3128, without user:password@ and path"
 
-Sha256 = Annotated[
+
+def _check_proxy(url: str) -> str:
+    if not re.search(_NO_AUTHORITY_PATTERN, url):
+        raise ValueError(_PROXY_RULE)
+    return url
+
+
+Proxy = Annotated[
     str,
-    StringConstraints(pattern=_SHA256_PATTERN),
-    WithJsonSchema({"type": "string", "pattern": _SHA256_PATTERN, "x-outrider-message": _SHA256_RULE}),
+    AfterValidator(_check_proxy),
+    WithJsonSchema(
+        {"type": "string", "maxLength": 1024, "pattern": _NO_AUTHORITY_PATTERN, "x-outrider-message": _PROXY_RULE}
+    ),
 ]
+
+_AUTH_HEADER_RULE = "must be the name of a header that carries a credential, such as X-Api-Key"
+_AUTH_HEADER_REFUSED = f"^({_in_any_case(_OURS)})$"
+
+
+def _check_auth_header(name: str) -> str:
+    if not re.fullmatch(_NAME_PATTERN, name) or name.lower() in _OURS:
+        raise ValueError(_AUTH_HEADER_RULE)
+    return name
+
+
+AuthHeader = Annotated[
+    str,
+    AfterValidator(_check_auth_header),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": _NAME_PATTERN,
+            "not": {"pattern": _AUTH_HEADER_REFUSED},
+            "x-outrider-message": _AUTH_HEADER_RULE,
+        }
+    ),
+]
+
+
+def _digest(bits: int) -> Any:
+    pattern = f"^[0-9a-fA-F]{{{bits // 4}}}$"
+    rule = f"must be a SHA-{bits}: {bits // 4} hexadecimal digits, not {{value}}"
+    schema = WithJsonSchema({"type": "string", "pattern": pattern, "x-outrider-message": rule})
+    return Annotated[str, StringConstraints(pattern=pattern), schema]
+
+
+Sha256: Any = _digest(256)
+Sha512: Any = _digest(512)
+_FORM_TEXT = r"^[^\r\n\u0000]*$"
+FormText = Annotated[str, StringConstraints(pattern=_FORM_TEXT, max_length=8192)]
+FormName = Annotated[str, StringConstraints(pattern=_FORM_TEXT, min_length=1, max_length=256)]
 
 
 class TransferParams(BaseModel):
@@ -112,8 +166,29 @@ class TransferParams(BaseModel):
     sha256: Sha256 | SkipJsonSchema[None] = Field(
         default=None, description="What the content has to be", json_schema_extra=_without_default
     )
+    sha512: Sha512 | SkipJsonSchema[None] = Field(
+        default=None, description="What the content has to be", json_schema_extra=_without_default
+    )
     headers: Headers = Field(
         default_factory=dict, description="Sent to the given origin only; credentials come from the envs"
+    )
+    auth_header: AuthHeader | SkipJsonSchema[None] = Field(
+        default=None,
+        description="The header that carries the env HTTP_AUTH_VALUE, such as X-Api-Key",
+        json_schema_extra=_without_default,
+    )
+    proxy: Proxy | SkipJsonSchema[None] = Field(
+        default=None,
+        description="An HTTP proxy to go through; its credentials are the envs HTTP_PROXY_USER and HTTP_PROXY_PASSWORD",
+        json_schema_extra=_without_default,
+    )
+    ca: ReadPath | SkipJsonSchema[None] = Field(
+        default=None,
+        description="A file with the certificate of one's own authority (PEM), instead of the env HTTP_CA",
+        json_schema_extra=_without_default,
+    )
+    limit_bytes_per_s: Annotated[int, Field(ge=65536)] | SkipJsonSchema[None] = Field(
+        default=None, description="How fast it may be, in bytes a second", json_schema_extra=_without_default
     )
     connect_timeout_s: Annotated[float, Field(gt=0, le=300)] = 10
     idle_timeout_s: Annotated[float, Field(gt=0, le=3600)] = Field(
@@ -127,13 +202,55 @@ class DownloadParams(TransferParams):
     to: WritePath = Field(
         description="The file to write; ends it with a slash, the last part of the address is the name"
     )
+    connections: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=4, description="At most so many at once, where the server gives ranges and one alone takes its time"
+    )
+    digests: Annotated[list[Literal["sha256", "sha512"]], Field(max_length=2)] = Field(
+        default=["sha256"], description="Which checksums are outputs, beside those that are compared"
+    )
+
+
+class Form(BaseModel):
+    """A form (multipart/form-data) of which the file is one field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: FormName = Field(description="The name of the field that has the file")
+    filename: FormName | SkipJsonSchema[None] = Field(
+        default=None, description="What the file is called; default: its own name", json_schema_extra=_without_default
+    )
+    content_type: Annotated[str, StringConstraints(pattern=r"^[!-~]+/[ -~]+$", max_length=256)] = (
+        "application/octet-stream"
+    )
+    fields: dict[FormName, FormText] = Field(default_factory=dict, description="Further fields, before the file")
 
 
 class UploadParams(TransferParams):
     """``with:`` of ``http.upload``."""
 
+    # A rule over two fields, said in the schema as well.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {"required": ["form", "method"], "properties": {"method": {"const": "PUT"}}},
+            "x-outrider-message": "a form is sent with POST: leave `method` out, or say POST",
+        }
+    )
+
     from_: ReadPath = Field(alias="from", description="The file to send")
-    method: Literal["PUT", "POST"] = "PUT"
+    method: Literal["PUT", "POST"] | SkipJsonSchema[None] = Field(
+        default=None, description="PUT, or POST where there is a form", json_schema_extra=_without_default
+    )
+    form: Form | SkipJsonSchema[None] = Field(
+        default=None,
+        description="Send the file as a field of a form, by POST",
+        json_schema_extra=_without_default,
+    )
+
+    @model_validator(mode="after")
+    def _forms_are_posted(self) -> UploadParams:
+        if self.form is not None and self.method == "PUT":
+            raise ValueError("a form is sent with POST: leave `method` out, or say POST")
+        return self
 
 
 class DownloadOutputs(BaseModel):
@@ -143,7 +260,8 @@ class DownloadOutputs(BaseModel):
 
     path: str
     bytes: Annotated[int, Field(ge=0)]
-    sha256: Sha256
+    sha256: Sha256 | None = Field(default=None, description="Unless `digests` leaves it out")
+    sha512: Sha512 | None = Field(default=None, description="If it was compared, or asked for by `digests`")
     etag: str | None = Field(default=None, description="The server's tag of the content, if it gave one")
 
 
@@ -153,7 +271,8 @@ class UploadOutputs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     path: str = Field(description="The file that was sent")
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0)] = Field(description="Of the file, without the form around it")
     sha256: Sha256
+    sha512: Sha512 | None = Field(default=None, description="If it was compared")
     status: Annotated[int, Field(ge=200, le=399)] = Field(description="The server's answer")
     etag: str | None = None

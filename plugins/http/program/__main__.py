@@ -8,16 +8,16 @@ from outrider_stepkit import Step, main
 
 
 def download(step: Step) -> None:
-    # Not at the top: a step that can't start should say so before a third of a second of imports.
+    # Not at the top: a step that can't start should say so before the imports.
     from http_transfer.download import download
 
-    step.output(**download(step.params, os.environ, step.progress))
+    step.output(**download(step.params, os.environ, lambda done, total, rate: step.progress(done, total, message=rate)))
 
 
 def upload(step: Step) -> None:
     from http_transfer.upload import upload
 
-    step.output(**upload(step.params, os.environ, step.progress))
+    step.output(**upload(step.params, os.environ, lambda done, total, rate: step.progress(done, total, message=rate)))
 
 
 if __name__ == "__main__":

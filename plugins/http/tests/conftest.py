@@ -199,6 +199,8 @@ class Program:
             "OUTRIDER_RUN_ID": "rtest",
             "OUTRIDER_STEP": "transfer",
             "OUTRIDER_ATTEMPT": "1",
+            "OUTRIDER_NETWORK": "egress",
+            "OUTRIDER_NETWORK_ALLOW": "127.0.0.0/8",  # where the tests' servers are
         }
         return subprocess.Popen(
             [sys.executable, "-W", "error", str(PROGRAM), action],
@@ -237,6 +239,7 @@ class Container:
         command += ["--pids-limit=64", "--label=outrider.test=transfer", f"--volume={self.contract}:/outrider"]
         build = "--tmpfs=/build:size=2m,mode=777" if mount == "tiny" else f"--volume={self.volume}:/build:{mount}"
         command += [build]
+        command += ["--env=OUTRIDER_NETWORK_ALLOW=172.16.0.0/12,192.168.0.0/16,10.0.0.0/8"]
         command += ["--env=OUTRIDER_CONTRACT=1", "--env=OUTRIDER_RUN_ID=rtest", "--env=OUTRIDER_STEP=transfer"]
         command += [part for name in env for part in ("--env", name)]  # values don't belong into arguments
         ended = subprocess.run(

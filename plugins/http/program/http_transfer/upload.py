@@ -1,45 +1,47 @@
-"""http.upload: send a file with PUT or POST."""
+"""http.upload: send a file with PUT or POST, as it is or as part of a form."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, BinaryIO
 
-from outrider_stepkit import StepFailure, sha256_of
+from outrider_stepkit import Meter, StepFailure
+from outrider_stepkit.checksums import CHUNK
 
-from http_transfer.client import Client, HttpFailure, persist
+from http_transfer.client import Client
+from http_transfer.failures import HttpFailure
+from http_transfer.patience import persist
 
-_CHUNK_BYTES = 1024**2
+_MIN_CHUNK = 16 * 1024
 
-Report = Callable[[int, int], None]
+Report = Callable[[int, int | None, str], None]
 
 
 def upload(params: Mapping[str, Any], env: Mapping[str, str], report: Report) -> dict[str, Any]:
-    """Send ``params["from"]``; the outputs of the step. ``report(done, total)`` gets bytes.
+    """Send ``params["from"]``; the outputs of the step. ``report(done, total, rate)`` gets bytes.
 
     Raises StepFailure or OSError.
     """
     client = Client(params, env)
-    source, method, expected = params["from"], params.get("method", "PUT"), params.get("sha256")
+    source, form = params["from"], params.get("form")
+    method = params.get("method") or ("POST" if form is not None else "PUT")
+    expected = {name: params[name].lower() for name in ("sha256", "sha512") if params.get(name)}
     with _open(source) as file:
-        if expected is not None and (digest := sha256_of(source)) != expected.lower():
-            raise StepFailure(
-                f"{source} has SHA-256 {digest}, not {expected.lower()}; nothing was sent", code="checksum_mismatch"
-            )
-        body = _Body(file, source, report)
-        headers = {"Content-Type": "application/octet-stream"}
-        if any(name.lower() == "content-type" for name in params.get("headers", {})):
-            headers = {}
+        body = _Body(file, source, form, expected, report, params.get("limit_bytes_per_s"))
+        body.check(before=True)
+        headers = {"Content-Length": str(len(body))}
+        # A form says itself where its parts end; of a file the pipeline knows what it is, or nobody does.
+        if form is not None or not any(name.lower() == "content-type" for name in params.get("headers", {})):
+            headers["Content-Type"] = body.content_type
 
         def attempt() -> tuple[int, str | None]:
-            body.seek(0)
-            # An empty body is given as bytes: requests would send a stream without length in chunks.
-            with closing(client.send(method, headers, body if len(body) else b"")) as response:
-                return response.status_code, response.headers.get("ETag")
+            with closing(client.send(method, headers, body)) as answer:
+                return answer.status, answer.headers.get("ETag")
 
         try:
             status, etag = persist(attempt, lambda: 0, lambda error: method == "PUT" or _surely_not_done(error))
@@ -50,12 +52,8 @@ def upload(params: Mapping[str, Any], env: Mapping[str, str], report: Report) ->
                 f"{error}: whether {client.shown} took the POST is not known, so it was not sent again",
                 code="outcome_unknown",
             ) from error
-        digest = body.hexdigest()
-        if expected is not None and digest != expected.lower():
-            raise _changed(source)
-    if not body.size:
-        report(0, 0)
-    outputs = {"path": source, "bytes": body.size, "sha256": digest, "status": status}
+        body.check(before=False)
+    outputs = {"path": source, "bytes": body.size, "status": status, **body.digests()}
     return outputs | ({"etag": etag} if etag else {})
 
 
@@ -74,49 +72,117 @@ def _open(path: str) -> BinaryIO:
 
 
 class _Body:
-    """The file as a request's body: of the length that it had when it was opened, and hashed while it is sent."""
+    """What is sent: the file, of the length that it had when it was opened, hashed on its way; a form around it.
 
-    def __init__(self, file: BinaryIO, path: str, report: Report) -> None:
-        self._file, self._path, self._report = file, path, report
+    Each iteration sends it from its start.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        path: str,
+        form: Mapping[str, Any] | None,
+        expected: Mapping[str, str],
+        report: Report,
+        limit: int | None,
+    ) -> None:
+        self._file, self._path, self._expected = file, path, expected
         self.size = os.fstat(file.fileno()).st_size
-        self._position = 0
-        self._digest = hashlib.sha256()
+        self._report, self._limit = report, limit
+        self._sent = 0
+        self._digests = self._new_digests()
+        self.content_type, self._head, self._tail = "application/octet-stream", b"", b""
+        if form is not None:
+            boundary = f"outrider-{secrets.token_hex(16)}"
+            self.content_type = f"multipart/form-data; boundary={boundary}"
+            self._head, self._tail = form_around(boundary, form, os.path.basename(path))
 
     def __len__(self) -> int:
-        return self.size
+        return len(self._head) + self.size + len(self._tail)
 
-    def __iter__(self) -> Iterator[bytes]:
-        while chunk := self.read(_CHUNK_BYTES):
-            yield chunk
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        if self._head:
+            yield self._head
+        yield from self._content()
+        if self._tail:
+            yield self._tail
 
-    def read(self, size: int = -1) -> bytes:
-        wanted = min(self.size - self._position, _CHUNK_BYTES if size < 0 else size)
-        data = self._file.read(wanted)
-        if wanted and not data:
-            raise _changed(self._path)
-        self._digest.update(data)
-        self._position += len(data)
-        if data:
-            self._report(self._position, self.size)
-        return data
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int) -> None:
-        """Back to the start, for another try; there is no other place to go to."""
-        if offset:
-            raise ValueError("a body can only be sent from its start")
+    def _content(self) -> Iterator[memoryview]:
+        meter = Meter(self.size, self._report, limit=self._limit)
+        self._sent, self._digests = 0, self._new_digests()
         self._file.seek(0)
-        self._position = 0
-        self._digest = hashlib.sha256()
+        size = CHUNK if self._limit is None else min(CHUNK, max(_MIN_CHUNK, self._limit // 4))
+        buffer = memoryview(bytearray(size))
+        while self._sent < self.size:
+            count = os.readv(self._file.fileno(), [buffer[: self.size - self._sent]])
+            if not count:
+                raise self._changed()
+            self._hash(buffer[:count])
+            yield buffer[:count]
+            self._sent += count
+            meter.add(count)
+        meter.skip(0)
 
-    def hexdigest(self) -> str:
-        """The SHA-256 of what was sent. Raises StepFailure if that is not the whole file."""
-        if self._position != self.size:
-            raise StepFailure(f"the server took only {self._position} of {self.size} bytes of {self._path}", code="cut")
-        return self._digest.hexdigest()
+    def check(self, *, before: bool) -> None:
+        """Raises StepFailure if the file is not what it has to be: before it is sent, or what was sent of it."""
+        if before:
+            if not self._expected:
+                return
+            for _ in self._read_all():
+                pass
+        elif self._sent != self.size:
+            raise StepFailure(f"the server took only {self._sent} of {self.size} bytes of {self._path}", code="cut")
+        found = self.digests()
+        for name, digest in self._expected.items():
+            if found[name] != digest:
+                if not before:
+                    raise self._changed()
+                raise StepFailure(
+                    f"{self._path} has {name.upper()[:3]}-{name[3:]} {found[name]}, not {digest}; nothing was sent",
+                    code="checksum_mismatch",
+                )
+
+    def _read_all(self) -> Iterator[None]:
+        self._digests = self._new_digests()
+        self._file.seek(0)
+        buffer = memoryview(bytearray(CHUNK))
+        while count := os.readv(self._file.fileno(), [buffer]):
+            self._hash(buffer[:count])
+            yield
+
+    def _hash(self, data: memoryview) -> None:
+        for digest in self._digests.values():
+            digest.update(data)
+
+    def _new_digests(self) -> dict[str, Any]:
+        return {name: hashlib.new(name) for name in {"sha256", *self._expected}}
+
+    def digests(self) -> dict[str, str]:
+        """Of what was read last, by name."""
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+    def _changed(self) -> StepFailure:
+        return StepFailure(
+            f"{self._path} was changed while it was being sent: stop what writes to it first", code="changed"
+        )
 
 
-def _changed(path: str) -> StepFailure:
-    return StepFailure(f"{path} was changed while it was being sent: stop what writes to it first", code="changed")
+def form_around(boundary: str, form: Mapping[str, Any], name: str) -> tuple[bytes, bytes]:
+    """What stands before and after the file in a form (RFC 7578). ``form`` is the parameter, ``name`` the file's."""
+    lines: list[str] = []
+    for field, value in form.get("fields", {}).items():
+        lines += [f"--{boundary}", f'Content-Disposition: form-data; name="{_quoted(field)}"', "", value]
+    filename = form.get("filename") or name
+    lines += [
+        f"--{boundary}",
+        f'Content-Disposition: form-data; name="{_quoted(form["file"])}"; filename="{_quoted(filename)}"',
+        f"Content-Type: {form.get('content_type', 'application/octet-stream')}",
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode(), f"\r\n--{boundary}--\r\n".encode()
+
+
+def _quoted(name: str) -> str:
+    """As browsers do it (HTML, multipart/form-data encoding algorithm)."""
+    return name.encode("utf-8", "replace").decode().replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
