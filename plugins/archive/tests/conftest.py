@@ -49,7 +49,8 @@ def start(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[str], Path]]:
     def run(command: str, **params: Any) -> tuple[subprocess.Popen[str], Path]:
         nonlocal count
         count += 1
-        context = StepContext(run_id="r1", step="s")
+        more = params.pop("envs", {})
+        context = StepContext(run_id="r1", step="s", envs=tuple(more))
         if command == "extract":
             plan = resolve_extract(ExtractParams.model_validate(params), context)
         else:
@@ -57,7 +58,7 @@ def start(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[str], Path]]:
         directory = tmp_path / f"outrider-{count}"
         directory.mkdir()
         (directory / "inputs.json").write_text(json.dumps(plan.inputs))
-        environ = {**os.environ, "PYTHONPATH": str(STEPKIT), "OUTRIDER_DIRECTORY": str(directory)}
+        environ = {**os.environ, **more, "PYTHONPATH": str(STEPKIT), "OUTRIDER_DIRECTORY": str(directory)}
         process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *plan.args],
             env=environ,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import importlib
 import io
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "tar.gz": gzip.compress,
+    "tar.bz2": bz2.compress,
     "tar.xz": lzma.compress,
     "tar.zst": zstd.compress,
 }

@@ -2,51 +2,153 @@
 
 from __future__ import annotations
 
-import os
+import time
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
-from outrider_stepkit import Step, staged_directory
+from outrider_stepkit import Step, StepFailure, staged_directory
 
-from archiving import placing
-from archiving.formats import format_of, open_archive
-from archiving.readers import read_tar, read_zip
-from archiving.streams import Counting
-from archiving.tree import Tree
+from archiving import placing, sevenzip
+from archiving.choose import Choice
+from archiving.formats import decoding, format_of, reading
+from archiving.streams import Decoder, Incoming
+from archiving.tarread import read_tar
+from archiving.tree import Limits, Tree
+from archiving.volumes import Source
+from archiving.zipread import is_folder, members_of, needs_other_tool, place, read_zip
+
+
+class Progress:
+    """Tells how far the step is, in bytes, and how fast it goes."""
+
+    def __init__(self, step: Step, what: str, total: int) -> None:
+        self._step = step
+        self._what = what
+        self._started = time.monotonic()
+        self.total = total
+
+    def at(self, done: int, *, force: bool = False) -> None:
+        took = time.monotonic() - self._started
+        rate = f", {done / took / 1e6:.1f} MB/s" if took > 0.05 else ""
+        self._step.progress(done, self.total, message=f"{self._what}{rate}", force=force)
 
 
 def extract(step: Step) -> None:
     """Unpack beside the target, on the same volume; publish by rename when all of it is there."""
-    source, target = str(step.params["from"]), Path(step.params["to"])
-    existing = step.params["existing"]
-    strip = int(step.params["strip_components"])
+    params = step.params
+    path, target = str(params["from"]), Path(params["to"])
+    existing = params["existing"]
     placing.check_target(target, existing)
-    with open_archive(source) as plain:
-        size = os.fstat(plain.fileno()).st_size
-        kind = step.params.get("format") or format_of(source, plain)
-        print(f"unpacking {source} ({kind}, {size} bytes) to {target}")
+    with Source(path) as source:
+        kind = params.get("format") or format_of(path, source)
+        volumes = f" in {len(source.paths)} volumes" if len(source.paths) > 1 else ""
+        print(f"unpacking {path} ({kind}, {source.size} bytes{volumes}) to {target}")
         with staged_directory(target) as stage:
             tree, aside = stage / "tree", stage / "aside"
             tree.mkdir()
             aside.mkdir()
-            with Tree(
-                tree,
-                max_bytes=int(step.params["max_bytes"]),
-                max_entries=int(step.params["max_entries"]),
-                on_bytes=lambda done, total: step.progress(done, total, message="unpacking"),
-            ) as into:
-                if kind == "7z":
-                    from archiving.sevenzip import read_7z  # py7zr takes a third of a second to import
-
-                    read_7z(source, plain, into, strip)
-                elif kind == "zip":
-                    read_zip(source, plain, into, strip)
-                else:
-                    # A tar does not say how much is in it: how far its file is read tells the progress.
-                    counting = Counting(plain, lambda position: step.progress(position, size, message="unpacking"))
-                    read_tar(source, cast("BinaryIO", counting), kind, into, strip)
-                into.finish()
+            into = _unpacked(step, source, kind, tree)
             placing.publish(tree, target, existing, aside)
     step.progress(into.bytes, into.bytes, message="unpacked", force=True)
-    step.output(path=str(target), format=kind, entries=into.entries, files=into.files, bytes=into.bytes)
+    step.output(
+        path=str(target), format=kind, entries=into.entries, files=into.files, bytes=into.bytes, skipped=into.skipped
+    )
     print(f"unpacked {into.files} files, {into.bytes} bytes")
+
+
+def _unpacked(step: Step, source: Source, kind: str, tree: Path) -> Tree:
+    params = step.params
+    limits = Limits(
+        max_bytes=int(params["max_bytes"]),
+        max_entries=int(params["max_entries"]),
+        max_ratio=float(params["max_ratio"]),
+        archive_bytes=source.size,
+    )
+    choice = Choice(
+        strip=int(params["strip_components"]),
+        include=params["include"],
+        exclude=params["exclude"],
+        max_depth=int(params["max_depth"]),
+    )
+    more: dict[str, Any] = {"symlinks": params["symlinks"], "plain_modes": params["permissions"] == "plain"}
+    password = step.secret(sevenzip.PASSWORD_ENV, "") or None
+    progress = Progress(step, "unpacking", source.size)
+    if kind in ("7z", "zip"):
+        # These say beforehand how much is in them.
+        with Tree(tree, limits, on_bytes=progress.at, **more) as into:
+            if kind == "7z":
+                from archiving.sevenread import read_7z
+
+                read_7z(source, into, choice, password)
+            else:
+                _zip(source, into, choice, password, progress)
+            into.finish()
+        return into
+    with Tree(tree, limits, **more) as into:
+        # A tar does not say how much is in it: how far its file is read tells the progress.
+        if kind == "tar":
+            stream = Incoming.of_file(source)
+            with reading(source.path):
+                read_tar(stream, into, choice, lambda: progress.at(stream.read_bytes))
+        else:
+            _compressed_tar(source, kind, into, choice, progress)
+        into.finish()
+    return into
+
+
+def _compressed_tar(source: Source, kind: str, into: Tree, choice: Choice, progress: Progress) -> None:
+    decoder = Decoder(source, kind)
+    try:
+        stream = Incoming.of_descriptor(decoder.descriptor)
+        with reading(source.path):
+            try:
+                read_tar(stream, into, choice, lambda: progress.at(decoder.position))
+            except StepFailure:
+                raise
+            except Exception:
+                # A tar that ends too early may be what is left of damaged data: the decoder's reason comes first.
+                if stream.ended:
+                    decoder.check()
+                raise
+            decoder.check()
+    finally:
+        decoder.close()
+
+
+def _zip(source: Source, into: Tree, choice: Choice, password: str | None, progress: Progress) -> None:
+    with decoding(source.path):
+        archive, members = members_of(source)
+        total = sum(member.file_size for member in members)
+        into.expect(total, len(members))
+        progress.total = total
+        reason = needs_other_tool(members)
+        if reason is None:
+            read_zip(source, archive, members, into, choice)
+            return
+    if reason == "encrypted" and password is None:
+        raise sevenzip.encrypted(source.path)
+    if sevenzip.program() is None:
+        raise StepFailure(
+            f"{source.path} is a zip that needs 7zip ({reason}), which this image does not have: build the image"
+            " with it",
+            code="archive_unsupported",
+        )
+    contents = sevenzip.Contents(source.path, password)
+    try:
+        with decoding(source.path):
+            for member in members:
+                parts = choice.parts(member.filename, backslash=True)
+                # AE-2 encryption leaves the checksum out; its own was verified by 7zz.
+                checksum = member.CRC or None
+                empty = is_folder(member) or not member.file_size
+                pieces = iter(()) if empty else contents.entry(member.filename, member.file_size, checksum)
+                if parts is None:
+                    for _ in pieces:
+                        pass
+                else:
+                    place(member, parts, into, pieces)
+            contents.finish()
+    except StepFailure as error:
+        raise contents.explained(error) from error
+    finally:
+        contents.close()

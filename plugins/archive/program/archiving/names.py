@@ -7,7 +7,6 @@ import re
 
 from outrider_stepkit import StepFailure
 
-MAX_DEPTH = 128
 MAX_NAME_BYTES = 255  # of every file system that matters
 MAX_PATH_BYTES = 3072  # leaves room for the path of the target below the kernel's 4096
 
@@ -20,7 +19,32 @@ def shown(name: str) -> str:
     return text if len(text) <= 160 else f"{text[:120]}…{text[-30:]}"
 
 
-def safe_parts(name: str, *, backslash: bool) -> Parts:
+class Names:
+    """``safe_parts`` for many names of one archive, which come in rows from the same folders."""
+
+    def __init__(self, max_depth: int) -> None:
+        self._max_depth = max_depth
+        self._folder: str | None = None
+        self._folder_parts: Parts = ()
+
+    def parts(self, name: str, *, backslash: bool) -> Parts:
+        folder, _, last = name.rpartition("/")
+        # What is plain in its last part, and in a folder that was vetted just now, is plain altogether.
+        if folder == self._folder and _is_plain(last) and len(name) * 4 <= MAX_PATH_BYTES:
+            return (*self._folder_parts, last)
+        parts = safe_parts(name, backslash=backslash, max_depth=self._max_depth)
+        if folder and last:
+            self._folder, self._folder_parts = folder, parts[:-1]
+        return parts
+
+
+def _is_plain(name: str) -> bool:
+    if name in ("", ".", "..") or len(name) * 4 > MAX_NAME_BYTES or not name.isprintable():
+        return False
+    return "\\" not in name and ":" not in name
+
+
+def safe_parts(name: str, *, backslash: bool, max_depth: int = 128) -> Parts:
     """The components of ``name``; ``()`` for the root itself.
 
     Refuses what leads out: absolute names, drive letters, ``..`` anywhere. That ``a/../b`` would stay inside is no
@@ -37,18 +61,22 @@ def safe_parts(name: str, *, backslash: bool) -> Parts:
     parts = tuple(part for part in text.split("/") if part not in ("", "."))
     if ".." in parts:
         raise _refused(name, "would be unpacked outside of the target directory")
-    check_lengths(name, parts)
+    _check_lengths(name, parts)
+    if len(parts) > max_depth + 1:
+        raise StepFailure(
+            f"the archive is refused: its entry {shown(name)} lies {len(parts) - 1} folders deep and {max_depth} are"
+            " allowed: raise max_depth if that is meant to be so",
+            code="archive_too_large",
+        )
     return parts
 
 
-def check_lengths(name: str, parts: Parts) -> None:
+def _check_lengths(name: str, parts: Parts) -> None:
     """Refuse what no file system takes, before anything is written."""
     try:
         sizes = [len(os.fsencode(part)) for part in parts]
     except UnicodeEncodeError:
         raise _refused(name, "has a name that can't be written to a file system") from None
-    if len(parts) > MAX_DEPTH:
-        raise _refused(name, f"lies {len(parts)} folders deep; {MAX_DEPTH} are allowed")
     if max(sizes, default=0) > MAX_NAME_BYTES or sum(sizes) + len(sizes) > MAX_PATH_BYTES:
         raise _refused(name, "has a name that is too long for a file system")
 
@@ -72,6 +100,20 @@ def check_link(name: str, parts: Parts, target: str) -> None:
         up += 1
     if ".." in steps[up:] or up > len(parts) - 1:
         raise _refused(name, f"is a link that leads out of the target directory: {shown(target)}")
+
+
+def check_name(name: str) -> None:
+    """Refuse names that can't stand in a 7z or zip as they are."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise _unfit(name, "is not in UTF-8") from None
+    if "\\" in name:
+        raise _unfit(name, "has a backslash, which 7z and zip take for a separator")
+
+
+def _unfit(name: str, why: str) -> StepFailure:
+    return StepFailure(f"{shown(name)} {why}: choose a tar format, or exclude it", code="name_unfit")
 
 
 def _refused(name: str, why: str) -> StepFailure:

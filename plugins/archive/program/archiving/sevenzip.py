@@ -1,136 +1,136 @@
-"""From a 7z into a Tree. py7zr decodes; what is written, and where, is decided here."""
+"""The program 7zz: it decodes and encodes, and decides nothing about names and places.
+
+To unpack, it writes the contents of all entries, one after another, into a pipe; which file each belongs to is known
+from headers that were vetted before. A password goes through its standard input: arguments can be seen by others.
+"""
 
 from __future__ import annotations
 
-import io
-import stat
-from typing import BinaryIO
+import os
+import shutil
+import subprocess
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import IO
 
-import py7zr
-import py7zr.exceptions
 from outrider_stepkit import StepFailure
-from py7zr.io import MemIO, Py7zIO, WriterFactory
 
 from archiving.formats import Damaged
-from archiving.names import Parts, safe_parts, shown
-from archiving.readers import LinkTarget, decoding, stripped, to_disk
-from archiving.tree import Sink, Tree
+from archiving.names import shown
+from archiving.streams import Incoming, Truncated, data_pipe
+from archiving.tarhead import BadHeader
+
+PASSWORD_ENV = "ARCHIVE_PASSWORD"  # noqa: S105  (the name of it)
 
 
-class _Writer(Py7zIO):
-    """A file of the archive on its way into the tree."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-
-    def write(self, data: bytes | bytearray) -> int:
-        with to_disk():
-            return self._sink.write(bytes(data))
-
-    def read(self, size: int | None = None) -> bytes:
-        raise io.UnsupportedOperation("write only")
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        raise io.UnsupportedOperation("write only")
-
-    def seekable(self) -> bool:
-        return False
-
-    def flush(self) -> None:
-        pass
-
-    def size(self) -> int:
-        raise io.UnsupportedOperation("write only")
-
-    def close(self) -> None:
-        with to_disk():
-            self._sink.close()
+def program() -> str | None:
+    """Where 7zz is, if it is there. (Debian's package is called 7zip.)"""
+    return shutil.which("7zz")
 
 
-class _LinkWriter(_Writer):
-    """A link of the archive: its content is its target, known when all of it has come."""
+class Contents:
+    """The contents of all entries of an archive, in its order, decoded by 7zz in a process of its own."""
 
-    def __init__(self, tree: Tree, name: str, parts: Parts) -> None:
-        self._tree = tree
-        self._name = name
-        self._parts = parts
-        self._target = LinkTarget()
-
-    def write(self, data: bytes | bytearray) -> int:
-        return self._target.write(data)
-
-    def close(self) -> None:
-        target = self._target.getvalue().decode("utf-8", "surrogateescape")
-        with to_disk():
-            self._tree.symlink(self._name, self._parts, target)
-
-
-class _Writers(WriterFactory):
-    """Makes each file when py7zr comes to it, so that only one is open at a time."""
-
-    def __init__(self, tree: Tree, members: dict[str, tuple[py7zr.py7zr.ArchiveFile, Parts]]) -> None:
-        self._tree = tree
-        self._members = members
-
-    def create(self, filename: str) -> Py7zIO:
-        member, parts = self._members[filename]
-        if member.is_symlink:
-            return _LinkWriter(self._tree, member.filename, parts)
-        with to_disk():
-            return _Writer(self._tree.file(member.filename, parts, member.posix_mode, _mtime(member)))
-
-
-def read_7z(path: str, file: BinaryIO, tree: Tree, strip: int) -> None:
-    """7z, with whatever codecs py7zr knows."""
-    try:
-        with decoding(path):
-            _read(file, tree, strip)
-    except py7zr.exceptions.PasswordRequired as error:
-        raise StepFailure(
-            f"{path} is encrypted and can't be unpacked without its password", code="archive_encrypted"
-        ) from error
-    except py7zr.exceptions.UnsupportedCompressionMethodError as error:
-        raise StepFailure(
-            f"{path} uses a compression that is not supported: {error}", code="archive_unsupported"
-        ) from error
-    except py7zr.exceptions.CrcError as error:
-        raise Damaged(path, f"a checksum does not match ({error.filename or 'in its data'})") from error
-    except (py7zr.exceptions.ArchiveError, py7zr.Bad7zFile) as error:
-        raise Damaged(path, str(error) or "its structure makes no sense") from error
-    except AssertionError as error:
-        raise Damaged(path, "its structure makes no sense") from error
-
-
-def _read(file: BinaryIO, tree: Tree, strip: int) -> None:
-    archive = py7zr.SevenZipFile(file)
-    members = list(getattr(archive, "files", ()))
-    if archive.password_protected:
-        raise py7zr.exceptions.PasswordRequired
-    tree.expect(sum(member.uncompressed for member in members), len(members))
-    named = [(member, safe_parts(member.filename, backslash=True)) for member in members]
-    # Some archivers mark a directory by nothing but what lies below it.
-    parents = {parts[:depth] for _, parts in named for depth in range(1, len(parts))}
-    writers: dict[str, tuple[py7zr.py7zr.ArchiveFile, Parts]] = {}
-    factory = _Writers(tree, writers)
-    for member, full in named:
-        parts = stripped(full, strip)
-        if parts is None:
-            continue
-        if member.is_junction or stat.S_IFMT(member.st_fmt or 0) not in (0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
-            raise StepFailure(
-                f"the archive is refused: its entry {shown(member.filename)} is a device, a pipe or a socket",
-                code="archive_unsafe",
+    def __init__(self, path: str, password: str | None) -> None:
+        command = program()
+        assert command is not None
+        self._path = path
+        self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
+        reader, writer = data_pipe()
+        try:
+            self._process = subprocess.Popen(
+                [command, "x", "-so", "-bd", "-y", "-spd", "-snl", "--", path],
+                stdin=subprocess.PIPE,
+                stdout=writer,
+                stderr=self._messages,
+                env=environment(),
             )
-        if member.is_directory or (member.emptystream and full in parents):
-            with to_disk():
-                tree.directory(member.filename, parts, member.posix_mode, _mtime(member))
-        else:
-            # By number: py7zr would change names and give the second of two equal ones another.
-            writers[str(member.id)] = (member, parts)
-            archive.worker.register_filelike(member.id, MemIO(str(member.id), factory))
-    archive.worker.extract(file, None, parallel=False)
+        finally:
+            os.close(writer)
+        self._reader = reader
+        hand_over(self._process, password)
+        self._stream = Incoming.of_descriptor(reader)
+
+    def entry(self, name: str, size: int, checksum: int | None) -> Iterator[memoryview]:
+        """The next ``size`` bytes, in pieces; verified against the CRC-32 ``checksum`` where there is one."""
+        found = 0
+        for piece in self._stream.pieces(size, shown(name)):
+            if checksum is not None:
+                found = zlib.crc32(piece, found)
+            yield piece
+        if checksum is not None and found != checksum:
+            raise BadHeader(f"the checksum of {shown(name)} does not match")
+
+    def finish(self) -> None:
+        """Everything was read: 7zz must be content, too."""
+        if self._stream.upto(1):
+            raise BadHeader("it holds more than its headers say")
+        self._judge()
+
+    def explained(self, error: StepFailure) -> StepFailure:
+        """What 7zz itself has to say, where ``error`` is about an end that came too early or a checksum."""
+        if not isinstance(error.__cause__, Truncated | BadHeader):
+            return error
+        try:
+            self._process.wait(timeout=10)
+            self._judge()
+        except subprocess.TimeoutExpired:
+            pass
+        except StepFailure as failure:
+            return failure
+        return error
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._reader)
+        self._messages.close()
+
+    def _judge(self) -> None:
+        code = self._process.wait()
+        if code:
+            self._messages.seek(0)
+            raise failure_of(self._path, code, self._messages.read(65536).decode("utf-8", "replace"))
 
 
-def _mtime(member: py7zr.py7zr.ArchiveFile) -> float | None:
-    when = member.lastwritetime
-    return None if when is None else float(when.totimestamp())
+def environment() -> dict[str, str]:
+    """Nothing of ours: no secret, and one language."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
+
+
+def hand_over(process: subprocess.Popen[bytes], password: str | None, times: int = 1) -> None:
+    """Answer 7zz's question for a password; without one it sees the end of its input, and gives up."""
+    assert process.stdin is not None
+    try:
+        if password is not None:
+            process.stdin.write((password + "\n").encode() * times)
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # it has ended; why, it has said elsewhere
+
+
+def failure_of(path: str, code: int, messages: str) -> StepFailure:
+    """The sentence for a 7zz that ended with ``code``."""
+    lower = messages.lower()
+    if "wrong password" in lower:
+        return StepFailure(f"the password in {PASSWORD_ENV} is not that of {path}", code="wrong_password")
+    if "break signaled" in lower or "enter password" in lower:
+        return encrypted(path)
+    if "unsupported method" in lower:
+        return StepFailure(f"{path} uses a compression that is not supported", code="archive_unsupported")
+    if "can't allocate" in lower or "not enough memory" in lower or code in (-9, 8):
+        return StepFailure(
+            f"there is too little memory for {path} (its dictionary may be large): raise resources.memory",
+            code="memory",
+        )
+    lines = [line.strip() for line in messages.splitlines()]
+    reasons = [line for line in lines if line and line not in ("ERRORS:", "Archives with Errors: 1")]
+    why = "; ".join(dict.fromkeys(reasons[:3])) or f"7zz ended with {code}"
+    return Damaged(path, why.removeprefix("ERROR: "))
+
+
+def encrypted(path: str) -> StepFailure:
+    return StepFailure(
+        f"{path} is encrypted: give its password to the step as the env {PASSWORD_ENV}", code="archive_encrypted"
+    )

@@ -1,146 +1,215 @@
-"""What archive.create packs: found before the first byte is written, in a fixed order."""
+"""What archive.create packs: found in a fixed order, each opened beneath the folder before it, no link followed."""
 
 from __future__ import annotations
 
-import io
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from outrider_stepkit import StepFailure
 from outrider_stepkit.publish import STAGE_PREFIX
 
-from archiving.names import check_link
+from archiving.choose import Patterns
+from archiving.names import check_link, shown
+
+MAX_DEPTH = 128
+"""As deep as archive.extract unpacks by default."""
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# It was a regular file when it was listed; what has taken its place since must neither block nor lead elsewhere.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Item:
-    """A directory, a file or a link to pack, under ``name`` (relative, with slashes)."""
+    """A directory, a file or a link to pack, under ``name`` (relative, with slashes).
 
-    path: str
+    ``folder`` is a descriptor of the directory that it lies in, good until the next item. ``mtime`` is in whole
+    seconds, ``size`` in bytes.
+    """
+
     name: str
-    state: os.stat_result
+    folder: int
+    mode: int
+    size: int
+    mtime: int
     link: str | None = None
 
     @property
     def is_directory(self) -> bool:
-        return stat.S_ISDIR(self.state.st_mode)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    items: tuple[Item, ...]
-    skipped: tuple[str, ...]
+        return stat.S_ISDIR(self.mode)
 
     @property
-    def bytes(self) -> int:
-        return sum(item.state.st_size for item in self.items if item.link is None and not item.is_directory)
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
 
-    @property
-    def files(self) -> int:
-        return sum(1 for item in self.items if item.link is None and not item.is_directory)
-
-
-def find(source: Path, archive: Path) -> Found:
-    """All of ``source`` but the ``archive`` itself, stages, and what can't be packed: that is named in ``skipped``."""
-    try:
-        state = source.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise StepFailure(f"{source} does not exist, so there is nothing to pack", code="not_found") from None
-    if stat.S_ISREG(state.st_mode):
-        return Found((Item(str(source), source.name, state),), ())
-    if not stat.S_ISDIR(state.st_mode):
-        raise StepFailure(f"{source} is neither a directory nor a file", code="not_found")
-    items: list[Item] = []
-    skipped: list[str] = []
-    own = _identity(archive)
-    for item in _walk(str(source), "", skipped):
-        if own is not None and (item.state.st_dev, item.state.st_ino) == own:
-            continue
-        items.append(item)
-    return Found(tuple(items), tuple(skipped))
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        state = path.lstat()
-    except OSError:
-        return None
-    return state.st_dev, state.st_ino
-
-
-def _walk(directory: str, prefix: str, skipped: list[str]) -> Iterator[Item]:
-    with os.scandir(directory) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    for entry in entries:
-        name = prefix + entry.name
-        if entry.name.startswith(STAGE_PREFIX):
-            continue
+    def open(self) -> int | None:
+        """A descriptor of the file; None where it has gone, or has become something else, since it was listed."""
         try:
-            state = entry.stat(follow_symlinks=False)
-            if stat.S_ISLNK(state.st_mode):
-                target = os.readlink(entry.path)
-                check_link(name, tuple(name.split("/")), target)
-                yield Item(entry.path, name, state, target)
-            elif stat.S_ISREG(state.st_mode):
-                yield Item(entry.path, name, state)
-            elif stat.S_ISDIR(state.st_mode):
-                yield Item(entry.path, name, state)
-                yield from _walk(entry.path, f"{name}/", skipped)
-            else:
-                skipped.append(name)
-        except StepFailure:
-            skipped.append(name)  # the link leads out of the archive; archive.extract would refuse it
-        except FileNotFoundError:
-            continue  # a game at work removes files
+            descriptor = os.open(self.name.rpartition("/")[2], _FILE, dir_fd=self.folder)
+        except OSError as error:
+            if isinstance(error, PermissionError):
+                raise OSError(error.errno, error.strerror, self.name) from None
+            return None
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        return None
 
 
-class Exactly(io.RawIOBase):
-    """Reads exactly ``size`` bytes of a file that may change meanwhile: cut where it grew, zeros where it shrank.
+@dataclass(slots=True)
+class Tally:
+    """What was found: counted twice, once to tell the progress and once when it is packed."""
 
-    The header in front of it has promised that many, as with GNU tar.
+    entries: int = 0
+    files: int = 0
+    bytes: int = 0
+    skipped: int = 0
+    names: list[str] = field(default_factory=list)  # the first of those that were skipped
+
+    def skip(self, name: str) -> None:
+        self.skipped += 1
+        if len(self.names) < 20:
+            self.names.append(name)
+
+
+class Finder:
+    """Walks ``source``, without the archive itself, stages, and what ``patterns`` leave out.
+
+    ``symlinks`` is "refuse", "skip" or "keep". What can't be packed (sockets, devices, pipes, links that lead out) is
+    counted in the tally as skipped. With ``mtime`` every entry has that time.
     """
 
-    def __init__(self, path: str, size: int, on_bytes: Callable[[int], None]) -> None:
-        self._file = open(path, "rb", buffering=0, opener=_regular)  # noqa: SIM115  (closed by close)
-        self._size = size
-        self._position = 0
-        self._on_bytes = on_bytes
-        self.changed = False
+    def __init__(
+        self, source: Path, target: Path, patterns: Patterns, symlinks: str = "refuse", mtime: int | None = None
+    ) -> None:
+        self._source = source
+        self._patterns = patterns
+        self._symlinks = symlinks
+        self._mtime = mtime
+        self._own = (target.parent.resolve(), target.name)
+        try:
+            state = source.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise StepFailure(f"{source} does not exist, so there is nothing to pack", code="not_found") from None
+        if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+            raise StepFailure(f"{source} is neither a directory nor a file", code="not_found")
+        self.is_file = stat.S_ISREG(state.st_mode)
 
-    def readable(self) -> bool:
-        return True
+    def count(self) -> Tally:
+        """How much there is."""
+        tally = Tally()
+        for _ in self.items(tally):
+            pass
+        return tally
 
-    def seekable(self) -> bool:
-        return True
+    def items(self, tally: Tally) -> Iterator[Item]:
+        """Everything, sorted by name within each directory, a directory before what is in it."""
+        with contextlib.ExitStack() as stack:
+            where = self._source.parent if self.is_file else self._source
+            top = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, top)
+            if self.is_file:
+                state = os.stat(self._source.name, dir_fd=top, follow_symlinks=False)
+                found: Iterator[Item] = iter((self._item(self._source.name, top, state),))
+            else:
+                found = self._walk(top, "", str(where.resolve()), 0, tally)
+            for item in found:
+                tally.entries += 1
+                if item.is_file:
+                    tally.files += 1
+                    tally.bytes += item.size
+                yield item
 
-    def tell(self) -> int:
-        return self._position
+    def _item(self, name: str, folder: int, state: os.stat_result, link: str | None = None) -> Item:
+        mtime = int(state.st_mtime) if self._mtime is None else self._mtime
+        return Item(name, folder, state.st_mode, state.st_size, mtime, link)
 
-    def seek(self, position: int, whence: int = 0) -> int:
-        self._position = {0: 0, 1: self._position, 2: self._size}[whence] + position
-        return self._file.seek(self._position)
+    def _walk(self, folder: int, prefix: str, path: str, depth: int, tally: Tally) -> Iterator[Item]:
+        with os.scandir(folder) as listed:
+            names = sorted(entry.name for entry in listed)
+        ours = self._own[1] if path == str(self._own[0]) else None
+        for last in names:
+            name = prefix + last
+            if last.startswith(STAGE_PREFIX) or (ours is not None and _is_archive(last, ours)):
+                continue
+            if self._patterns.leaves_out(name):
+                continue
+            try:
+                state = os.stat(last, dir_fd=folder, follow_symlinks=False)
+                if stat.S_ISDIR(state.st_mode):
+                    yield from self._folder(folder, last, name, path, depth, state, tally)
+                elif not self._patterns.take(name):
+                    continue
+                elif stat.S_ISREG(state.st_mode):
+                    yield self._item(name, folder, state)
+                elif stat.S_ISLNK(state.st_mode):
+                    target = self._link(name, os.readlink(last, dir_fd=folder))
+                    if target is None:
+                        tally.skip(name)
+                    else:
+                        yield self._item(name, folder, state, target)
+                else:
+                    tally.skip(name)
+            except FileNotFoundError:
+                continue  # a game at work removes files
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
-        wanted = min(len(buffer), self._size - self._position)
-        if wanted <= 0:
-            return 0
-        data = self._file.read(wanted)
-        if not data:
-            self.changed = True
-            data = bytes(wanted)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        self._on_bytes(len(data))
-        return len(data)
+    def _folder(
+        self, folder: int, last: str, name: str, path: str, depth: int, state: os.stat_result, tally: Tally
+    ) -> Iterator[Item]:
+        if depth >= MAX_DEPTH:
+            raise StepFailure(f"{shown(name)} lies more than {MAX_DEPTH} folders deep in {self._source}", code="deep")
+        try:
+            below = os.open(last, _FOLDER, dir_fd=folder)
+        except NotADirectoryError:
+            return  # it was one a moment ago
+        try:
+            if self._patterns.take(name):
+                yield self._item(name, folder, state)
+            yield from self._walk(below, f"{name}/", f"{path}/{last}", depth + 1, tally)
+        finally:
+            os.close(below)
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def _link(self, name: str, target: str) -> str | None:
+        """The target to pack; None for a link that is left out."""
+        if self._symlinks == "refuse":
+            raise StepFailure(
+                f"{self._source} has the symbolic link {shown(name)} to {shown(target)}: say symlinks: keep to pack"
+                " links that stay inside, or symlinks: skip to leave them out",
+                code="symlink",
+            )
+        if self._symlinks == "skip":
+            return None
+        try:
+            check_link(name, tuple(name.split("/")), target)
+        except StepFailure:
+            return None  # it leads out; archive.extract would refuse it
+        return target
 
 
-def _regular(path: str, flags: int) -> int:
-    # It was a regular file when it was listed; what has taken its place since must neither block nor lead elsewhere.
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def _is_archive(name: str, archive: str) -> bool:
+    """Whether it is the archive that is made, or a volume of it."""
+    return name == archive or (name.startswith(f"{archive}.") and name[len(archive) + 1 :].isdigit())
+
+
+def content(item: Item, descriptor: int, on_bytes: Callable[[int], None], size: int) -> Iterator[bytes]:
+    """Exactly ``item.size`` bytes of a file that may change meanwhile, in pieces of ``size``.
+
+    It is cut where it grew and filled with zeros where it shrank: the header in front of it has promised that many,
+    as with GNU tar.
+    """
+    left = item.size
+    while left:
+        piece = os.read(descriptor, min(size, left))
+        if not piece:
+            print(f"{item.name} became shorter while the archive was made; its end in the archive is zeros")
+            while left:
+                piece = bytes(min(size, left))
+                left -= len(piece)
+                yield piece
+            return
+        left -= len(piece)
+        on_bytes(len(piece))
+        yield piece

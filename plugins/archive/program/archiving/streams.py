@@ -1,62 +1,69 @@
-"""Decompressed streams that know when they were cut off, and how much they have read."""
+"""Decompression: a stream that knows when it was cut off, and a process of its own that carries it out."""
 
 from __future__ import annotations
 
-import io
+import bz2
+import contextlib
+import fcntl
+import json
 import lzma
+import mmap
+import os
+import signal
+import struct
 import zlib
-from collections.abc import Callable
-from typing import BinaryIO, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from backports import zstd
+from isal import igzip_lib
+from outrider_stepkit import StepFailure
 
 CHUNK = 256 * 1024
-_LOOKBACK = 512
-_MAX_READ = 16 * 1024**2
-"""tarfile reads an extended header in one go, as long as it says it is. None of any use is near this."""
+_XZ_MEMORY = 256 * 1024**2
+"""What a dictionary of xz may take; its size stands in the file, and xz itself writes 64 MiB at most."""
+ISAL_ERROR: type[Exception] = igzip_lib.error  # type: ignore[assignment]  # its stub has an instance there
+BROKEN = (zlib.error, ISAL_ERROR, lzma.LZMAError, zstd.ZstdError, OSError, ValueError, EOFError)
+"""What the decoders raise about data that is not theirs."""
 
 
 class Truncated(Exception):
     """The compressed data ends before its end mark."""
 
 
+class Undecodable(Exception):
+    """The compressed data is damaged. ``str()`` of it is the decoder's reason."""
+
+
+class Raw(Protocol):
+    """A file to read, as far as it is needed here."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
+    def tell(self) -> int: ...
+
+
 class _Decompressor(Protocol):
     @property
     def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
     @property
     def unused_data(self) -> bytes: ...
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
-class _Gzip:
-    """zlib's decompressor behind the interface that lzma and zstd have."""
-
-    def __init__(self) -> None:
-        self._inner = zlib.decompressobj(wbits=31)  # gzip's frame, whose checksum and length zlib verifies
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        return self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._inner.unconsumed_tail
+def _gzip() -> _Decompressor:
+    return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
 
 
-def _xz() -> lzma.LZMADecompressor:
-    # The dictionary's size stands in the file; xz itself writes 64 MiB at most.
-    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=256 * 1024**2)
+def _xz() -> _Decompressor:
+    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
 
 
 _KINDS: dict[str, tuple[Callable[[], _Decompressor], bytes]] = {
-    "tar.gz": (_Gzip, b"\x1f\x8b"),
+    "tar.gz": (_gzip, b"\x1f\x8b"),
+    "tar.bz2": (bz2.BZ2Decompressor, b"BZh"),
     "tar.xz": (_xz, b"\xfd7zXZ\x00"),
     "tar.zst": (zstd.ZstdDecompressor, b"\x28\xb5\x2f\xfd"),
 }
@@ -65,26 +72,29 @@ _KINDS: dict[str, tuple[Callable[[], _Decompressor], bytes]] = {
 class Decompressing:
     """``read`` for a compressed file, in bounded memory. Raises Truncated where it was cut off.
 
-    Several frames in a row are one stream, as gzip, xz and zstd themselves have it; padding after the last is left
-    alone.
+    Several frames in a row are one stream, as gzip, bzip2, xz and zstd themselves have it; padding after the last is
+    left alone.
     """
 
-    def __init__(self, source: BinaryIO, kind: str) -> None:
+    def __init__(self, source: Raw, kind: str) -> None:
         self._source = source
         self._new, self._magic = _KINDS[kind]
         self._current = self._new()
         self._started = False  # a frame has begun and not ended
         self._over = False
+        self._pending = b""  # read from the source and not given to a decoder
 
     def read(self, size: int) -> bytes:
         while not self._over:
             data, exhausted = b"", False
-            if getattr(self._current, "needs_input", True) or not self._started:
-                data = self._source.read(CHUNK)
+            if self._current.needs_input or not self._started:
+                data, self._pending = self._pending or self._source.read(CHUNK), b""
                 exhausted = not data
             self._started = True
+            # bz2, lzma and zstd refuse an empty input before the first byte with an error of their own.
+            if exhausted and self._current.needs_input:
+                raise Truncated
             produced = self._current.decompress(data, size)
-            # Only a source that was asked can be at its end: a decoder may have held back nothing but a block's mark.
             if exhausted and not produced and not self._current.eof:
                 raise Truncated
             if self._current.eof:
@@ -95,88 +105,189 @@ class Decompressing:
 
     def _next_frame(self) -> None:
         rest = self._current.unused_data
-        if len(rest) < len(self._magic):
-            rest += self._source.read(len(self._magic) - len(rest))
+        while len(rest) < len(self._magic) and (more := self._source.read(CHUNK)):
+            rest += more
         if not rest.startswith(self._magic):
             self._over = True
             return
-        self._source.seek(-len(rest), io.SEEK_CUR)
+        self._pending = rest
         self._current, self._started = self._new(), False
 
 
-class Forward:
-    """What tarfile needs of a file, over a stream that only goes forward.
+class Decoder:
+    """A process that decompresses ``source`` into a pipe, so that it works while this one writes files.
 
-    tarfile's own stream mode would take whatever an archive says about the length of a header, and would not tell a
-    cut-off archive from a complete one.
+    ``descriptor`` is the pipe's end to read. At the end of the data ``check`` raises what the decoder found:
+    Truncated, Undecodable, or StepFailure where the process itself was ended.
     """
 
-    def __init__(self, read: Callable[[int], bytes]) -> None:
-        self._read = read
-        self._tail = b""  # the last bytes before _end: tarfile steps back by one to see whether data was complete
+    def __init__(self, source: Raw, kind: str) -> None:
+        self._position = mmap.mmap(-1, 8)
+        self.descriptor, write_end = data_pipe()
+        self._status, status_end = os.pipe()
+        self._process = os.fork()
+        if self._process == 0:
+            # Else it would never see that nobody reads any more.
+            os.close(self.descriptor)
+            os.close(self._status)
+            _decode(source, kind, write_end, status_end, self._position)
+        os.close(write_end)
+        os.close(status_end)
+
+    @property
+    def position(self) -> int:
+        """How many bytes of the source were decoded so far."""
+        (value,) = struct.unpack("=q", self._position[:8])
+        return int(value)
+
+    def check(self) -> None:
+        report = b""
+        while piece := os.read(self._status, 65536):
+            report += piece
+        code = self._wait()
+        if not report:
+            raise StepFailure(
+                f"the process that decompresses was ended ({_ended(code)}): perhaps it had too little memory,"
+                " then raise resources.memory",
+                code="memory" if code == -signal.SIGKILL else "decoder_ended",
+            )
+        kind, message = json.loads(report)
+        if kind == "truncated":
+            raise Truncated(message)
+        if kind == "broken":
+            raise Undecodable(message)
+        if kind == "memory":
+            raise MemoryError
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        for descriptor in (self.descriptor, self._status):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.descriptor = self._status = -1
+        if self._process:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process, signal.SIGKILL)
+            self._wait()
+
+    def _wait(self) -> int:
+        if not self._process:
+            return 0
+        _, status = os.waitpid(self._process, 0)
+        self._process = 0
+        return os.waitstatus_to_exitcode(status)
+
+
+def data_pipe() -> tuple[int, int]:
+    """A pipe with as much room as the kernel gives without asking."""
+    reader, writer = os.pipe()
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1024 * 1024)
+    return reader, writer
+
+
+def _decode(source: Raw, kind: str, target: int, status: int, position: mmap.mmap) -> None:
+    """The life of the forked process. It never returns, and leaves the parent's buffers and exit hooks alone."""
+    report = ("done", "")
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for data in _pieces(source, kind):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(target, view) :]
+            position[:8] = struct.pack("=q", source.tell())
+    except Truncated as error:
+        report = ("truncated", str(error))
+    except BrokenPipeError:
+        pass  # the parent has seen enough
+    except MemoryError:
+        report = ("memory", "")
+    except BROKEN as error:
+        report = ("broken", str(error) or type(error).__name__)
+    except BaseException as error:
+        report = ("broken", f"{type(error).__name__}: {error}")
+    finally:
+        # It fits into the pipe, so this never waits. The parent reads it when it has seen the end of the data; where
+        # it was killed, nothing may lead from here back into its clean-up, of which this process has a copy.
+        try:
+            os.write(status, json.dumps(report).encode())
+        finally:
+            os._exit(0)
+
+
+def _pieces(source: Raw, kind: str) -> Iterator[bytes]:
+    stream = Decompressing(source, kind)
+    while data := stream.read(CHUNK):
+        yield data
+
+
+def _ended(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+class Incoming:
+    """A stream that only goes forward, read through one buffer. Raises Truncated where it ends too early.
+
+    ``fill`` puts bytes into a buffer and tells how many; 0 is the end.
+    """
+
+    def __init__(self, fill: Callable[[memoryview], int]) -> None:
+        self._fill = fill
+        self._buffer = memoryview(bytearray(1024 * 1024))
+        self._start = 0
         self._end = 0
-        self._position = 0
+        self.read_bytes = 0
+        """How much has come in so far, in bytes."""
+        self.ended = False
+        """Whether the end was seen."""
 
-    def tell(self) -> int:
-        return self._position
+    @classmethod
+    def of_descriptor(cls, descriptor: int) -> Incoming:
+        """From a pipe or file, where it stands."""
+        return cls(lambda view: os.readv(descriptor, [view]))
 
-    def seekable(self) -> bool:
-        return True
+    @classmethod
+    def of_file(cls, file: Raw) -> Incoming:
+        return cls(lambda view: file.readinto(view) or 0)
 
-    def seek(self, position: int, whence: int = 0) -> int:
-        if whence != 0 or position < self._end - len(self._tail):
-            raise io.UnsupportedOperation("this stream goes forward only")
-        while self._end < position and self._more(min(position - self._end, CHUNK)):
-            pass
-        self._position = min(position, self._end)
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_READ:
-            raise Truncated(f"it has a header of {size} bytes")
-        pieces = []
-        if self._position < self._end:
-            start = len(self._tail) - (self._end - self._position)
-            pieces.append(self._tail[start : start + size])
-            size -= len(pieces[0])
-        while size > 0:
-            data = self._more(min(size, CHUNK))
-            if not data:
+    def upto(self, size: int) -> memoryview:
+        """The next ``size`` bytes, fewer only at the end. The view is good until the next call."""
+        while self._end - self._start < size:
+            if self._start + size > len(self._buffer):
+                rest = self._end - self._start
+                self._buffer[:rest] = bytes(self._buffer[self._start : self._end])
+                self._start, self._end = 0, rest
+            if not self._more():
                 break
-            pieces.append(data)
-            size -= len(data)
-        result = b"".join(pieces)
-        self._position += len(result)
-        return result
+        view = self._buffer[self._start : min(self._start + size, self._end)]
+        self._start += len(view)
+        return view
 
-    def _more(self, size: int) -> bytes:
-        data = self._read(size)
-        self._end += len(data)
-        self._tail = (self._tail + data)[-_LOOKBACK:] if len(data) < _LOOKBACK else data[-_LOOKBACK:]
-        return data
+    def exactly(self, size: int, what: str = "") -> memoryview:
+        view = self.upto(size)
+        if len(view) < size:
+            raise Truncated(f"it ends within {what}" if what else "it ends in the middle")
+        return view
 
+    def pieces(self, size: int, what: str = "") -> Iterator[memoryview]:
+        """The next ``size`` bytes in pieces; each is good until the next one."""
+        while size:
+            if self._start == self._end:
+                self._start = self._end = 0
+                if not self._more():
+                    raise Truncated(f"it ends within {what}" if what else "it ends in the middle")
+            view = self._buffer[self._start : min(self._end, self._start + size)]
+            self._start += len(view)
+            size -= len(view)
+            yield view
 
-class Counting(io.RawIOBase):
-    """A file that tells how far it was read."""
+    def skip(self, size: int, what: str = "") -> None:
+        for _ in self.pieces(size, what):
+            pass
 
-    def __init__(self, source: BinaryIO, on_position: Callable[[int], None]) -> None:
-        self._source = source
-        self._on_position = on_position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        return self._source.seek(position, whence)
-
-    def tell(self) -> int:
-        return self._source.tell()
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
-        data = self._source.read(len(buffer))
-        buffer[: len(data)] = data
-        self._on_position(self._source.tell())
-        return len(data)
+    def _more(self) -> int:
+        got = self._fill(self._buffer[self._end :])
+        self._end += got
+        self.read_bytes += got
+        self.ended = self.ended or not got
+        return got

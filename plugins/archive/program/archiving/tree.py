@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -20,41 +21,71 @@ from archiving.names import Parts, check_link, shown
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_RATIO_FROM = 16 * 1024**2
+"""Nobody minds a bomb of so many bytes, and the ratio of a small archive says nothing."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an archive may come to: bytes unpacked, entries, and bytes unpacked for each byte of the archive."""
+
+    max_bytes: int
+    max_entries: int
+    max_ratio: float = float("inf")
+    archive_bytes: int = 0
 
 
 class Tree:
-    """Fills ``root``. Counts ``entries``, ``files`` and ``bytes``, and refuses to go past the limits.
+    """Fills ``root``. Counts ``entries``, ``files``, ``bytes`` and ``skipped`` links, and refuses to pass the limits.
 
-    ``on_bytes`` gets the bytes written and those expected, where the format says beforehand how many there will be.
+    ``symlinks`` is "refuse", "skip" or "keep"; a link that leads out is refused in any case. ``plain_modes`` gives
+    files 0644 (0755 if their owner may execute them) and directories 0755, whatever the archive says. ``on_bytes``
+    is told how many bytes were written, as they are.
     """
 
     def __init__(
-        self, root: Path, *, max_bytes: int, max_entries: int, on_bytes: Callable[[int, int], None] | None = None
+        self,
+        root: Path,
+        limits: Limits,
+        *,
+        symlinks: str = "refuse",
+        plain_modes: bool = False,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> None:
         self.entries = 0
         self.files = 0
         self.bytes = 0
+        self.skipped = 0
         self._path = root
-        self._max_bytes = max_bytes
-        self._max_entries = max_entries
+        self._limits = limits
+        self._symlinks = symlinks
+        self._plain_modes = plain_modes
         self._on_bytes = on_bytes
-        self._expected = 0
+        ratio = max(limits.max_ratio * limits.archive_bytes, _RATIO_FROM)
+        self._end = int(min(limits.max_bytes, ratio))
+        self._charged = 0
+        self._passed = 0  # entries that were left out
         self._root = os.open(root, _OPEN_DIRECTORY)
         self._directories: dict[Parts, tuple[int, float | None]] = {}
         self._open: tuple[Parts, int] | None = None  # the last directory used: archives come sorted by directory
 
     def __enter__(self) -> Tree:
+        self._umask = os.umask(0)  # the modes given below are meant as they are
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.umask(self._umask)
         self._forget()
         os.close(self._root)
 
     def expect(self, total_bytes: int, entries: int) -> None:
         """Refuse at once what the archive itself says is too much."""
-        self._check_bytes(total_bytes)
-        self._check_entries(entries)
-        self._expected = total_bytes
+        if total_bytes > self._end:
+            raise self._too_many_bytes(total_bytes)
+        if entries > self._limits.max_entries:
+            raise self._too_many_entries()
         free = free_bytes(self._path)
         if total_bytes > free:
             raise StepFailure(
@@ -67,41 +98,69 @@ class Tree:
             return
         self._enter(name, parts)
         # Modes and times are set at the end: files to come need write permission, and change the time.
-        self._directories[parts] = (0o755 if mode is None else mode & 0o777 | 0o700, mtime)
+        kept = 0o755 if mode is None or self._plain_modes else mode & 0o777 | 0o700
+        self._directories[parts] = (kept, mtime)
 
-    def file(self, name: str, parts: Parts, mode: int | None, mtime: float | None) -> Sink:
-        """A new file to write. An earlier entry of this name is replaced, as every unpacker does."""
+    def put(self, name: str, parts: Parts, mode: int | None, mtime: float | None, data: Buffer) -> None:
+        """A whole file at once."""
         self._count()
-        parent = self._place(name, parts)
-        # No set-uid bits; always readable and writable by those who share the volume's user.
-        wanted = 0o644 if mode is None else mode & 0o777 | 0o600
-        descriptor = os.open(parts[-1], _CREATE, 0o600, dir_fd=parent)
+        self.charge(len(data))
+        descriptor = self._create(name, parts, mode)
+        try:
+            write_all(descriptor, data)
+            set_time(descriptor, mtime)
+        finally:
+            os.close(descriptor)
         self.files += 1
-        return Sink(self, descriptor, wanted, mtime)
+        self.wrote(len(data))
+
+    def file(self, name: str, parts: Parts, mode: int | None, mtime: float | None, size: int) -> Sink:
+        """A new file of ``size`` bytes to write. An earlier entry of this name is replaced, as with every unpacker."""
+        self._count()
+        self.charge(size)
+        descriptor = self._create(name, parts, mode)
+        self.files += 1
+        return Sink(self, descriptor, mtime)
 
     def symlink(self, name: str, parts: Parts, target: str) -> None:
         self._count()
         check_link(name, parts, target)
-        parent = self._place(name, parts)
-        os.symlink(target, parts[-1], dir_fd=parent)
+        if self._symlinks == "refuse":
+            raise StepFailure(
+                f"the archive has the symbolic link {shown(name)} to {shown(target)}: say symlinks: keep to unpack"
+                " links that stay inside, or symlinks: skip to leave them out",
+                code="archive_symlink",
+            )
+        if self._symlinks == "skip":
+            self.skipped += 1
+            return
+        parent = self._enter(name, parts[:-1])
+        try:
+            os.symlink(target, parts[-1], dir_fd=parent)
+        except FileExistsError:
+            self._free(name, parts, parent)
+            os.symlink(target, parts[-1], dir_fd=parent)
 
     def hard_link(self, name: str, parts: Parts, target: str, target_parts: Parts) -> None:
         """Another name for a regular file that this archive has brought already; nothing else can be meant."""
         self._count()
+        if not parts:
+            raise self._conflict(name, "has no name of its own")
         try:
             source = os.dup(self._enter(name, target_parts[:-1], create=False))
         except FileNotFoundError:
-            raise self._conflict(name, f"is a hard link to {shown(target)}, which the archive has not") from None
+            raise self._conflict(name, f"is a hard link to {shown(target)}, which was not unpacked") from None
         try:
             state = os.stat(target_parts[-1], dir_fd=source, follow_symlinks=False) if target_parts else None
             if state is None or not stat.S_ISREG(state.st_mode):
                 raise self._conflict(name, f"is a hard link to {shown(target)}, which is not a file")
             if parts == target_parts:
                 return
-            parent = self._place(name, parts)
+            parent = self._enter(name, parts[:-1])
+            self._free(name, parts, parent)
             os.link(target_parts[-1], parts[-1], src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
         except FileNotFoundError:
-            raise self._conflict(name, f"is a hard link to {shown(target)}, which the archive has not") from None
+            raise self._conflict(name, f"is a hard link to {shown(target)}, which was not unpacked") from None
         finally:
             os.close(source)
         self.files += 1
@@ -116,41 +175,69 @@ class Tree:
 
     def wrote(self, size: int) -> None:
         self.bytes += size
-        self._check_bytes(self.bytes)
-        if self._on_bytes is not None and self._expected:
-            self._on_bytes(self.bytes, self._expected)
+        if self._on_bytes is not None:
+            self._on_bytes(self.bytes)
+
+    def charge(self, size: int) -> None:
+        """Count ``size`` bytes of a file against the limits, before any of them is written."""
+        self._charged += size
+        if self._charged > self._end:
+            raise self._too_many_bytes(self._charged)
+
+    def passed_over(self, size: int) -> None:
+        """An entry that is left out: it is counted with what is decoded for nothing."""
+        self._passed += 1
+        if self.entries + self._passed > self._limits.max_entries:
+            raise self._too_many_entries()
+        self.charge(size)
 
     def _count(self) -> None:
         self.entries += 1
-        self._check_entries(self.entries)
+        if self.entries + self._passed > self._limits.max_entries:
+            raise self._too_many_entries()
 
-    def _check_bytes(self, size: int) -> None:
-        if size > self._max_bytes:
-            raise StepFailure(
-                f"the archive unpacks to more than {self._max_bytes} bytes: raise max_bytes if that is meant to be so",
+    def _too_many_bytes(self, size: int) -> StepFailure:
+        limits = self._limits
+        if size > limits.max_bytes:
+            return StepFailure(
+                f"the archive unpacks to more than {limits.max_bytes} bytes: raise max_bytes if that is meant to be so",
                 code="archive_too_large",
             )
+        return StepFailure(
+            f"the archive of {limits.archive_bytes} bytes unpacks to more than {self._end}, over"
+            f" {limits.max_ratio:g} times its size: raise max_ratio if that is meant to be so",
+            code="archive_too_large",
+        )
 
-    def _check_entries(self, entries: int) -> None:
-        if entries > self._max_entries:
-            raise StepFailure(
-                f"the archive has more than {self._max_entries} entries: raise max_entries if that is meant to be so",
-                code="archive_too_large",
-            )
+    def _too_many_entries(self) -> StepFailure:
+        return StepFailure(
+            f"the archive has more than {self._limits.max_entries} entries: raise max_entries if that is meant to be"
+            " so",
+            code="archive_too_large",
+        )
 
-    def _place(self, name: str, parts: Parts) -> int:
-        """The directory for a file or link ``parts``, with that name free in it."""
+    def _create(self, name: str, parts: Parts, mode: int | None) -> int:
         if not parts:
             raise self._conflict(name, "has no name of its own")
+        # No set-uid bits; always readable and writable by those who share the volume's user.
+        wanted = 0o644 if mode is None else mode & 0o777 | 0o600
+        if self._plain_modes:
+            wanted = 0o755 if wanted & 0o100 else 0o644
         parent = self._enter(name, parts[:-1])
         try:
+            return os.open(parts[-1], _CREATE, wanted, dir_fd=parent)
+        except FileExistsError:
+            self._free(name, parts, parent)
+            return os.open(parts[-1], _CREATE, wanted, dir_fd=parent)
+
+    def _free(self, name: str, parts: Parts, parent: int) -> None:
+        """Remove an earlier entry of this name: a link, too, which is thereby never written through."""
+        try:
             os.unlink(parts[-1], dir_fd=parent)
-            self._directories.pop(parts, None)
         except FileNotFoundError:
             pass
         except (IsADirectoryError, PermissionError):
             raise self._conflict(name, "is in the archive as a directory as well") from None
-        return parent
 
     def _enter(self, name: str, parts: Parts, *, create: bool = True) -> int:
         """A descriptor of the directory ``parts``, which stays ours. Missing ones are made."""
@@ -187,12 +274,11 @@ class Tree:
 
 
 class Sink:
-    """A file of the tree while it is written."""
+    """A file of the tree while it is written. What is written was counted when it was opened."""
 
-    def __init__(self, tree: Tree, descriptor: int, mode: int, mtime: float | None) -> None:
+    def __init__(self, tree: Tree, descriptor: int, mtime: float | None) -> None:
         self._tree = tree
-        self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115  (closed by close)
-        self._mode = mode
+        self._descriptor = descriptor
         self._mtime = mtime
 
     def __enter__(self) -> Sink:
@@ -201,19 +287,30 @@ class Sink:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    def write(self, data: bytes) -> int:
-        self._tree.wrote(len(data))  # first: nothing is written past the limit
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
-        return len(data)
+    def write(self, data: Buffer) -> None:
+        write_all(self._descriptor, data)
+        self._tree.wrote(len(data))
+
+    def hole_until(self, position: int) -> None:
+        """Leave out what lies before ``position``: it reads as zeros and takes no room."""
+        before = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        if position > before:
+            os.ftruncate(self._descriptor, position)
+            os.lseek(self._descriptor, position, os.SEEK_SET)
+            self._tree.wrote(position - before)
 
     def close(self) -> None:
-        if self._file.closed:
+        if self._descriptor < 0:
             return
-        os.fchmod(self._file.fileno(), self._mode)
-        set_time(self._file.fileno(), self._mtime)
-        self._file.close()
+        set_time(self._descriptor, self._mtime)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
+def write_all(descriptor: int, data: Buffer) -> None:
+    done = os.write(descriptor, data)
+    while done < len(data):
+        done += os.write(descriptor, memoryview(data)[done:])
 
 
 def set_time(descriptor: int, mtime: float | None) -> None:
