@@ -33,7 +33,7 @@ class Selection:
 
 def _compiled(patterns: Iterable[str]) -> re.Pattern[str] | None:
     expressions = [expression(pattern) for pattern in patterns]
-    return re.compile("|".join(f"(?:{each})" for each in expressions)) if expressions else None
+    return re.compile("|".join(f"(?:{each})" for each in expressions), re.DOTALL) if expressions else None
 
 
 def expression(pattern: str) -> str:

@@ -55,8 +55,8 @@ Size = Annotated[
 
 
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00]*[^/\x00]/?$")]
-"""A path as it stands in the archive: ``*`` and ``?`` stay within a folder, ``**`` does not. A folder means all that is
-in it; a pattern without a slash means entries of that name in any folder."""
+"""As in .gitignore: a path as it stands in the archive, a folder for all that is in it, or, without a slash, a name in
+any folder. ``*`` and ``?`` stay within a folder, ``**`` does not."""
 
 _INCLUDE = "take only what one of these patterns fits"
 _EXCLUDE = "leave out what one of these patterns fits, also where include takes it"

@@ -265,9 +265,7 @@ def test_cancelled_extraction_leaves_nothing(
     with source.open("wb") as file:
         file.truncate(600_000_000)
     assert step("create", **{"from": str(source)}, to=str(tmp_path / "a.tar.zst"), level=1).code == 0
-    process, directory = start(
-        "extract", **{"from": str(tmp_path / "a.tar.zst")}, to=str(volume / "t"), max_ratio=1e6
-    )
+    process, directory = start("extract", **{"from": str(tmp_path / "a.tar.zst")}, to=str(volume / "t"), max_ratio=1e6)
     deadline = time.monotonic() + 20
     while not os.listdir(volume) and time.monotonic() < deadline:
         time.sleep(0.01)

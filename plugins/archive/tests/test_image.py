@@ -82,10 +82,10 @@ def test_every_format_works_in_the_sandbox(run: Callable[..., Any], volume: Path
     source.mkdir()
     (source / "map").write_bytes(os.urandom(500_000))
     (source / "link").symlink_to("map")
-    code, log, packed, _ = run(create(**{"from": "/data/source"}, to=f"/data/a.{kind}"))
+    code, log, packed, _ = run(create(**{"from": "/data/source"}, to=f"/data/a.{kind}", symlinks="keep"))
     assert code == 0, log
     assert packed["files"] == 1
-    code, log, unpacked, _ = run(extract(**{"from": f"/data/a.{kind}"}, to="/data/arena"))
+    code, log, unpacked, _ = run(extract(**{"from": f"/data/a.{kind}"}, to="/data/arena", symlinks="keep"))
     assert code == 0, log
     assert unpacked["bytes"] == 500_000
     assert (volume / "arena" / "map").read_bytes() == (source / "map").read_bytes()

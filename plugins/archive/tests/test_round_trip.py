@@ -118,7 +118,10 @@ def test_concatenated_frames_are_one_stream(step: Step, source: Path, volume: Pa
 def test_content_tells_the_format_where_the_name_lies(step: Step, source: Path, volume: Path) -> None:
     archive = volume / "build.bin"
     assert step("create", **{"from": str(source)}, to=str(archive), symlinks="keep", format="tar.zst").code == 0
-    assert step("extract", **{"from": str(archive)}, to=str(volume / "out"), symlinks="keep").outputs["format"] == "tar.zst"
+    assert (
+        step("extract", **{"from": str(archive)}, to=str(volume / "out"), symlinks="keep").outputs["format"]
+        == "tar.zst"
+    )
 
 
 def test_the_same_content_gives_the_same_archive(step: Step, source: Path, volume: Path) -> None:
