@@ -146,10 +146,10 @@ class RunExecution:
             )
         context["volumes"] = {name: {"host_path": each.host_path} for name, each in self.volumes.items()}
         self._context = context
-        self._plan_ahead()
+        await self._plan_ahead()
         await self._pull_ahead()
 
-    def _plan_ahead(self) -> None:
+    async def _plan_ahead(self) -> None:
         """Plan all steps whose parameters are known by now; what is wrong with a step that surely runs is told now."""
         for step in self.pipeline.steps:
             record = self.record.steps.get(step.name)
@@ -159,7 +159,8 @@ class RunExecution:
                 self.plans[step.name] = self.planner.recall(step, record.plan, record.params or {})
             elif not any(each == "steps" or each.startswith("steps.") for each in references(step.with_)):
                 try:
-                    self.plans[step.name] = self.planner.plan(step, self.context())
+                    # A plugin's code may take its time; the agent must not.
+                    self.plans[step.name] = await asyncio.to_thread(self.planner.plan, step, self.context())
                 except OutriderError:
                     if step.if_ is None:
                         raise

@@ -5,6 +5,7 @@ Nothing here does anything: a plan that is refused has cost nothing.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -90,12 +91,12 @@ class Planner:
         problems = check_params(step, rendered, step_type)
         if problems:
             raise InvalidInput(_sentence(f"the parameters of step {step.name} are wrong", problems), problems)
-        params = _validated(step, step_type, rendered)
-        step_context = self.context(step)
+        params, dumped = self._validated(step, step_type, rendered)
         try:
             plan = guarded(
-                lambda: step_type.step_type.resolve(params, step_context),
+                lambda: step_type.step_type.resolve(params, self.context(step)),
                 f"step type {step.uses} can't make a plan for step {step.name}",
+                self._plugins.limit_s,
             )
         except PluginError as error:
             if isinstance(error.__cause__, OutriderError):
@@ -103,7 +104,7 @@ class Planner:
             raise PermanentError(str(error), code="plan_failed") from error
         if not isinstance(plan, StepPlan):
             raise PermanentError(f"step type {step.uses} made no StepPlan for step {step.name}", code="plan_failed")
-        return self._checked(step, plan, params.model_dump(mode="json", by_alias=True), step_context)
+        return self._checked(step, plan, dumped, self.context(step))
 
     def recall(self, step: Step, plan: Mapping[str, Any], params: dict[str, Any]) -> PlannedStep:
         """The plan as the journal has it; the node's policy may have become stricter since."""
@@ -117,18 +118,25 @@ class Planner:
             step=step.name,
             volumes=mounts,
             envs=tuple(step.envs),
-            object=self._object,
-            node=self._facts,
+            # Copies: what a plugin does to them is seen by nobody else.
+            object=copy.deepcopy(self._object),
+            node=copy.deepcopy(dict(self._facts)),
         )
 
     def outputs(self, step: Step, given: dict[str, Any], secrets: tuple[str, ...]) -> dict[str, Any]:
         """What the step gave, by its outputs model. StepFailed if it is not that, too long, or has a secret in it."""
-        step_type = self.step_type(step)
+        model = self.step_type(step).step_type.outputs
         try:
-            outputs = step_type.step_type.outputs.model_validate(given).model_dump(mode="json", by_alias=True)
-        except ValidationError as error:
+            outputs = guarded(
+                lambda: model.model_validate(given).model_dump(mode="json", by_alias=True),
+                f"the outputs of step {step.name} can't be checked by {step.uses}",
+                self._plugins.limit_s,
+            )
+        except PluginError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise StepFailed(str(error), code="outputs_invalid") from error
             raise StepFailed(
-                f"the outputs of step {step.name} are not what {step.uses} promises: {_first(error)}",
+                f"the outputs of step {step.name} are not what {step.uses} promises: {_first(error.__cause__)}",
                 code="outputs_invalid",
             ) from error
         text = json.dumps(outputs, ensure_ascii=False)
@@ -142,6 +150,31 @@ class Planner:
             raise StepFailed(f"the outputs of step {step.name} contain a secret", code="secret_in_outputs")
         return outputs
 
+    def _validated(
+        self, step: Step, step_type: RegisteredStepType, rendered: dict[str, Any]
+    ) -> tuple[BaseModel, dict[str, Any]]:
+        """The parameters as ``resolve`` gets them, and as JSON. A validator that breaks is its plugin's failure."""
+
+        def validate() -> tuple[BaseModel, dict[str, Any]]:
+            params = step_type.step_type.params.model_validate(rendered)
+            return params, params.model_dump(mode="json", by_alias=True)
+
+        what = f"the parameters of step {step.name} can't be checked by {step.uses}"
+        try:
+            return guarded(validate, what, self._plugins.limit_s)
+        except PluginError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise PermanentError(str(error), code="plan_failed") from error
+            problems = [
+                Problem(
+                    item["msg"].removeprefix("Value error, "),
+                    path="with." + ".".join(str(part) for part in item["loc"]),
+                )
+                for item in error.__cause__.errors(include_url=False, include_input=False)
+            ]
+            wrong = f"the parameters of step {step.name} are wrong"
+            raise InvalidInput(_sentence(wrong, problems), problems) from error
+
     def _checked(self, step: Step, plan: StepPlan, params: dict[str, Any], context: StepContext) -> PlannedStep:
         wanted = Resources(
             memory_bytes=step.resources.memory_bytes or plan.resources.memory_bytes,
@@ -150,32 +183,6 @@ class Planner:
         )
         self._policy.check_plan(plan)
         return PlannedStep(plan, params, self._policy.limits_for(wanted), context)
-
-
-def _validated(step: Step, step_type: RegisteredStepType, rendered: dict[str, Any]) -> BaseModel:
-    try:
-        return guarded_validation(step_type, rendered)
-    except ValidationError as error:
-        problems = [
-            Problem(
-                item["msg"].removeprefix("Value error, "), path="with." + ".".join(str(part) for part in item["loc"])
-            )
-            for item in error.errors(include_url=False, include_input=False)
-        ]
-        raise InvalidInput(_sentence(f"the parameters of step {step.name} are wrong", problems), problems) from error
-
-
-def guarded_validation(step_type: RegisteredStepType, rendered: dict[str, Any]) -> BaseModel:
-    """The model's own rules; a validator of a stranger that breaks is its plugin's failure."""
-    try:
-        return step_type.step_type.params.model_validate(rendered)
-    except ValidationError:
-        raise
-    except Exception as error:
-        raise PermanentError(
-            f"the parameters of step type {step_type.name} can't be checked: {type(error).__name__}: {error}",
-            code="plan_failed",
-        ) from error
 
 
 def _sentence(what: str, problems: list[Problem]) -> str:

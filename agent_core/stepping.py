@@ -48,7 +48,9 @@ class StepRunner:
         adopted = former if former is not None and former.phase != "done" else None
         number = 1 if former is None else former.attempt + (adopted is None)
         retries = RetryPolicy(first_wait_s=step.retry.first_wait_s, max_retries=step.retry.max)
-        planned = run.plans.get(step.name) or run.planner.plan(step, run.context())
+        planned = run.plans.get(step.name)
+        if planned is None:
+            planned = await asyncio.to_thread(run.planner.plan, step, run.context())
         while True:
             if adopted is None and run.stopping(step):
                 raise OutriderError(f"step {step.name} was cancelled", code="cancelled")
@@ -128,7 +130,7 @@ class StepRunner:
             result.error, result.outputs = unavailable, {}  # whether a secret is among them can't be known
         if result.error is None:
             try:
-                result.outputs = run.planner.outputs(step, result.outputs, run.secrets)
+                result.outputs = await asyncio.to_thread(run.planner.outputs, step, result.outputs, run.secrets)
             except OutriderError as error:
                 result.error, result.outputs = error, {}
         await self._hooks(planned, result)

@@ -25,13 +25,14 @@ journalled, and retries and adoption use the journalled plan.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import pluggy
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema, field_validator
 
 from outrider.errors import ErrorClass
 
@@ -95,6 +96,17 @@ class Resources(BaseModel):
     pids: Annotated[int, Field(ge=1)] | None = None
 
 
+def _for_the_kernel(text: str) -> str:
+    """What ends up in a program's arguments or environment can't hold these, and would only fail there."""
+    if "\0" in text:
+        raise ValueError("it has a NUL character in it, which no argument or environment variable can hold")
+    text.encode()  # a lone surrogate: UnicodeEncodeError is a ValueError
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_for_the_kernel)]
+
+
 class StepPlan(BaseModel):
     """What a step comes to: a container image, arguments, and what it asks of the node.
 
@@ -107,15 +119,15 @@ class StepPlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    image: Annotated[str, StringConstraints(min_length=1, max_length=512)]
-    args: tuple[str, ...] = ()
-    entrypoint: tuple[str, ...] | None = None
-    env: Mapping[str, str] = Field(default_factory=dict)
+    image: Annotated[_Text, StringConstraints(min_length=1, max_length=512)]
+    args: tuple[_Text, ...] = ()
+    entrypoint: tuple[_Text, ...] | None = None
+    env: Mapping[str, _Text] = Field(default_factory=dict)
     network: str = "none"
     resources: Resources = Resources()
     control: Literal["containers"] | None = None
-    workdir: str | None = None
-    user: str | None = None
+    workdir: _Text | None = None
+    user: _Text | None = None
     inputs: Mapping[str, Any] | None = None
 
     @field_validator("env")
@@ -127,6 +139,15 @@ class StepPlan(BaseModel):
             if name.startswith("OUTRIDER_"):
                 raise ValueError(f"{name!r}: names that begin with OUTRIDER_ are the core's")
         return env
+
+    @field_validator("inputs")
+    @classmethod
+    def _json(cls, inputs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        try:
+            json.dumps(inputs, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"inputs are to be a JSON object: {error}") from error
+        return inputs
 
 
 @dataclass(frozen=True, slots=True)
