@@ -36,6 +36,30 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from outrider.errors import ErrorClass
 
+__all__ = [
+    "CONTRACT",
+    "CONTRACT_VERSION",
+    "EXIT_DONE",
+    "EXIT_TEMPORARY",
+    "PROJECT",
+    "STEP_TYPE_NAME",
+    "ErrorClass",
+    "NoOutputs",
+    "ObjectContext",
+    "ReadPath",
+    "Resources",
+    "StepContext",
+    "StepHooks",
+    "StepOutcome",
+    "StepPlan",
+    "StepType",
+    "VolumeMount",
+    "VolumeMounts",
+    "WritePath",
+    "hookimpl",
+    "hookspec",
+]
+
 PROJECT = "outrider.steps"
 """The pluggy project name and the entry-point group."""
 
@@ -225,7 +249,7 @@ class StepHooks:
 
     @hookspec
     def outrider_step_types(self) -> list[StepType]:
-        """The step types of this plugin.
+        """The step types of this plugin. Called once, when it is loaded.
 
         Example::
 
@@ -237,7 +261,9 @@ class StepHooks:
 
     @hookspec
     def outrider_before_step(self, step_type: str, context: StepContext, plan: StepPlan) -> None:
-        """Called before each attempt's container is made. It can't change the plan; what it raises is logged.
+        """Called before each attempt's container is made, for the steps of all plugins. It can't change the plan.
+
+        What it raises is logged and counted, and stops nothing.
 
         Example::
 
@@ -248,7 +274,9 @@ class StepHooks:
 
     @hookspec
     def outrider_after_step(self, step_type: str, context: StepContext, outcome: StepOutcome) -> None:
-        """Called after each attempt has ended. What it raises is logged.
+        """Called after each attempt has ended, for the steps of all plugins.
+
+        What it raises is logged and counted, and stops nothing.
 
         Example::
 
@@ -272,7 +300,9 @@ class StepHooks:
 
     @hookspec
     def outrider_node_facts(self) -> dict[str, Any]:
-        """Facts about this node, joined to those that the agent finds itself; JSON values.
+        """Facts about this node, joined to those that the agent finds itself; JSON values, at most 64 KiB.
+
+        Called once, when the agent starts. What the agent finds itself wins.
 
         Example::
 

@@ -1,0 +1,191 @@
+"""Every hook, plan field and setting stands in the documents, and nothing stands there that is not so."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+import outrider.steps
+from agent_core.config import AgentConfig
+from agent_core.policy import NodePolicy
+from outrider import schema
+from outrider._plugin_hooks import MAX_FACTS_BYTES, hook_names
+from outrider.plugin_host import LIMIT_S, StepPlugins
+from outrider.steps import (
+    CONTRACT,
+    ErrorClass,
+    ObjectContext,
+    Resources,
+    StepContext,
+    StepHooks,
+    StepOutcome,
+    StepPlan,
+    StepType,
+    VolumeMount,
+    hookimpl,
+)
+from server_core.config import ServerConfig
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+REFERENCE = (DOCS / "step-reference.md").read_text(encoding="utf-8")
+OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
+DESCRIBED = (StepType, StepPlan, Resources, StepContext, VolumeMount, ObjectContext, StepOutcome)
+
+
+def section(title: str) -> str:
+    """What stands below a heading, up to the next of any depth."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", REFERENCE, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"docs/step-reference.md has no section {title}"
+    return found[1]
+
+
+def first_cells(text: str) -> set[str]:
+    """The names in the first column of the tables."""
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+@pytest.mark.parametrize("kind", DESCRIBED, ids=lambda kind: kind.__name__)
+def test_every_field_of_the_contract_has_its_row(kind: type) -> None:
+    fields = set(kind.model_fields) if issubclass(kind, BaseModel) else {each.name for each in dataclasses.fields(kind)}
+    assert first_cells(section(f"`{kind.__name__}`")) == fields
+
+
+def arguments(hook: str) -> list[str]:
+    return list(inspect.signature(getattr(StepHooks, hook)).parameters)[1:]
+
+
+@pytest.mark.parametrize("hook", hook_names())
+def test_every_hook_has_its_section_with_the_example_of_its_docstring(hook: str) -> None:
+    text = section(f"`{hook}({', '.join(arguments(hook))})`")
+    example = _example(hook)
+    assert example in text, "the page has another example than outrider/steps.py"
+
+
+def test_the_page_describes_no_hook_that_there_is_not() -> None:
+    assert set(re.findall(r"^### `(outrider_\w+)", REFERENCE, re.MULTILINE)) == set(hook_names())
+
+
+@pytest.mark.parametrize("hook", hook_names())
+def test_the_example_of_a_hook_works(hook: str) -> None:
+    """It is bound as a plugin's is, and called as the core calls it."""
+    module = types.ModuleType("example")
+    log: list[Any] = []
+    counter = types.SimpleNamespace(labels=lambda *_: types.SimpleNamespace(inc=lambda: log.append(1)))
+    names = {
+        "hookimpl": hookimpl,
+        "StepType": StepType,
+        "CopyParams": type("CopyParams", (BaseModel,), {}),
+        "resolve_copy": lambda params, context: StepPlan(image="i"),
+        "ErrorClass": ErrorClass,
+        "counter": counter,
+        "has_gpu": lambda: True,
+        "log": types.SimpleNamespace(info=lambda text, *values: log.append(text % values)),
+    }
+    exec(_example(hook), names | vars(module), vars(module))
+    # In a module its functions see what the module has.
+    getattr(module, hook).__globals__.update(names)
+    host = StepPlugins()
+    report = host.register(module, name="example", distribution="example", version="1")
+    assert report.ok, report.error
+    context = StepContext("r", "s")
+    host.before_step("example.copy", context, StepPlan(image="i"))
+    host.after_step("example.copy", context, StepOutcome(0, True))
+    classified = host.classify("example.copy", 28, "the disk is full")
+    facts = host.node_facts()
+    assert not host.failures
+    did = {
+        "outrider_step_types": report.step_types == ("example.copy",),
+        "outrider_before_step": log == ["s of r starts from i"],
+        "outrider_after_step": log == [1],
+        "outrider_classify_failure": classified is ErrorClass.TEMPORARY,
+        "outrider_node_facts": facts == {"gpu": True},
+    }
+    assert did.pop(hook)
+    assert not any(did.values())
+
+
+def _example(hook: str) -> str:
+    text = inspect.getdoc(getattr(StepHooks, hook)) or ""
+    head, marker, code = text.partition("Example::\n\n")
+    assert marker, f"the docstring of {hook} has no example"
+    assert head.strip(), f"the docstring of {hook} does not say what it is for"
+    return textwrap.dedent(code).strip() + "\n"
+
+
+def test_what_a_plugin_can_import_is_described() -> None:
+    made_here: set[str] = set()
+    for statement in ast.parse(inspect.getsource(outrider.steps)).body:
+        match statement:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
+                made_here.add(name)
+    public = {name for name in made_here if not name.startswith("_")}
+    assert set(outrider.steps.__all__) == public | {"ErrorClass"}
+    missing = [name for name in outrider.steps.__all__ if f"`{name}`" not in REFERENCE and f"@{name}" not in REFERENCE]
+    assert not missing
+
+
+def test_the_page_has_the_numbers_that_count() -> None:
+    assert f"now {CONTRACT}." in REFERENCE
+    assert f"has {LIMIT_S:g}\nseconds" in REFERENCE
+    assert f"at most {MAX_FACTS_BYTES // 1024} KiB" in REFERENCE
+
+
+def test_every_keyword_of_schemas_is_described() -> None:
+    sources = [Path(inspect.getsourcefile(each) or "") for each in (outrider.steps, schema)]
+    used = {word for file in sources for word in re.findall(r'"(x-outrider-[a-z-]+)"', file.read_text())}
+    assert used
+    assert [word for word in sorted(used) if f'"{word}"' not in REFERENCE] == []
+
+
+@pytest.mark.parametrize("config", [AgentConfig, ServerConfig], ids=lambda config: config.__name__)
+def test_every_setting_stands_in_the_operators_documentation(config: type[BaseModel]) -> None:
+    named = first_cells(OPERATIONS) | set(re.findall(r"`([a-z_]+)`", OPERATIONS))
+    assert [name for name in config.model_fields if name not in named] == []
+
+
+def test_every_setting_in_the_operators_documentation_exists() -> None:
+    tables = re.findall(r"^\| setting \|.*?\n\|[-| ]+\n((?:\|.*\n)+)", OPERATIONS, re.MULTILINE)
+    assert len(tables) >= 2
+    known = {*AgentConfig.model_fields, *ServerConfig.model_fields}
+    assert [name for table in tables for name in first_cells(table) if name not in known] == []
+
+
+def policy() -> dict[str, Any]:
+    """The policy file that stands in the documentation."""
+    text = OPERATIONS[OPERATIONS.index("### The node's policy") :]
+    block = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    return dict(yaml.safe_load(block[1].replace("sha256:…", "sha256:" + 64 * "0")))
+
+
+def test_the_policy_in_the_documentation_is_one() -> None:
+    NodePolicy.model_validate(policy())
+
+
+def test_every_key_of_the_policy_stands_in_the_documentation() -> None:
+    missing: list[str] = []
+
+    def compare(model: type[BaseModel], shown: dict[str, Any], path: str) -> None:
+        missing.extend(f"{path}{name}" for name in model.model_fields if name not in shown)
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(shown.get(name), dict):
+                compare(inner, shown[name], f"{path}{name}.")
+            for each in typing.get_args(inner):
+                if isinstance(each, type) and issubclass(each, BaseModel):
+                    compare(each, next(iter(shown[name].values())), f"{path}{name}.*.")
+
+    compare(NodePolicy, policy(), "")
+    assert missing == []
