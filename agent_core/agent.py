@@ -35,6 +35,7 @@ from agent_core.environment import environment
 from agent_core.identities import Identities
 from agent_core.images import Images
 from agent_core.journal import RESERVE_BYTES, Journal
+from agent_core.liveness import Supervisor
 from agent_core.netpool import NetPool
 from agent_core.networks import keep_guarded
 from agent_core.outbox import Outbox
@@ -88,6 +89,7 @@ class Agent:
         self._remote: RemoteContainers
         self._commands: Commands
         self._rebuild: Rebuild
+        self._supervisor: Supervisor
         self._loop: asyncio.AbstractEventLoop
         self.ready = asyncio.Event()
         """Set when runs are taken up again, and how engine and server are is known, be it good or bad."""
@@ -201,6 +203,7 @@ class Agent:
         self._runs = RunEngine(services)
         self._rebuild = Rebuild(services, self._runs)
         self._remote = RemoteContainers(containers)
+        self._supervisor = Supervisor(runtime, containers, outbox.emit, engine.available)
         self._commands = Commands(
             state,
             self._runs,
@@ -218,6 +221,7 @@ class Agent:
         finally:
             await services.removals.drain(_LAST_REMOVALS_S)
             await self._remote.stop_streams()
+            await containers.aclose()
             with contextlib.suppress(OutriderError, TimeoutError):
                 async with asyncio.timeout(_LAST_REMOVALS_S):  # an engine that hangs must not keep the agent
                     await netpool.aclose()
@@ -249,6 +253,7 @@ class Agent:
                     ("disk", self._watch_disk(cleanup)),
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
                     ("time", self._keep_time()),
+                    ("liveness", self._supervise()),
                     ("session", self._link()),
                     ("networks", keep_guarded(services.runtime, services.policy)),
                     ("readiness", self._settle()),
@@ -263,6 +268,10 @@ class Agent:
     async def _watch_disk(self, cleanup: Cleanup) -> None:
         services = self._services
         await services.disk.run(services.outbox.emit, cleanup.relieve, services.state.journal.keep_room)
+
+    async def _supervise(self) -> None:
+        await self._rebuild.over.wait()  # a lost journal does not know yet what is to be watched
+        await self._supervisor.run()
 
     async def _keep_time(self) -> None:
         # What a reboot of the machine can make a timeout forget is at most this much.
@@ -317,6 +326,7 @@ class Agent:
 
     async def _tell(self, event: EngineEvent) -> None:
         """What happens to managed containers is an event of the node's; steps have their reports."""
+        self._supervisor.heard(event)
         if event.action == "resync":
             self._services.engine.look_again()
             return

@@ -1,4 +1,4 @@
-"""Managed containers: started, stopped and found again by name; adopted when they are there already.
+"""Managed containers: started, stopped, replaced and found again by name; adopted when they are there already.
 
 All containers of the engine can be listed and inspected. Those that Outrider did not start are controlled
 only where the node's policy says so, those of steps and namespaces only by the agent itself.
@@ -11,32 +11,41 @@ import contextlib
 import dataclasses
 import logging
 import socket
-import sqlite3
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from agent_core.container_spec import (
+    NEXT,
     ContainerScope,
     ManagedSpec,
+    Replace,
     check_against_policy,
+    device_of,
     digest_of,
     mounts_of,
     substitute,
 )
-from agent_core.images import Images
+from agent_core.execs import ExecRequest, Execs, Executed, Piece
+from agent_core.images import Images, Tell
 from agent_core.journal import Journal
+from agent_core.liveness import supervision_of
+from agent_core.managed_files import ManagedFiles
+from agent_core.managed_rows import Intent, ManagedRow, ManagedRows
 from agent_core.networks import ready_network
 from agent_core.policy import NodePolicy, capability_name
 from agent_core.ports import Ports
+from agent_core.private_networks import PrivateNetworks
 from agent_core.readiness import wait_ready
+from agent_core.replacing import Replacing, base_of
 from agent_core.runtimes.base import (
     LABEL_ATTEMPT,
     LABEL_KIND,
     LABEL_NAME,
+    LABEL_NETWORK,
     LABEL_NODE,
     LABEL_OBJECT,
     LABEL_PORTS,
@@ -44,62 +53,87 @@ from agent_core.runtimes.base import (
     LABEL_SECRETS,
     LABEL_SPEC,
     LABEL_STEP,
+    LABEL_SUPERVISION,
     ContainerInfo,
     ContainerSpec,
     Exit,
+    Mount,
     PortBinding,
     Runtime,
     StreamName,
 )
-from agent_core.transitions import Transition
 from agent_core.volumes import Volumes
 from outrider.errors import Conflict, NotFound, OutriderError, PermissionDenied, PolicyViolation
 from outrider.masking import Masker, contains_secret
-
-MIGRATION = """
-CREATE TABLE managed (
-    name TEXT PRIMARY KEY,
-    digest TEXT NOT NULL,
-    state TEXT NOT NULL,
-    run_id TEXT NOT NULL,
-    step TEXT NOT NULL,
-    attempt INTEGER NOT NULL,
-    object_ref TEXT,
-    grace_s REAL NOT NULL
-)
-"""
+from outrider.steps import Resources
 
 Owner = Literal["managed", "step", "pause", "foreign"]
 DEFAULT_GRACE_S = 10.0
+_STATES_TO_ADOPT = ("running", "created", "exited")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A managed container that runs and is ready. ``ports``: host ports by name. ``address``: where they are."""
+    """A managed container that runs and is ready.
+
+    ``ports``: host ports by name. ``address``: where they are. ``host_paths``: where its volumes are on the node.
+    """
 
     id: str
     name: str
     image: str
     ports: dict[str, int]
     address: str
+    host_paths: dict[str, str] = field(default_factory=dict)
     adopted: bool = False
+    replaced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A specification with all that follows from it, from whom asked, and from the node."""
+
+    spec: ManagedSpec
+    scope: ContainerScope
+    mounts: tuple[Mount, ...]
+    files: tuple[Mount, ...]
+    user: str
+    digest: str
+    network: str
+    limits: Resources
+
+    def intent(self, supervision: str = "{}") -> Intent:
+        return Intent(self.digest, self.scope, self.spec.stop_grace_s, supervision)
+
+    def is_made_as(self, info: ContainerInfo) -> bool:
+        return info.labels.get(LABEL_SPEC) == self.digest
 
 
 class Containers:
-    """The managed containers of one node. ``scope=None`` is the operator, who reaches all of them."""
+    """The managed containers of one node. ``scope=None`` is the operator, who reaches all of them.
+
+    ``health`` is what their liveness is, by name, as far as they have one; ``changed`` is told the name of each that
+    is started, replaced or removed.
+    """
 
     def __init__(
         self, runtime: Runtime, journal: Journal, ports: Ports, volumes: Volumes, policy: NodePolicy, node_id: str
     ) -> None:
         self._runtime = runtime
-        self._journal = journal
         self._ports = ports
         self._volumes = volumes
         self._policy = policy
         self._images = Images(runtime, policy.images)
         self._node_id = node_id
+        self._files = ManagedFiles(journal.path.parent / "managed")
+        self._networks = PrivateNetworks(runtime, policy, node_id)
+        self._execs = Execs(runtime, journal)
+        self.rows = ManagedRows(journal)
+        self._replacing = Replacing(runtime, self.rows, ports, volumes, self._files, self._networks)
+        self.health: dict[str, str] = {}
+        self.changed: Callable[[str], object] = lambda _name: None
         self._missing_since: dict[str, float] = {}
         # Held by whoever works on that name, and gone with the last of them: any name can be asked for.
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -111,14 +145,14 @@ class Containers:
         found = await self._runtime.list()
         if scope is not None:
             found = [info for info in found if self.owner(info) == "managed" and _reaches(scope, info)]
-        return [self._with_port_names(info) for info in found]
+        return [self._described(info) for info in found]
 
     async def inspect(self, name: str, scope: ContainerScope | None = None) -> ContainerInfo:
         """One container by name or id. NotFound; PermissionDenied if the scope does not reach it."""
         info = await self._runtime.inspect(name)
         if scope is not None:
             self._check_control(info, scope)
-        return self._with_port_names(info)
+        return self._described(info)
 
     def owner(self, info: ContainerInfo) -> Owner:
         """Whose it is: "foreign" for what this agent did not make."""
@@ -132,7 +166,8 @@ class Containers:
     ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
         """Its log, from the engine's own, with the secrets masked that it was given; it is never attached to."""
         info = await self.inspect(name, scope)
-        maskers: dict[StreamName, Masker] = defaultdict(lambda: Masker(info.secrets))
+        secrets = await self._secrets_of(info)
+        maskers: dict[StreamName, Masker] = defaultdict(lambda: Masker(secrets))
         async with contextlib.aclosing(self._runtime.logs(info.id, follow=follow, tail=tail)) as items:
             async for stream, data in items:
                 if masked := maskers[stream].feed(data):
@@ -141,6 +176,26 @@ class Containers:
             if rest := masker.flush():
                 yield stream, rest
 
+    async def execute(
+        self, name: str, request: ExecRequest, scope: ContainerScope
+    ) -> AsyncGenerator[Piece | Executed, None]:
+        """Run a program inside a container that runs, with no more rights than it has: its output, masked, and at last
+        how it ended. Asked again with the same id, it is not run again; see `agent_core.execs`."""
+        info = await self._controlled(name, scope)
+        self._policy.check_additions(
+            capabilities=(), devices=(), host_network=False, writable_root=False, user=request.user
+        )
+        if info.state != "running":
+            raise Conflict(
+                f"the container {info.name} is {info.state}, so nothing can be run inside it",
+                code="container_not_running",
+                hint="start it first",
+            )
+        secrets = [*await self._secrets_of(info), *scope.secrets]
+        async with contextlib.aclosing(self._execs.run(owner_of(scope), info.id, request, secrets)) as items:
+            async for item in items:
+                yield item
+
     async def wait(self, name: str, scope: ContainerScope | None = None) -> Exit:
         """How it ended, once it has."""
         info = await self.inspect(name, scope)
@@ -148,78 +203,152 @@ class Containers:
 
     # -- starting
 
-    async def start(self, spec: ManagedSpec, scope: ContainerScope, *, replace: bool = False) -> Started:
+    async def start(
+        self,
+        spec: ManagedSpec,
+        scope: ContainerScope,
+        *,
+        replace: Replace = "no",
+        tell: Tell | None = None,
+    ) -> Started:
         """Start a container, or adopt the one of this name if it was made from the same specification.
 
-        One made from another specification is a Conflict, or stopped and removed first with ``replace``. What
-        does not get ready is removed again, and the error has its last log lines.
+        ``tell`` hears how the pull of its image goes on. One made from another specification is a Conflict, or gives way as ``replace`` says (`agent_core.replacing`).
+        What does not get ready is removed again, and the error has its last log lines.
         """
-        network, limits = check_against_policy(spec, self._policy)
-        mounts = mounts_of(spec, scope)
-        user = spec.user or f"{scope.uid}:{scope.gid}"
-        digest = digest_of(spec, mounts, user)
-        async with self._alone(spec.name):
-            existing = await self._find(spec.name)
-            if existing is not None:
-                self._check_adoptable(existing, spec, scope)
-                if existing.labels.get(LABEL_SPEC) == digest and existing.state in ("running", "created", "exited"):
-                    return await self._adopt(existing, spec, scope, digest)
-                if existing.labels.get(LABEL_SPEC) != digest and not replace:
-                    raise Conflict(
-                        f"the container {spec.name} exists already and was made from another specification",
-                        code="container_exists",
-                        hint="stop and remove it first, or give `replace: true`",
-                    )
-                await self._runtime.stop(existing.id, grace_s=self._grace(spec.name))
-                await self._drop(spec.name, existing.id)
-            ports = await self._ports.lease(spec.name, spec.wishes())
-            container = ContainerSpec(
-                name=spec.name,
-                image=spec.image,
-                args=tuple(substitute(arg, ports) for arg in spec.args),
-                entrypoint=None if spec.entrypoint is None else tuple(substitute(e, ports) for e in spec.entrypoint),
-                env={name: substitute(value, ports) for name, value in spec.env.items()},
-                labels=self._labels(spec, scope, digest, ports),
-                mounts=mounts,
-                user=user,
-                groups=tuple(sorted({g.group for n, g in scope.volumes.items() if n in spec.volumes and g.group})),
-                workdir=spec.workdir,
-                network=network,
-                read_only_root=not spec.writable_root,
-                tmp_size_bytes=spec.tmp_size_bytes,
-                cap_add=tuple(capability_name(name) for name in spec.capabilities),
-                devices=spec.devices,
-                memory_bytes=limits.memory_bytes,
-                cpus=limits.cpus,
-                pids=limits.pids,
-                ports=() if network == "host" else self._bindings(spec, ports),
-                restart_policy=spec.restart,
-                log_max_bytes=self._policy.limits.managed_log_bytes,
-                log_files=self._policy.limits.managed_log_files,
-                stop_signal=spec.stop_signal,
-                init=spec.init,
+        order = self._order(spec, scope)
+        found = await self._find(spec.name)
+        if found is not None:
+            self._check_replaceable(found, order, replace)
+        if found is None or not order.is_made_as(found):
+            # Before the name is taken hold of: a pull may take an hour, and the former container is to be watched.
+            await self._images.ensure(spec.image, run=scope.run_id, tell=tell)
+        try:
+            async with self._alone(spec.name):
+                await self._replacing.settle(spec.name, order.digest)
+                return await self._start(order, replace)
+        finally:
+            self.changed(spec.name)
+
+    async def _start(self, order: _Order, replace: Replace) -> Started:
+        name = order.spec.name
+        existing = await self._find(name)
+        if existing is None:
+            return await self._make(order, name)
+        self._check_replaceable(existing, order, replace)
+        if order.is_made_as(existing):
+            if existing.state in _STATES_TO_ADOPT:
+                return await self._adopt(existing, order)
+            await self._runtime.stop(existing.id, grace_s=self._grace(name))
+            await self._replacing.drop(name, existing.id)
+            return await self._make(order, name)
+        if replace == "start-first" and existing.state in ("running", "restarting", "paused"):
+            return await self._start_beside(order)
+        await self._replacing.set_aside(name, existing, order.intent())
+        return await self._make(order, name)
+
+    async def _start_beside(self, order: _Order) -> Started:
+        """A successor while the former runs on; it takes the name once it is ready."""
+        name, beside = order.spec.name, order.spec.name + NEXT
+        wanted = [port.name for port in order.spec.ports if port.host is not None]
+        if wanted or (order.network == "host" and order.spec.ports):
+            raise Conflict(
+                f"the container {name} can't be replaced by one that is started first: its port "
+                f"{(wanted or [order.spec.ports[0].name])[0]} can't be two containers' at a time",
+                code="port_taken",
+                hint="leave `host` out to get another port, or use `replace: stop-first`",
             )
-            await self._record(spec, scope, digest, "starting")
-            container_id = ""
-            try:
-                if network != "host":
-                    await ready_network(self._runtime, self._policy, self._node_id, spec.network)
-                image_id = await self._images.ensure(spec.image)
-                await self._volumes.use(spec.name, [mount.source for mount in mounts])
-                container_id = await self._runtime.create(dataclasses.replace(container, image_id=image_id))
-                await self._runtime.start(container_id)
-                await wait_ready(self._runtime, container_id, spec, ports)
-            except OutriderError:
-                await self._clean_up(spec.name, container_id)
-                raise
-            await self._set_state(spec.name, "ready")
-            return self._started(spec, container_id, ports)
+        found = await self._find(beside)
+        started = await (self._adopt(found, order, beside) if found is not None else self._make(order, beside))
+        await self.rows.switching(name, supervision_of(order.spec, self._ports.held(beside)))
+        await self._replacing.switch(name)
+        return replace(started, name=name, adopted=False, replaced=True)
+
+    async def _make(self, order: _Order, name: str) -> Started:
+        """From nothing to ready, or to nothing again."""
+        spec = order.spec
+        await self.rows.starting(name, order.intent())
+        try:
+            ports = await self._ports.lease(name, spec.wishes())
+            image_id = await self._images.ensure(spec.image, run=order.scope.run_id)
+            if order.network != "host":
+                await ready_network(self._runtime, self._policy, self._node_id, spec.network)
+            await self._volumes.use(name, [mount.source for mount in order.mounts])
+            await asyncio.to_thread(
+                self._files.write,
+                spec.name,
+                order.digest,
+                spec.files,
+                ports=ports,
+                user=order.user,
+                secrets=order.scope.secrets,
+            )
+            container_id = await self._create(order, name, ports, image_id)
+            await self._runtime.start(container_id)
+            await wait_ready(self._runtime, container_id, spec, ports)
+        except OutriderError as error:
+            await self._give_up(name, error)
+            raise
+        return await self._is_ready(order, name, container_id, ports)
+
+    async def _create(self, order: _Order, name: str, ports: dict[str, int], image_id: str) -> str:
+        async with contextlib.AsyncExitStack() as stack:
+            private = ""
+            if order.spec.private_network:
+                private = await stack.enter_async_context(self._networks.ensured(order.scope))
+            container = self._container(order, name, ports, private)
+            container_id = await self._runtime.create(replace(container, image_id=image_id))
+            if private and order.network != "none":
+                await self._runtime.connect(private, container_id, aliases=_aliases(order.spec))
+        return container_id
+
+    async def _is_ready(self, order: _Order, name: str, container_id: str, ports: dict[str, int]) -> Started:
+        spec = order.spec
+        replaced = False
+        if name == spec.name:
+            await self.rows.ready(name, supervision_of(spec, ports))
+            await self._ports.release(name, but=[port.name for port in spec.ports])
+            replaced = len(self.rows.family(name)) > 1
+            if replaced:
+                await self._replacing.leave(name)
+        return self._started(order, container_id, ports, replaced=replaced)
+
+    async def _adopt(self, info: ContainerInfo, order: _Order, name: str = "") -> Started:
+        spec = order.spec
+        name = name or spec.name
+        known = self.rows.get(name)
+        proven = known is not None and known.state == "ready" and known.digest == order.digest
+        ports = await self._ports.lease(name, spec.wishes()) if info.state != "running" else {}
+        ports = ports or self._ports.held(name)
+        if not proven:
+            await self.rows.starting(name, order.intent())
+        try:
+            if info.state != "running":
+                await self._runtime.start(info.id)
+            if info.state != "running" or not proven:
+                await wait_ready(self._runtime, info.id, spec, ports)
+        except OutriderError as error:
+            # One that was ready once is somebody's game: it is stopped only by those who mean it.
+            if not proven:
+                await self._give_up(name, error)
+            raise
+        # Also where it runs on as it was: how it is watched is no part of what it was made from.
+        started = await self._is_ready(order, name, info.id, ports)
+        return replace(started, adopted=True)
+
+    async def _give_up(self, name: str, error: OutriderError) -> None:
+        """After a start that failed: undo it, and say in the error what became of the former container."""
+        row = self.rows.get(name)
+        told = await self._replacing.abandon(row) if row is not None else ""
+        if told:
+            error.hint = "; ".join(filter(None, (error.hint, told)))
 
     async def start_existing(self, name: str, scope: ContainerScope | None = None) -> ContainerInfo:
         """Start one that was stopped. Starting a running one does nothing."""
         async with self._alone(name):
             info = await self._controlled(name, scope)
             await self._runtime.start(info.id)
+            self.changed(info.name)
             return await self.inspect(info.id)
 
     # -- stopping
@@ -242,15 +371,33 @@ class Containers:
             await self._runtime.restart(info.id, grace_s=self._grace(info.name) if grace_s is None else grace_s)
             return await self.inspect(info.id)
 
+    async def restart_failed(
+        self, name: str, run: ContainerInfo, *, restarts: int, reason: str, restart: bool
+    ) -> ContainerInfo | None:
+        """Restart one that does not work any more, or only write that down; None if it is not the same run of it now.
+
+        ``run``: what was found not to work. Somebody may have stopped, restarted or replaced it meanwhile.
+        """
+        async with self._alone(name):
+            info = await self._find(name)
+            if info is None or info.state != "running" or (info.id, info.started_at) != (run.id, run.started_at):
+                return None
+            await self.rows.restarting(name, restarts, reason)
+            if restart:
+                await self._runtime.restart(info.id, grace_s=self._grace(name))
+            return await self._find(name)
+
     async def remove(self, name: str, *, force: bool = False, scope: ContainerScope | None = None) -> None:
         """Remove it and give its ports back. Conflict if it runs and not ``force``. One that is gone is no error
         for a scope that could have had it."""
         async with self._alone(name):
             info = await self._find(name)
             if info is None:
-                if self._known(name) is None:
+                row = self.rows.get(name)
+                if row is None or (scope is not None and not _could_reach(scope, row)):
                     raise NotFound(f"there is no container named {name} on this node")
-                await self._clean_up(name, "")  # gone behind our back: only what we hold for it is left
+                await self._replacing.drop(name, "")  # gone behind our back: only what we hold for it is left
+                self.changed(name)
                 return
             self._check_control(info, scope)
             if info.state in ("running", "paused", "restarting") and not force:
@@ -260,22 +407,30 @@ class Containers:
                     hint="stop it first, or use force",
                 )
             if self.owner(info) == "managed":
-                await self._drop(info.name, info.id)
+                await self._replacing.drop(info.name, info.id)
+                self.changed(info.name)
             else:
                 await self._runtime.remove(info.id, force=force)
 
     async def end_attempt(self, scope: ContainerScope) -> None:
-        """The attempt is over for good: remove what it began to start and what never got ready."""
-        rows = await self._journal.query(
-            "SELECT name FROM managed WHERE state = 'starting' AND run_id = ? AND step = ? AND attempt = ?",
-            (scope.run_id, scope.step, scope.attempt),
-        )
-        for row in rows:
-            name = str(row["name"])
+        """The attempt is over for good: undo what it began to start and what never got ready, and end the programs
+        that it runs inside containers."""
+        await self._execs.end(owner_of(scope))
+        for row in self.rows.unfinished():
+            if (row.run_id, row.step, row.attempt) != (scope.run_id, scope.step, scope.attempt):
+                continue
+            await self._undo(row)
+
+    async def recover(self) -> None:
+        """Go on with what a former agent left in the middle of, unless its attempt is still to do that itself."""
+        for row in self.rows.unfinished():
+            if row.state != "starting" or self.rows.attempt_is_over(row):
+                await self._undo(row)
+        await self._networks.collect()
+        for name in await asyncio.to_thread(self._files.names):
             async with self._alone(name):
-                info = await self._find(name)
-                ours = info is not None and self.owner(info) == "managed" and info.labels.get(LABEL_RUN) == scope.run_id
-                await self._clean_up(name, info.id if info is not None and ours else "")
+                digests = {row.digest for row in self.rows.family(name)}
+                await asyncio.to_thread(self._files.keep, name, digests)
 
     async def forget_missing(
         self, found: Sequence[ContainerInfo], *, older_than_s: float, active: Collection[str]
@@ -285,18 +440,24 @@ class Containers:
         ``found`` is what the engine has now. How long one has been missing counts from when that was first seen.
         """
         there, now = {info.name for info in found}, time.monotonic()
-        rows = await self._journal.query("SELECT name, run_id, state FROM managed")
-        missing = {str(row["name"]) for row in rows if row["name"] not in there}
-        beginning = {str(row["name"]) for row in rows if row["state"] == "starting" and row["run_id"] in active}
+        rows = self.rows.all()
+        missing = {row.name for row in rows if row.name not in there}
+        beginning = {row.name for row in rows if row.state != "ready" and row.run_id in active}
         self._missing_since = {name: self._missing_since.get(name, now) for name in missing - beginning}
         for name, since in list(self._missing_since.items()):
             if now - since < older_than_s:
                 continue
-            async with self._alone(name):
+            async with self._alone(base_of(name)):
                 if await self._find(name) is None:
                     log.info("the container %s is gone for good: what was held for it is given back", name)
-                    await self._clean_up(name, "")
+                    await self._replacing.drop(name, "")
                     self._missing_since.pop(name, None)
+                    self.changed(base_of(name))
+        await self._ports.reap()
+
+    async def aclose(self) -> None:
+        """The agent stops. Containers, and programs inside them, go on."""
+        await self._execs.aclose()
 
     # -- inside
 
@@ -306,25 +467,70 @@ class Containers:
         async with lock:
             yield
 
-    async def _adopt(self, info: ContainerInfo, spec: ManagedSpec, scope: ContainerScope, digest: str) -> Started:
-        known = self._known(spec.name)
-        proven = known is not None and known["state"] == "ready" and known["digest"] == digest
-        ports = await self._ports.lease(spec.name, spec.wishes()) if info.state != "running" else {}
-        ports = ports or self._ports.held(spec.name)
-        if not proven:
-            await self._record(spec, scope, digest, "starting")
-        if info.state != "running":
-            await self._runtime.start(info.id)
-        if info.state != "running" or not proven:
+    async def _undo(self, row: ManagedRow) -> None:
+        base = base_of(row.name)
+        async with self._alone(base):
             try:
-                await wait_ready(self._runtime, info.id, spec, ports)
-            except OutriderError:
-                # One that was ready once is somebody's game: it is stopped only by those who mean it.
-                if not proven:
-                    await self._clean_up(spec.name, info.id)
-                raise
-            await self._set_state(spec.name, "ready")
-        return self._started(spec, info.id, ports, adopted=True)
+                now = self.rows.get(row.name)
+                if now is not None and now.state == "starting" == row.state:
+                    await self._replacing.abandon(now)
+                await self._replacing.settle(base)
+            except OutriderError as error:
+                log.warning("the container %s could not be settled: %s", row.name, error)
+        self.changed(base)
+
+    def _order(self, spec: ManagedSpec, scope: ContainerScope) -> _Order:
+        network, limits = check_against_policy(spec, self._policy)
+        mounts = mounts_of(spec, scope)
+        user = spec.user or f"{scope.uid}:{scope.gid}"
+        digest = digest_of(spec, mounts, user)
+        files = self._files.mounts(spec.name, digest, spec.files)
+        return _Order(spec, scope, mounts, files, user, digest, network, limits)
+
+    def _container(self, order: _Order, name: str, ports: dict[str, int], private: str) -> ContainerSpec:
+        spec, scope = order.spec, order.scope
+        alone = private and order.network == "none"  # the engine joins nothing else to one without a network
+        return ContainerSpec(
+            name=name,
+            image=spec.image,
+            args=tuple(substitute(arg, ports) for arg in spec.args),
+            entrypoint=None if spec.entrypoint is None else tuple(substitute(e, ports) for e in spec.entrypoint),
+            env={name: substitute(value, ports) for name, value in spec.env.items()},
+            labels=self._labels(order, ports, private),
+            mounts=(*order.mounts, *order.files),
+            user=order.user,
+            groups=tuple(sorted({g.group for n, g in scope.volumes.items() if n in spec.volumes and g.group})),
+            workdir=spec.workdir,
+            network=private if alone else order.network,
+            aliases=tuple(_aliases(spec)) if alone else (),
+            read_only_root=not spec.writable_root,
+            tmp_size_bytes=spec.tmp_size_bytes,
+            cap_add=tuple(capability_name(name) for name in spec.capabilities),
+            devices=tuple(device_of(each) for each in spec.devices),
+            memory_bytes=order.limits.memory_bytes,
+            cpus=order.limits.cpus,
+            pids=order.limits.pids,
+            ports=() if order.network == "host" else self._bindings(spec, ports),
+            restart_policy=spec.restart.policy,
+            restart_max=spec.restart.max,
+            log_max_bytes=self._policy.limits.managed_log_bytes,
+            log_files=self._policy.limits.managed_log_files,
+            stop_signal=spec.stop_signal,
+            init=spec.init,
+        )
+
+    def _check_replaceable(self, info: ContainerInfo, order: _Order, replace: Replace) -> None:
+        self._check_adoptable(info, order.spec, order.scope)
+        if not order.is_made_as(info) and replace == "no" and not self._replacement_under_way(order):
+            raise Conflict(
+                f"the container {order.spec.name} exists already and was made from another specification",
+                code="container_exists",
+                hint="stop and remove it first, or give `replace: stop-first` or `replace: start-first`",
+            )
+
+    def _replacement_under_way(self, order: _Order) -> bool:
+        row = self.rows.get(order.spec.name)
+        return row is not None and row.state == "starting" and row.digest == order.digest
 
     async def _controlled(self, name: str, scope: ContainerScope | None) -> ContainerInfo:
         info = await self._runtime.inspect(name)
@@ -374,36 +580,27 @@ class Containers:
         except NotFound:
             return None
 
-    async def _drop(self, name: str, container_id: str) -> None:
-        await self._runtime.remove(container_id, force=True)
-        await self._ports.release(name)
-        await self._volumes.unuse(name)
-        await self._journal.execute(Transition.MANAGED_REMOVED, "DELETE FROM managed WHERE name = ?", (name,))
-
-    async def _clean_up(self, name: str, container_id: str) -> None:
-        """After a start that failed. What can't be removed now is found by `end_attempt` or by its name later."""
-        try:
-            if container_id:
-                await self._runtime.remove(container_id, force=True)
-            await self._ports.release(name)
-            await self._volumes.unuse(name)
-            await self._journal.execute(Transition.MANAGED_REMOVED, "DELETE FROM managed WHERE name = ?", (name,))
-        except OutriderError as error:
-            log.warning("the container %s could not be cleaned up: %s", name, error)
-
-    def _labels(self, spec: ManagedSpec, scope: ContainerScope, digest: str, ports: dict[str, int]) -> dict[str, str]:
+    def _labels(self, order: _Order, ports: dict[str, int], private: str) -> dict[str, str]:
+        spec, scope = order.spec, order.scope
         labels = {
+            **spec.labels,
             LABEL_NODE: self._node_id,
             LABEL_KIND: "managed",
             LABEL_NAME: spec.name,
-            LABEL_SPEC: digest,
+            LABEL_SPEC: order.digest,
             LABEL_RUN: scope.run_id,
             LABEL_STEP: scope.step,
             LABEL_ATTEMPT: str(scope.attempt),
         }
         if ports:
             # Names are the journal's alone otherwise, and a journal can be lost.
-            labels[LABEL_PORTS] = ",".join(f"{wish.name}={ports[wish.name]}/{wish.protocol}" for wish in spec.wishes())
+            labels[LABEL_PORTS] = ",".join(
+                f"{wish.name}={ports[wish.name]}/{protocol}" for wish in spec.wishes() for protocol in wish.protocols
+            )
+        if spec.live is not None:
+            labels[LABEL_SUPERVISION] = supervision_of(spec, ports)
+        if private:
+            labels[LABEL_NETWORK] = private
         # Always there: what is left out comes from the image, which could name anybody's object.
         labels[LABEL_OBJECT] = scope.object_ref or ""
         values = {name: value.replace("$$(", "$(") for name, value in spec.env.items()}  # as the container gets them
@@ -418,51 +615,51 @@ class Containers:
             PortBinding(
                 container=port.container or ports[port.name],
                 host=ports[port.name],
-                protocol=port.protocol,
+                protocol=protocol,
                 host_ip=self._policy.ports.interface,
                 name=port.name,
             )
             for port in spec.ports
+            for protocol in port.wish.protocols
         )
 
-    def _started(self, spec: ManagedSpec, container_id: str, ports: dict[str, int], adopted: bool = False) -> Started:
-        names = [port.name for port in spec.ports]
+    def _started(self, order: _Order, container_id: str, ports: dict[str, int], *, replaced: bool = False) -> Started:
+        spec = order.spec
         return Started(
             id=container_id,
             name=spec.name,
             image=spec.image,
-            ports={name: ports[name] for name in names if name in ports},
+            ports={port.name: ports[port.name] for port in spec.ports if port.name in ports},
             address=advertised_address(self._policy),
-            adopted=adopted,
+            host_paths={name: order.scope.volumes[name].host_path for name in sorted(spec.volumes)},
+            replaced=replaced,
         )
 
-    def _with_port_names(self, info: ContainerInfo) -> ContainerInfo:
-        if self.owner(info) != "managed" or not info.ports:
+    def _described(self, info: ContainerInfo) -> ContainerInfo:
+        """With what the agent alone knows of it: the names of its ports, and its liveness."""
+        if self.owner(info) != "managed":
+            return info
+        info = replace(info, health=self.health.get(info.name, info.health))
+        if not info.ports:
             return info
         names = {port: name for name, port in self._ports.held(info.name).items()}
         return replace(info, ports=tuple(replace(port, name=names.get(port.host, "")) for port in info.ports))
 
-    def _known(self, name: str) -> sqlite3.Row | None:
-        rows = self._journal.query_now("SELECT * FROM managed WHERE name = ?", (name,))
-        return rows[0] if rows else None
-
     def _grace(self, name: str) -> float:
-        known = self._known(name)
-        return float(known["grace_s"]) if known else DEFAULT_GRACE_S
+        known = self.rows.get(name)
+        return known.grace_s if known else DEFAULT_GRACE_S
 
-    async def _record(self, spec: ManagedSpec, scope: ContainerScope, digest: str, state: str) -> None:
-        await self._journal.execute(
-            Transition.MANAGED_STARTING,
-            "INSERT INTO managed (name, digest, state, run_id, step, attempt, object_ref, grace_s) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET digest = excluded.digest, "
-            "state = excluded.state, run_id = excluded.run_id, step = excluded.step, attempt = excluded.attempt, "
-            "object_ref = excluded.object_ref, grace_s = excluded.grace_s",
-            (spec.name, digest, state, scope.run_id, scope.step, scope.attempt, scope.object_ref, spec.stop_grace_s),
+    async def _secrets_of(self, info: ContainerInfo) -> tuple[str, ...]:
+        labels = info.labels
+        in_files = await asyncio.to_thread(
+            self._files.secrets, labels.get(LABEL_NAME) or info.name, labels.get(LABEL_SPEC, "-")
         )
+        return (*info.secrets, *in_files)
 
-    async def _set_state(self, name: str, state: str) -> None:
-        sql = "UPDATE managed SET state = ? WHERE name = ?"
-        await self._journal.execute(Transition.MANAGED_READY, sql, (state, name))
+
+def owner_of(scope: ContainerScope) -> str:
+    """Whose executions they are: those of one attempt."""
+    return f"{scope.run_id}/{scope.step}/{scope.attempt}"
 
 
 def advertised_address(policy: NodePolicy) -> str:
@@ -488,3 +685,12 @@ def _reaches(scope: ContainerScope, info: ContainerInfo) -> bool:
 def _belongs(info: ContainerInfo) -> str:
     object_ref = info.labels.get(LABEL_OBJECT)
     return f"the object {object_ref}" if object_ref else f"the run {info.labels.get(LABEL_RUN, '?')}"
+
+
+def _could_reach(scope: ContainerScope, row: ManagedRow) -> bool:
+    return row.run_id == scope.run_id or bool(scope.object_ref and row.object_ref == scope.object_ref)
+
+
+def _aliases(spec: ManagedSpec) -> list[str]:
+    """Its names on the private network: the engine's own is another while it takes somebody's place."""
+    return [spec.name, *spec.aliases]

@@ -8,8 +8,13 @@ and idempotent, so that a program may simply ask again when its connection break
     GET    /v1/containers/{name}
     DELETE /v1/containers/{name}?force=1
     POST   /v1/containers/{name}/stop|restart    body {"grace_s": 10}
-    POST   /v1/containers/{name}/wait            answers when it has ended
+    POST   /v1/containers/{name}/exec            run a program inside it; the body is an `ExecRequest`
+    POST   /v1/containers/{name}/wait            answers when it has ended; body {"timeout_s": 60}
     GET    /v1/containers/{name}/logs?tail=100   the log, as bytes; the last 4 MiB of it at most
+    GET    /v1/containers/{name}/logs?all=1      the whole log, and with follow=1 what comes, as a stream
+
+With ``Accept: application/x-ndjson`` start and exec answer at once with lines of JSON: progress of the pull, or what
+the program prints, and at last ``{"result": …}`` or ``{"error": …}``. docs/control-socket.md is for authors.
 
 Errors have the body ``{"error": "one sentence", "code", "hint", "temporary", "problems"}``.
 """
@@ -17,18 +22,21 @@ Errors have the body ``{"error": "one sentence", "code", "hint", "temporary", "p
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from agent_core.container_spec import ContainerScope, ManagedSpec
+from agent_core.container_spec import ContainerScope, ManagedSpec, Replace
 from agent_core.containers import Containers
+from agent_core.execs import ExecRequest, Executed
 from agent_core.runtimes.base import ContainerInfo
 from outrider.errors import (
     Conflict,
@@ -46,6 +54,12 @@ SOCKET_NAME = "control.sock"
 _MAX_BODY = 1024**2
 _MAX_LOG_TAIL = 10_000
 _MAX_LOG_BYTES = 4 * 1024**2
+_MAX_EXEC_BYTES = 64 * 1024  # of each stream, in an answer in one piece
+_PROGRESS_S = 0.5
+_LINES = "application/x-ndjson"
+_REPLACE: Mapping[str | bool, Replace] = {
+    False: "no", "no": "no", True: "stop-first", "stop-first": "stop-first", "start-first": "start-first"
+}  # fmt: skip
 _MAX_CONNECTIONS = 32  # of one attempt; each takes one of the agent's descriptors
 
 _STATUS: tuple[tuple[type[OutriderError], int], ...] = (
@@ -80,6 +94,7 @@ class ControlSocket:
                 web.delete("/v1/containers/{name}", self._remove),
                 web.post("/v1/containers/{name}/stop", self._stop),
                 web.post("/v1/containers/{name}/restart", self._restart),
+                web.post("/v1/containers/{name}/exec", self._exec),
                 web.post("/v1/containers/{name}/wait", self._wait),
                 web.get("/v1/containers/{name}/logs", self._logs),
             ]
@@ -141,29 +156,47 @@ class ControlSocket:
         found = await self._containers.list(self._scope)
         return web.json_response({"containers": [describe(info) for info in found]})
 
-    async def _start(self, request: web.Request) -> web.Response:
+    async def _start(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)
-        again = body.pop("replace", False)
-        if not isinstance(again, bool):
-            raise InvalidInput("replace must be true or false")
-        started = await self._containers.start(ManagedSpec.parse(body), self._scope, replace=again)
-        return web.json_response(
-            {
-                "id": started.id,
-                "name": started.name,
-                "image": started.image,
-                "ports": started.ports,
-                "address": started.address,
-                "adopted": started.adopted,
-            }
+        again = body.pop("replace", "no")
+        strategy = _REPLACE.get(again) if isinstance(again, str | bool) else None
+        if strategy is None:
+            raise InvalidInput(
+                f"replace: {again!r} is no way to replace a container", hint='"no", "stop-first" or "start-first"'
+            )
+        spec = ManagedSpec.parse(body)
+        if not _wants_lines(request):
+            return web.json_response(asdict(await self._containers.start(spec, self._scope, replace=strategy)))
+        return await _Lines(request).answer(lambda lines: self._start_telling(spec, strategy, lines))
+
+    async def _start_telling(self, spec: ManagedSpec, strategy: Replace, lines: _Lines) -> dict[str, Any]:
+        """Start, and tell how the pull goes on: the newest state, as often as the reader takes it."""
+        pulled = _Newest()
+        starting = asyncio.create_task(
+            self._containers.start(spec, self._scope, replace=strategy, tell=pulled.set), name=f"start {spec.name}"
         )
+        try:
+            while not starting.done():
+                news = asyncio.create_task(pulled.next())
+                await asyncio.wait({starting, news}, return_when=asyncio.FIRST_COMPLETED)
+                if news.done():
+                    done, total, sentence = news.result()
+                    if sentence:
+                        await lines.send({"pull": {"done": done, "total": total or None, "message": sentence}})
+                    await asyncio.wait({starting}, timeout=_PROGRESS_S)
+                else:
+                    news.cancel()
+            return asdict(starting.result())
+        finally:
+            # Who asked is gone, or the agent stops: what was begun is undone when the attempt is over.
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
 
     async def _inspect(self, request: web.Request) -> web.Response:
         return web.json_response(describe(await self._containers.inspect(_name(request), self._scope)))
 
     async def _remove(self, request: web.Request) -> web.Response:
-        force = request.query.get("force", "0") not in ("", "0", "false")
-        await self._containers.remove(_name(request), force=force, scope=self._scope)
+        await self._containers.remove(_name(request), force=_flag(request, "force"), scope=self._scope)
         return web.json_response({})
 
     async def _stop(self, request: web.Request) -> web.Response:
@@ -178,15 +211,57 @@ class ControlSocket:
             describe(await self._containers.restart(_name(request), grace_s=grace_s, scope=self._scope))
         )
 
+    async def _exec(self, request: web.Request) -> web.StreamResponse:
+        wanted, name = ExecRequest.parse(await _body(request)), _name(request)
+        if _wants_lines(request):
+            return await _Lines(request).answer(lambda lines: self._exec_telling(name, wanted, lines))
+        kept: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+        truncated = False
+        async with contextlib.aclosing(self._containers.execute(name, wanted, self._scope)) as items:
+            async for item in items:
+                if isinstance(item, Executed):
+                    return web.json_response(
+                        {
+                            "exit_code": item.exit_code,
+                            **{stream: data.decode("utf-8", "replace") for stream, data in kept.items()},
+                            "truncated": truncated or not item.whole,
+                        }
+                    )
+                stream, data = item
+                kept[stream] += data
+                if len(kept[stream]) > _MAX_EXEC_BYTES:
+                    truncated = True
+                    del kept[stream][:-_MAX_EXEC_BYTES]
+        raise OutriderError(f"how {wanted.args[0]} ended is not known", code="exec_lost")
+
+    async def _exec_telling(self, name: str, wanted: ExecRequest, lines: _Lines) -> dict[str, Any]:
+        decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in ("stdout", "stderr")}
+        async with contextlib.aclosing(self._containers.execute(name, wanted, self._scope)) as items:
+            async for item in items:
+                if isinstance(item, Executed):
+                    return {"exit_code": item.exit_code, "truncated": not item.whole}
+                stream, data = item
+                await lines.send({stream: decoders[stream].decode(data)})
+        raise OutriderError(f"how {wanted.args[0]} ended is not known", code="exec_lost")
+
     async def _wait(self, request: web.Request) -> web.Response:
-        end = await self._containers.wait(_name(request), self._scope)
+        timeout_s = _seconds(await _body(request), "timeout_s", 86400)
+        try:
+            async with asyncio.timeout(timeout_s):
+                end = await self._containers.wait(_name(request), self._scope)
+        except TimeoutError:
+            raise OperationTimeout(
+                f"the container {_name(request)} has not ended within {timeout_s:g} s", code="wait_timeout"
+            ) from None
         return web.json_response(
             {"exit_code": end.exit_code, "oom_killed": end.oom_killed, "engine_stopped": end.engine_stopped}
         )
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
+        if _flag(request, "all"):
+            return await self._all_logs(request)
         tail = request.query.get("tail", "100")
-        if not tail.isdigit() or int(tail) > _MAX_LOG_TAIL:
+        if not tail.isdecimal() or int(tail) > _MAX_LOG_TAIL:
             raise InvalidInput(f"tail={tail}: a number of lines up to {_MAX_LOG_TAIL}")
         data = bytearray()
         async with contextlib.aclosing(
@@ -197,6 +272,60 @@ class ControlSocket:
                 if len(data) > 2 * _MAX_LOG_BYTES:
                     del data[:-_MAX_LOG_BYTES]
         return web.Response(body=bytes(data[-_MAX_LOG_BYTES:]), content_type="application/octet-stream")
+
+    async def _all_logs(self, request: web.Request) -> web.StreamResponse:
+        """As it comes, and no faster than it is read; what ends too early ends without its last chunk."""
+        source = self._containers.logs(_name(request), follow=_flag(request, "follow"), scope=self._scope)
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        async with contextlib.aclosing(source) as pieces:
+            async for _, piece in pieces:
+                if not response.prepared:
+                    await response.prepare(request)
+                await response.write(piece)
+        if not response.prepared:
+            await response.prepare(request)
+        await response.write_eof()
+        return response
+
+
+class _Newest:
+    """Of many values the newest, for who comes for it from time to time."""
+
+    def __init__(self) -> None:
+        self._value: tuple[int, int, str] | None = None
+        self._there = asyncio.Event()
+
+    def set(self, done: int, total: int, sentence: str) -> None:
+        self._value = (done, total, sentence)
+        self._there.set()
+
+    async def next(self) -> tuple[int, int, str]:
+        await self._there.wait()
+        self._there.clear()
+        assert self._value is not None
+        return self._value
+
+
+class _Lines:
+    """An answer as lines of JSON: its status is 200 before anything is known, and its last line says how it went."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._response = web.StreamResponse(headers={"Content-Type": _LINES})
+
+    async def answer(self, work: Callable[[_Lines], Awaitable[dict[str, Any]]]) -> web.StreamResponse:
+        """Send what ``work`` sends, and at last its result or its error."""
+        await self._response.prepare(self._request)
+        try:
+            await self.send({"result": await work(self)})
+        except OutriderError as error:
+            await self.send({"error": error_body(error), "status": status_of(error)})
+        await self._response.write_eof()
+        return self._response
+
+    async def send(self, document: dict[str, Any]) -> None:
+        """One line."""
+        await self._response.write(json.dumps(document).encode() + b"\n")
 
 
 def describe(info: ContainerInfo) -> dict[str, Any]:
@@ -209,6 +338,7 @@ def describe(info: ContainerInfo) -> dict[str, Any]:
         "exit_code": info.exit_code,
         "oom_killed": info.oom_killed,
         "restart_count": info.restart_count,
+        "health": info.health,
         "ports": {port.name or f"{port.container}/{port.protocol}": port.host for port in info.ports},
         "started_at": info.started_at.isoformat() if info.started_at else None,
     }
@@ -233,12 +363,24 @@ async def _body(request: web.Request) -> dict[str, Any]:
 
 
 async def _grace(request: web.Request) -> float | None:
-    grace_s = (await _body(request)).get("grace_s")
-    if grace_s is None:
+    return _seconds(await _body(request), "grace_s", 3600)
+
+
+def _seconds(body: dict[str, Any], name: str, most: int) -> float | None:
+    value = body.get(name)
+    if value is None:
         return None
-    if isinstance(grace_s, bool) or not isinstance(grace_s, int | float) or not 0 <= grace_s <= 3600:
-        raise InvalidInput("grace_s must be a number of seconds from 0 to 3600")
-    return float(grace_s)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise InvalidInput(f"{name} must be a number of seconds from 0 to {most}")
+    return float(value)
+
+
+def _flag(request: web.Request, name: str) -> bool:
+    return request.query.get(name, "0") not in ("", "0", "false")
+
+
+def _wants_lines(request: web.Request) -> bool:
+    return _LINES in request.headers.get("Accept", "")
 
 
 class _Refusal(asyncio.Protocol):
@@ -258,17 +400,24 @@ async def _errors(
     except web.HTTPException as error:
         return _failure(error.status, OutriderError(f"{request.method} {request.path}: {error.reason}", code="http"))
     except OutriderError as error:
-        return _failure(next((number for kind, number in _STATUS if isinstance(error, kind)), 422), error)
+        return _failure(status_of(error), error)
+
+
+def status_of(error: OutriderError) -> int:
+    """HTTP's status for an error."""
+    return next((number for kind, number in _STATUS if isinstance(error, kind)), 422)
+
+
+def error_body(error: OutriderError) -> dict[str, Any]:
+    """An error as JSON."""
+    return {
+        "error": error.message,
+        "code": error.code,
+        "hint": error.hint,
+        "temporary": error.error_class is not ErrorClass.PERMANENT,
+        "problems": [str(problem) for problem in getattr(error, "problems", ())],
+    }
 
 
 def _failure(status: int, error: OutriderError) -> web.Response:
-    return web.json_response(
-        {
-            "error": error.message,
-            "code": error.code,
-            "hint": error.hint,
-            "temporary": error.error_class is not ErrorClass.PERMANENT,
-            "problems": [str(problem) for problem in getattr(error, "problems", ())],
-        },
-        status=status,
-    )
+    return web.json_response(error_body(error), status=status)

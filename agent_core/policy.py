@@ -6,6 +6,7 @@ with outgoing traffic only, managed containers without added capabilities, forei
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from fnmatch import fnmatchcase
 from ipaddress import ip_address, ip_network
@@ -22,6 +23,8 @@ from outrider.steps import Resources, StepPlan
 DEFAULT_NETWORK = "outrider"
 PRIVATE_RANGES = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 """What ``allow: [private]`` means: RFC 1918, RFC 6598 (carriers, and the overlay networks that borrow it), RFC 4193."""
+PRIVATE_PREFIX = 27
+"""How large a network that containers of one object share is: 29 addresses for them."""
 _MIB = 1024**2
 # Digits alone: the engine takes "+0" for 0, too.
 _STEP_USER = re.compile(r"[1-9][0-9]{0,9}(:[1-9][0-9]{0,9})?", re.ASCII)
@@ -96,7 +99,11 @@ class NetworkClass(_Section):
 
 
 class ManagedPolicy(_Section):
-    """What managed containers may be given beyond the sandbox, by name."""
+    """What managed containers may be given beyond the sandbox, by name.
+
+    ``devices``: paths on the host, ``*`` for any part (``/dev/dri/*``). ``private_subnets``: what the networks that
+    containers of one object share are cut from, 29 addresses for each.
+    """
 
     capabilities: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
@@ -104,6 +111,15 @@ class ManagedPolicy(_Section):
     writable_root: bool = True
     users: tuple[str, ...] = ()  # patterns of "user" or "uid:gid" other than the one allotted
     restart: bool = True
+    private_subnets: str = "10.213.0.0/16"
+
+    @field_validator("private_subnets")
+    @classmethod
+    def _subnets(cls, value: str) -> str:
+        network = ipaddress.IPv4Network(value)
+        if not network.is_private or network.prefixlen > PRIVATE_PREFIX:
+            raise ValueError(f"a private network that is larger than /{PRIVATE_PREFIX} reads like 10.213.0.0/16")
+        return value
 
     @field_validator("capabilities")
     @classmethod
@@ -239,7 +255,7 @@ class NodePolicy(_Section):
             if capability_name(name) not in managed.capabilities:
                 raise _not_allowed(f"the capability {name}", "managed.capabilities", managed.capabilities)
         for device in devices:
-            if device not in managed.devices:
+            if not any(fnmatchcase(device, pattern) for pattern in managed.devices):
                 raise _not_allowed(f"the device {device}", "managed.devices", managed.devices)
         if host_network and not managed.host_network:
             raise _not_allowed("the host's network", "managed.host_network", ("false",))

@@ -1,22 +1,27 @@
-"""Whether a managed container is ready: by a connection, an HTTP answer, or a line of its log.
-
-Probes go to the container's own address: the engine's port proxy accepts connections on a published port
-before anything listens behind it.
-"""
+"""Waits until a managed container is ready: by a connection, an HTTP answer, a program inside it, or its log."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 
-from agent_core.container_spec import HttpReady, ManagedSpec, Readiness
+from agent_core.container_spec import ManagedSpec
+from agent_core.probes import Readiness, ask
 from agent_core.runtimes.base import Runtime
-from outrider.errors import PermanentError
+from outrider.errors import Conflict, PermanentError
 
 _INTERVAL_S = 0.1
-_PROBE_TIMEOUT_S = 2.0
+_EXEC_INTERVAL_S = 0.5
 _LAST_LINES = 20
 _LAST_BYTES = 4096
+
+
+@dataclass
+class _Why:
+    """What was wrong when it was last asked."""
+
+    text: str
 
 
 async def wait_ready(
@@ -28,7 +33,8 @@ async def wait_ready(
     """
     ready = spec.ready
     timeout_s = ready.timeout_s if ready else settle_s
-    probe = asyncio.create_task(_probe(runtime, container, spec, ready, ports))
+    wrong = _Why("it was not asked yet")
+    probe = asyncio.create_task(_probe(runtime, container, spec, ready, ports, wrong))
     ended = asyncio.create_task(runtime.exited(container))
     try:
         done, _ = await asyncio.wait({probe, ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -37,11 +43,11 @@ async def wait_ready(
             return
         if ended in done:
             end = ended.result()
-            if ready is None and end.exit_code == 0 and spec.restart in ("no", "on-failure"):
+            if ready is None and end.exit_code == 0 and spec.restart.policy in ("no", "on-failure"):
                 return  # a container without a probe may be short
-            why = "was killed for want of memory" if end.oom_killed else f"ended with exit code {end.exit_code}"
+            how = "was killed for want of memory" if end.oom_killed else f"ended with exit code {end.exit_code}"
             raise PermanentError(
-                f"the container {spec.name} {why} before it was ready{await last_lines(runtime, container)}",
+                f"the container {spec.name} {how} before it was ready{await last_lines(runtime, container)}",
                 code="not_ready",
             )
     finally:
@@ -52,7 +58,7 @@ async def wait_ready(
         return
     raise PermanentError(
         f"the container {spec.name} was not ready within {ready.timeout_s:g} s "
-        f"({_describe(ready)}){await last_lines(runtime, container)}",
+        f"({f'its log has no {ready.log!r}' if ready.log else wrong.text}){await last_lines(runtime, container)}",
         code="not_ready",
     )
 
@@ -68,22 +74,23 @@ async def last_lines(runtime: Runtime, container: str, lines: int = _LAST_LINES)
 
 
 async def _probe(
-    runtime: Runtime, container: str, spec: ManagedSpec, ready: Readiness | None, ports: dict[str, int]
+    runtime: Runtime, container: str, spec: ManagedSpec, ready: Readiness | None, ports: dict[str, int], why: _Why
 ) -> None:
     if ready is None:
         await asyncio.Event().wait()  # only the time counts
     elif ready.log is not None:
         await _log_line(runtime, container, ready.log.encode())
     else:
-        name = (ready.tcp or ready.http).port  # type: ignore[union-attr]  # one of them, by Readiness._one
-        inside = next(port.container for port in spec.ports if port.name == name) or ports[name]
+        numbers = spec.numbers(ports)
         while True:
             info = await runtime.inspect(container)
-            address = info.ip_address or "127.0.0.1"
-            number = ports[name] if spec.network == "host" else inside
-            if await (_http(address, number, ready.http) if ready.http else _tcp(address, number)):
+            try:
+                why.text = await ask(runtime, container, info.ip_address or "127.0.0.1", numbers, ready)
+            except Conflict as error:
+                why.text = str(error)  # it does not run (yet, or any more): whether it has ended is seen elsewhere
+            if not why.text:
                 return
-            await asyncio.sleep(_INTERVAL_S)
+            await asyncio.sleep(_EXEC_INTERVAL_S if ready.exec else _INTERVAL_S)
 
 
 async def _log_line(runtime: Runtime, container: str, wanted: bytes) -> None:
@@ -96,38 +103,3 @@ async def _log_line(runtime: Runtime, container: str, wanted: bytes) -> None:
                 return
             window = window[-len(wanted) :]
     await asyncio.Event().wait()  # the log has ended: whether the container has, is seen elsewhere
-
-
-async def _tcp(address: str, port: int) -> bool:
-    try:
-        async with asyncio.timeout(_PROBE_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(address, port)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True
-
-
-async def _http(address: str, port: int, probe: HttpReady) -> bool:
-    """One GET over HTTP/1.0: only the status line counts."""
-    try:
-        async with asyncio.timeout(_PROBE_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(address, port)
-            try:
-                writer.write(f"GET {probe.path} HTTP/1.0\r\nHost: {address}:{port}\r\n\r\n".encode())
-                await writer.drain()
-                line = await reader.readline()
-            finally:
-                writer.close()
-        status = int(line.split()[1])
-    except (OSError, TimeoutError, ValueError, IndexError):
-        return False
-    return status == probe.status if probe.status else 200 <= status < 400
-
-
-def _describe(ready: Readiness) -> str:
-    if ready.tcp:
-        return f"nothing accepted a connection on its port {ready.tcp.port}"
-    if ready.http:
-        return f"port {ready.http.port} did not answer GET {ready.http.path} as it should"
-    return f"its log has no {ready.log!r}"

@@ -30,19 +30,21 @@ from typing import Any
 import grpc
 import structlog
 
+from agent_core.container_spec import NEXT, PREVIOUS
 from agent_core.containers import DEFAULT_GRACE_S
 from agent_core.damage import REBUILD
 from agent_core.identities import FIRST_UID, LAST_UID
+from agent_core.replacing import ports_of
 from agent_core.runner import RunEngine
 from agent_core.runtimes.base import (
     LABEL_ATTEMPT,
     LABEL_BOOT,
     LABEL_LEASE,
     LABEL_OBJECT,
-    LABEL_PORTS,
     LABEL_RUN,
     LABEL_SPEC,
     LABEL_STEP,
+    LABEL_SUPERVISION,
     ContainerInfo,
 )
 from agent_core.services import Services
@@ -349,19 +351,22 @@ def _managed_changes(root: Path, info: ContainerInfo) -> list[Change]:
     row = (
         info.name,
         labels.get(LABEL_SPEC, ""),
+        # One that was to take another's place, or to leave its own: what becomes of it is settled once this is over.
+        "starting" if info.name.endswith(NEXT) else "aside" if info.name.endswith(PREVIOUS) else "ready",
         labels.get(LABEL_RUN, ""),
         labels.get(LABEL_STEP, ""),
         int(attempt) if attempt.isdecimal() else 0,
         labels.get(LABEL_OBJECT) or None,
         DEFAULT_GRACE_S,
+        labels.get(LABEL_SUPERVISION, "{}"),
     )
     sql = (
-        "INSERT OR IGNORE INTO managed (name, digest, state, run_id, step, attempt, object_ref, grace_s)"
-        " VALUES (?, ?, 'ready', ?, ?, ?, ?, ?)"
+        "INSERT OR IGNORE INTO managed (name, digest, state, run_id, step, attempt, object_ref, grace_s, supervision)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
     )
     changes = [_statement(sql, row)]
     sql = "INSERT OR IGNORE INTO port_leases (port, protocol, owner, name) VALUES (?, ?, ?, ?)"
-    for name, port, protocol in _ports_of(info):
+    for name, port, protocol in ports_of(info):
         changes.append(_statement(sql, (port, protocol, info.name, name)))
     sql = "INSERT OR IGNORE INTO volume_uses (path, container) VALUES (?, ?)"
     for mount in info.mounts:
@@ -373,16 +378,3 @@ def _managed_changes(root: Path, info: ContainerInfo) -> list[Change]:
 
 def _statement(sql: str, row: Sequence[Any]) -> Change:
     return lambda db: db.execute(sql, row)
-
-
-def _ports_of(info: ContainerInfo) -> list[tuple[str, int, str]]:
-    """Name, host port and protocol of each port: as its label says, else as the engine has them."""
-    found = []
-    for item in filter(None, info.labels.get(LABEL_PORTS, "").split(",")):
-        name, _, rest = item.partition("=")
-        port, _, protocol = rest.partition("/")
-        if port.isdecimal():
-            found.append((name, int(port), protocol))
-    if found:
-        return found
-    return [(each.name or f"port-{each.host}-{each.protocol}", each.host, each.protocol) for each in info.ports]

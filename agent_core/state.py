@@ -90,7 +90,7 @@ ALTER TABLE attempts ADD COLUMN masked INTEGER NOT NULL DEFAULT 1; -- its log is
 
 def migrations() -> list[str]:
     """All scripts of the agent's journal, in the order in which they came; never edited, only added to."""
-    from agent_core import containers, identities, netpool, ports, volumes
+    from agent_core import execs, identities, managed_rows, netpool, ports, volumes
 
     return [
         MIGRATION,
@@ -100,9 +100,12 @@ def migrations() -> list[str]:
         ports.MIGRATION,
         volumes.MIGRATION,
         netpool.MIGRATION,
-        containers.MIGRATION,
+        managed_rows.MIGRATION,
         EXITS_AND_TIME,
         MASKED,
+        ports.RELEASING,
+        managed_rows.SUPERVISION,
+        execs.MIGRATION,
     ]
 
 

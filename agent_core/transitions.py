@@ -54,11 +54,19 @@ class Transition(Enum):
     IDENTITY_RELEASED = "identity_released"
     PORTS_LEASED = "ports_leased"
     PORTS_RELEASED = "ports_released"
+    PORTS_FREED = "ports_freed"  # the kernel has let go of them
     NETWORK_LEASED = "network_leased"
     NETWORK_RETURNED = "network_returned"  # pause containers that are gone
     MANAGED_STARTING = "managed_starting"  # a managed container is about to be made
     MANAGED_READY = "managed_ready"
+    MANAGED_REPLACING = "managed_replacing"  # the former one is about to be stopped and set aside
+    MANAGED_BROUGHT_BACK = "managed_brought_back"  # the one that was to replace it did not get ready
+    MANAGED_SWITCHING = "managed_switching"  # the one beside it is ready: from here on it takes the former one's place
+    MANAGED_SWITCHED = "managed_switched"
+    MANAGED_RESTARTING = "managed_restarting"  # it does not work any more, and is about to be restarted or given up
     MANAGED_REMOVED = "managed_removed"
+    EXEC_INTENDED = "exec_intended"  # a program is about to be run inside a managed container
+    EXEC_FORGOTTEN = "exec_forgotten"
 
     # The journal itself.
     DAMAGE_NOTED = "damage_noted"  # this journal took the place of one that was lost, and is to be rebuilt

@@ -65,7 +65,7 @@ class Demultiplexer:
 
 @contextlib.asynccontextmanager
 async def hijack(
-    socket_path: str, target: str, timeout_s: float
+    socket_path: str, target: str, timeout_s: float, body: Json | None = None
 ) -> AsyncIterator[AsyncIterator[tuple[StreamName, bytes]]]:
     """POST ``target`` and take the connection over: yields what the container writes until it ends.
 
@@ -73,9 +73,11 @@ async def hijack(
     """
     reader, writer = await connect(socket_path)
     try:
+        payload = b"" if body is None else json.dumps(body).encode()
         writer.write(
             f"POST {target} HTTP/1.1\r\nHost: docker\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
-            "Content-Length: 0\r\n\r\n".encode()
+            f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
+            + payload
         )
         try:
             async with asyncio.timeout(timeout_s):

@@ -79,7 +79,8 @@ def create_body(spec: ContainerSpec, *, has_init: bool = False) -> Json:
         "Init": spec.init and has_init,
         "GroupAdd": [str(group) for group in spec.groups],
         "Devices": [
-            {"PathOnHost": device, "PathInContainer": device, "CgroupPermissions": "rwm"} for device in spec.devices
+            {"PathOnHost": each.host, "PathInContainer": each.container, "CgroupPermissions": each.permissions}
+            for each in spec.devices
         ],
         "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
         "RestartPolicy": {
@@ -125,6 +126,8 @@ def create_body(spec: ContainerSpec, *, has_init: bool = False) -> Json:
         body["WorkingDir"] = spec.workdir
     if spec.stop_signal is not None:
         body["StopSignal"] = spec.stop_signal
+    if spec.aliases:
+        body["NetworkingConfig"] = {"EndpointsConfig": {spec.network: {"Aliases": list(spec.aliases)}}}
     if spec.ports:
         bindings: dict[str, list[dict[str, str]]] = {}
         for port in spec.ports:
@@ -263,10 +266,16 @@ def translate_answer(status: int, message: str, doing: str, subject: str) -> Out
         return PermanentError(f"{subject} can't be started: {_plain(message)}", code="mount_missing")
     if status == 404 and "no such image" in lower:
         return image_not_found(subject if doing == "find the image" else _image_in(message, subject))
+    if status == 404 and "no such exec instance" in lower:
+        return NotFound(f"the container engine does not know the execution {subject} any more", code="exec_not_found")
     if status == 404 and "network" in lower:
         return NotFound(f"the engine's network that {subject} needs is gone: {message}", code="network_not_found")
     if status == 404:
         return NotFound(f"there is no container {subject} on this node", code="container_not_found")
+    if status == 409 and "exec" in lower and "already" in lower:
+        return Conflict(f"the execution {subject} was started before", code="exec_started")
+    if "pool overlaps" in lower or "invalid pool request" in lower:
+        return Conflict(f"{subject}: its addresses are used by another network", code="subnet_taken")
     if status == 409 and "is already in use by container" in lower:
         return Conflict(f"there is a container named {subject} on this node already", code="name_taken")
     if status == 409 and "marked for removal" in lower:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 StreamName = Literal["stdout", "stderr"]
@@ -26,6 +27,9 @@ LABEL_BOOT = "outrider.boot"  # EngineInfo.boot of the engine that a step's cont
 LABEL_PORTS = "outrider.ports"  # a managed container's leased ports: "game=27001/udp,http=27002/tcp"
 LABEL_IMAGE = "outrider.image"  # the image as it was named, where the container was made from its id
 LABEL_NAME = "outrider.name"  # a managed container's name as the pipeline gave it
+LABEL_NETWORK = "outrider.network"  # the private network of its object that a managed container is on
+LABEL_SUPERVISION = "outrider.supervision"  # how a managed container is watched once it is ready; JSON
+LABEL_PREFIX = "outrider."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,11 @@ class ContainerSpec:
     groups: tuple[int, ...] = ()  # further group ids
     workdir: str | None = None
     network: str = "none"  # "none", "container:<id>", a network's name, "host"
+    aliases: tuple[str, ...] = ()  # further names on that network
     read_only_root: bool = True
     tmp_size_bytes: int = 64 * 1024**2  # /tmp as a tmpfs of this size; 0: none
     cap_add: tuple[str, ...] = ()  # everything is dropped first
-    devices: tuple[str, ...] = ()
+    devices: tuple[Device, ...] = ()
     memory_bytes: int | None = None
     cpus: float | None = None
     pids: int | None = None
@@ -81,6 +86,15 @@ class ContainerSpec:
     init: bool = (
         False  # a small init as PID 1, where the engine has one: PID 1 alone ignores signals it has no handler for
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of the host. ``permissions``: some of "r", "w" and "m" (make device nodes)."""
+
+    host: str
+    container: str
+    permissions: str = "rw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +196,16 @@ class NetworkGuard:
     resolvers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ExecInfo:
+    """A program that was run inside a container. ``exit_code`` is None until it has ended; ``pid`` is the host's."""
+
+    container_id: str
+    running: bool
+    exit_code: int | None
+    pid: int
+
+
 class Runtime(Protocol):
     """A container engine. Every method may raise EngineUnavailable; NotFound where a name is unknown."""
 
@@ -208,6 +232,20 @@ class Runtime(Protocol):
         back what is gone. NotFound without such a network; PolicyViolation if it can't be done here.
         """
 
+    async def ensure_private_network(self, name: str, *, labels: Mapping[str, str], subnets: Sequence[str]) -> None:
+        """A network whose containers reach one another and nothing else, on the first subnet that is free.
+
+        Idempotent. Raises TemporaryError if none of the subnets is free."""
+
+    async def connect(self, network: str, container: str, *, aliases: Sequence[str]) -> None:
+        """Put a container on one more network, where others find it by its aliases. Idempotent."""
+
+    async def remove_network(self, name: str) -> None:
+        """Remove; one that is gone already is no error. Conflict if a container that runs is on it."""
+
+    async def list_networks(self, *, labels: Mapping[str, str]) -> list[str]:
+        """The names of the networks that have all these labels."""
+
     async def create(self, spec: ContainerSpec) -> str:
         """Create, not start; returns the id. Conflict if the name is taken."""
 
@@ -224,6 +262,9 @@ class Runtime(Protocol):
     async def remove(self, container: str, *, force: bool = False) -> None:
         """Remove; one that is already gone is no error. Conflict if it runs and not ``force``."""
 
+    async def rename(self, container: str, name: str) -> None:
+        """Another name. Conflict if it is taken."""
+
     async def inspect(self, container: str) -> ContainerInfo: ...
 
     async def list(self, *, labels: Mapping[str, str] | None = None, all: bool = True) -> list[ContainerInfo]:
@@ -239,6 +280,25 @@ class Runtime(Protocol):
         self, container: str, *, follow: bool = False, tail: int | None = None
     ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
         """The engine's own log from its beginning (or its last ``tail`` lines), byte-exact."""
+
+    async def exec_create(
+        self,
+        container: str,
+        args: Sequence[str],
+        *,
+        env: Mapping[str, str] = MappingProxyType({}),
+        workdir: str | None = None,
+        user: str | None = None,
+    ) -> str:
+        """Prepare to run a program inside a running container, with no more rights than the container has;
+        returns the id of the execution. Conflict if the container does not run."""
+
+    def exec_start(self, execution: str) -> AbstractAsyncContextManager[AsyncIterator[tuple[StreamName, bytes]]]:
+        """Run what was prepared, and read its output until it ends. Conflict if it was started before: what was
+        asked for once is done once, whoever asks again."""
+
+    async def exec_inspect(self, execution: str) -> ExecInfo:
+        """How it is with it. NotFound if the engine does not know it (any more)."""
 
     async def exited(self, container: str, *, boot: str = "") -> Exit:
         """Wait until the container has run and does not run any more, known from the one event stream.

@@ -13,7 +13,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -29,13 +30,14 @@ from agent_core.runtimes.base import (
     ContainerSpec,
     EngineEvent,
     EngineInfo,
+    ExecInfo,
     Exit,
     ImageInfo,
     NetworkGuard,
     PullProgress,
     StreamName,
 )
-from outrider.errors import Conflict, NotFound, PolicyViolation
+from outrider.errors import Conflict, NotFound, OutriderError, PolicyViolation, TemporaryError
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 _CALL_TIMEOUT_S = 60.0
@@ -108,6 +110,57 @@ class DockerRuntime:
             )
         await guard_bridge(network_id, bridge, guard)
 
+    async def ensure_private_network(self, name: str, *, labels: Mapping[str, str], subnets: Sequence[str]) -> None:
+        doing = "make the network"
+        async with self._network_lock:
+            with contextlib.suppress(NotFound):
+                await self._http.call("GET", f"/networks/{quote(name)}", doing=doing, subject=name)
+                return
+            for subnet in subnets:
+                body = {
+                    "Name": name,
+                    "Driver": "bridge",
+                    "Internal": True,
+                    # Linux allows an interface's name 15 characters; packet filters know these by their beginning.
+                    "Options": {"com.docker.network.bridge.name": name[:15]},
+                    "IPAM": {"Driver": "default", "Config": [{"Subnet": subnet}]},
+                    "CheckDuplicate": True,
+                    "Labels": dict(labels),
+                }
+                try:
+                    await self._http.call("POST", "/networks/create", doing=doing, subject=name, body=body)
+                except Conflict as error:
+                    if error.code != "subnet_taken":
+                        raise
+                    continue
+                return
+        raise TemporaryError(
+            f"no addresses are free for the network {name}",
+            code="subnets_exhausted",
+            hint="widen `managed.private_subnets` in the node's policy",
+        )
+
+    async def connect(self, network: str, container: str, *, aliases: Sequence[str]) -> None:
+        body = {"Container": container, "EndpointConfig": {"Aliases": list(aliases)}}
+        path = f"/networks/{quote(network)}/connect"
+        try:
+            await self._http.call("POST", path, doing="connect", subject=container, body=body)
+        except OutriderError as error:
+            if "already exists in network" not in error.message:
+                raise
+
+    async def remove_network(self, name: str) -> None:
+        with contextlib.suppress(NotFound):
+            await self._http.call("DELETE", f"/networks/{quote(name)}", doing="remove the network", subject=name)
+
+    async def list_networks(self, *, labels: Mapping[str, str]) -> list[str]:
+        wanted = [f"{name}={value}" if value else name for name, value in labels.items()]
+        parameters = {"filters": {"label": wanted}}
+        items: list[Json] = await self._http.call(
+            "GET", "/networks", doing="list", subject="networks", parameters=parameters
+        )
+        return [str(item["Name"]) for item in items]
+
     # -- containers
 
     async def create(self, spec: ContainerSpec) -> str:
@@ -144,6 +197,9 @@ class DockerRuntime:
         except Conflict as error:
             if "already in progress" not in error.message:
                 raise
+
+    async def rename(self, container: str, name: str) -> None:
+        await self._do("rename", container, name=name)
 
     async def inspect(self, container: str) -> ContainerInfo:
         answer = await self._http.call(
@@ -191,6 +247,52 @@ class DockerRuntime:
         ):
             async for piece in pieces:
                 yield piece
+
+    async def exec_create(
+        self,
+        container: str,
+        args: Sequence[str],
+        *,
+        env: Mapping[str, str] = MappingProxyType({}),
+        workdir: str | None = None,
+        user: str | None = None,
+    ) -> str:
+        body: Json = {
+            "AttachStdout": True,
+            "AttachStderr": True,
+            "Cmd": list(args),
+            "Env": [f"{name}={value}" for name, value in env.items()],
+            "Privileged": False,
+        }
+        if workdir is not None:
+            body["WorkingDir"] = workdir
+        if user is not None:
+            body["User"] = user
+        path = f"/containers/{_path(container)}/exec"
+        answer = await self._http.call("POST", path, doing="run a program in", subject=container, body=body)
+        return str(answer["Id"])
+
+    @contextlib.asynccontextmanager
+    async def exec_start(self, execution: str) -> AsyncIterator[AsyncIterator[tuple[StreamName, bytes]]]:
+        target = f"{await self._http.prefix()}/exec/{execution}/start"
+        body = {"Detach": False, "Tty": False}
+        try:
+            async with streams.hijack(self._socket, target, self._timeout_s, body) as output:
+                yield output
+        except streams.HijackRefused as error:
+            raise wire.translate_answer(error.status, error.message, "run a program in", execution[:12]) from error
+        except (ConnectionError, FileNotFoundError) as error:
+            raise wire.unavailable(self._http.url, error) from error
+
+    async def exec_inspect(self, execution: str) -> ExecInfo:
+        answer = await self._http.call("GET", f"/exec/{_path(execution)}/json", doing="look at", subject=execution[:12])
+        code = answer.get("ExitCode")
+        return ExecInfo(
+            container_id=str(answer.get("ContainerID", "")),
+            running=bool(answer.get("Running")),
+            exit_code=None if code is None else int(code),
+            pid=int(answer.get("Pid") or 0),
+        )
 
     async def exited(self, container: str, *, boot: str = "") -> Exit:
         if not _CONTAINER_ID.fullmatch(container):

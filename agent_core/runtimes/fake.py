@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 from agent_core.runtimes.base import (
     ContainerInfo,
     ContainerSpec,
     EngineEvent,
     EngineInfo,
+    ExecInfo,
     Exit,
     ImageInfo,
     NetworkGuard,
@@ -55,6 +57,8 @@ class FakeProcess:
 
 
 Program = Callable[[FakeProcess], Awaitable[int]]
+Executed = Callable[[FakeProcess, Sequence[str]], Awaitable[tuple[int, bytes]]]
+"""A program run inside a container: exit code and what it prints."""
 
 
 @dataclass
@@ -67,6 +71,14 @@ class _Container:
     removed: bool = False
 
 
+@dataclass
+class _Execution:
+    container: _Container
+    args: tuple[str, ...]
+    started: bool = False
+    exit_code: int | None = None
+
+
 class FakeRuntime:
     """Keeps the `Runtime` protocol. ``images``: what exists beside the keys of ``programs``; ``None``: every image.
 
@@ -77,6 +89,10 @@ class FakeRuntime:
 
     def __init__(self, programs: Mapping[str, Program] | None = None, *, images: set[str] | None = None) -> None:
         self.programs: dict[str, Program] = dict(programs or {})
+        self.executed: dict[str, Executed] = {}  # by the first argument; without one it ends at once with code 0
+        self.private_networks: dict[str, dict[str, str]] = {}  # labels by name
+        self.connections: dict[str, dict[str, tuple[str, ...]]] = {}  # aliases by container's name, by network
+        self._executions: dict[str, _Execution] = {}
         self.images = images
         self.registry: set[str] = set()  # what can be pulled beside them
         self.tags: dict[str, str] = {}  # further names of images
@@ -148,6 +164,25 @@ class FakeRuntime:
         if name not in self.networks:
             raise NotFound(f"there is no network {name}", code="network_not_found")
         self.guards[name] = guard
+
+    async def ensure_private_network(self, name: str, *, labels: Mapping[str, str], subnets: Sequence[str]) -> None:
+        self._call("ensure_private_network", name)
+        self.private_networks.setdefault(name, dict(labels))
+
+    async def connect(self, network: str, container: str, *, aliases: Sequence[str]) -> None:
+        self._call("connect", container)
+        if network not in self.private_networks:
+            raise NotFound(f"there is no network {network}", code="network_not_found")
+        self.connections.setdefault(network, {})[self._find(container).info.name] = tuple(aliases)
+
+    async def remove_network(self, name: str) -> None:
+        self._call("remove_network", name)
+        self.private_networks.pop(name, None)
+        self.connections.pop(name, None)
+
+    async def list_networks(self, *, labels: Mapping[str, str]) -> list[str]:
+        self._call("list_networks", "")
+        return [name for name, have in self.private_networks.items() if all_labels(have, labels)]
 
     async def create(self, spec: ContainerSpec) -> str:
         self._call("create", spec.name)
@@ -230,6 +265,14 @@ class FakeRuntime:
         found.process.notify()
         self._publish("destroy", found)
 
+    async def rename(self, container: str, name: str) -> None:
+        self._call("rename", container)
+        found = self._find(container)
+        if any(each.info.name == name for each in self._containers.values()):
+            raise Conflict(f"there is a container named {name} already", code="name_taken")
+        found.info = replace(found.info, name=name)
+        self._answer("rename", name)
+
     async def inspect(self, container: str) -> ContainerInfo:
         self._call("inspect", container)
         return self._find(container).info
@@ -257,6 +300,39 @@ class FakeRuntime:
         position = 0 if tail is None else max(0, len(found.process.log) - tail)
         async for item in self._output(found, position=position, follow=follow):
             yield item
+
+    async def exec_create(
+        self,
+        container: str,
+        args: Sequence[str],
+        *,
+        env: Mapping[str, str] = MappingProxyType({}),
+        workdir: str | None = None,
+        user: str | None = None,
+    ) -> str:
+        self._call("exec_create", container)
+        found = self._find(container)
+        if found.info.state != "running":
+            raise Conflict(f"the container {found.info.name} is not running", code="container_busy")
+        execution = f"{next(self._ids):064x}"
+        self._executions[execution] = _Execution(found, tuple(args))
+        return execution
+
+    @asynccontextmanager
+    async def exec_start(self, execution: str) -> AsyncIterator[AsyncIterator[tuple[StreamName, bytes]]]:
+        found = self._executions[execution]
+        self._call("exec_start", found.container.info.name)
+        if found.started:
+            raise Conflict("it was started before", code="exec_started")
+        found.started = True
+        yield self._carry_out(found)
+
+    async def exec_inspect(self, execution: str) -> ExecInfo:
+        found = self._executions.get(execution)
+        if found is None:
+            raise NotFound("no such execution", code="exec_not_found")
+        running = found.started and found.exit_code is None
+        return ExecInfo(found.container.info.id, running, found.exit_code, 0)
 
     async def exited(self, container: str, *, boot: str = "") -> Exit:
         found = self._find(container)
@@ -297,6 +373,13 @@ class FakeRuntime:
         container.ended.set()
         container.process.notify()
         self._publish("die", container)
+
+    async def _carry_out(self, execution: _Execution) -> AsyncGenerator[tuple[StreamName, bytes], None]:
+        program = self.executed.get(execution.args[0])
+        code, said = (0, b"") if program is None else await program(execution.container.process, execution.args)
+        execution.exit_code = code
+        if said:
+            yield "stdout", said
 
     async def _output(
         self, container: _Container, *, position: int, follow: bool

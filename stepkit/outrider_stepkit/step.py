@@ -133,8 +133,12 @@ class Step:
         self.secrets.add(value)
         return value
 
-    def control(self) -> ControlClient:
-        """The control socket of this attempt. Fails where the step type's plan did not ask for it."""
+    def control(self, *, patience_s: float = 60.0) -> ControlClient:
+        """The control socket of this attempt. Fails where the step type's plan did not ask for it.
+
+        ``patience_s``: how long it may be away (the agent restarts) before a call fails; ``math.inf`` leaves that to
+        the step's timeout.
+        """
         from outrider_stepkit.control import ControlClient
 
         path = self._environ.get("OUTRIDER_CONTROL")
@@ -142,7 +146,7 @@ class Step:
             raise StepFailure(
                 'this step has no control socket: its plan must say control="containers"', code="no_control"
             )
-        return ControlClient(path)
+        return ControlClient(path, patience_s=patience_s)
 
     def report_failure(self, failure: StepFailure) -> None:
         """Write down the cause of a failure, for the agent. ``main`` calls it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_core import containers, identities, netpool, ports, volumes
+from agent_core import state
 from agent_core.containers import Containers
 from agent_core.identities import Identities
 from agent_core.journal import Journal
@@ -67,7 +67,7 @@ async def node(runtime: DockerRuntime, policy: NodePolicy, state_dir: Path) -> A
     node_id = f"test-{secrets.token_hex(6)}"
     journal = Journal(
         state_dir / "journal.db",
-        [identities.MIGRATION, ports.MIGRATION, volumes.MIGRATION, netpool.MIGRATION, containers.MIGRATION],
+        state.migrations(),
     )
     users = Identities(journal)
     leases = Ports(journal, policy.ports.range)

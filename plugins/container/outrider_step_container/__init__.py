@@ -1,13 +1,19 @@
-"""The step types ``container.start``, ``container.stop``, ``container.restart`` and ``container.run``.
+"""The step types ``container.start``, ``stop``, ``restart``, ``exec``, ``wait``, ``logs`` and ``container.run``.
 
-The first three are programs that speak the control interface of the agent; ``container.run`` is the image
+All but the last are programs that speak the control interface of the agent; ``container.run`` is the image
 itself, run as the step.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from outrider.steps import Resources, StepContext, StepPlan, StepType, hookimpl
 from outrider_step_container._models import (
+    ExecOutputs,
+    ExecParams,
+    LogsOutputs,
+    LogsParams,
     RestartParams,
     RunOutputs,
     RunParams,
@@ -15,6 +21,8 @@ from outrider_step_container._models import (
     StartParams,
     StateOutputs,
     StopParams,
+    WaitOutputs,
+    WaitParams,
 )
 
 __version__ = "0.1.0"
@@ -30,20 +38,36 @@ _RESOURCES = Resources(memory_bytes=96 * 1024**2, pids=32)
 
 def resolve_start(params: StartParams, context: StepContext) -> StepPlan:
     """The plan of ``container.start``."""
-    inputs = {"request": params.as_request(), "env_from": params.env_from}
-    return StepPlan(image=IMAGE, args=("start",), control="containers", resources=_RESOURCES, inputs=inputs)
+    return _controlling("start", params.as_inputs())
 
 
 def resolve_stop(params: StopParams, context: StepContext) -> StepPlan:
     """The plan of ``container.stop``."""
-    inputs = params.model_dump(mode="json")
-    return StepPlan(image=IMAGE, args=("stop",), control="containers", resources=_RESOURCES, inputs=inputs)
+    return _controlling("stop", params.model_dump(mode="json"))
 
 
 def resolve_restart(params: RestartParams, context: StepContext) -> StepPlan:
     """The plan of ``container.restart``."""
-    inputs = params.model_dump(mode="json")
-    return StepPlan(image=IMAGE, args=("restart",), control="containers", resources=_RESOURCES, inputs=inputs)
+    return _controlling("restart", params.model_dump(mode="json"))
+
+
+def resolve_exec(params: ExecParams, context: StepContext) -> StepPlan:
+    """The plan of ``container.exec``."""
+    return _controlling("exec", params.model_dump(mode="json"))
+
+
+def resolve_wait(params: WaitParams, context: StepContext) -> StepPlan:
+    """The plan of ``container.wait``."""
+    return _controlling("wait", params.model_dump(mode="json"))
+
+
+def resolve_logs(params: LogsParams, context: StepContext) -> StepPlan:
+    """The plan of ``container.logs``."""
+    return _controlling("logs", params.model_dump(mode="json"))
+
+
+def _controlling(action: str, inputs: dict[str, Any]) -> StepPlan:
+    return StepPlan(image=IMAGE, args=(action,), control="containers", resources=_RESOURCES, inputs=inputs)
 
 
 def resolve_run(params: RunParams, context: StepContext) -> StepPlan:
@@ -62,7 +86,7 @@ def resolve_run(params: RunParams, context: StepContext) -> StepPlan:
 
 @hookimpl
 def outrider_step_types() -> list[StepType]:
-    """Starting and stopping twice does no harm; a restart, and whatever an image does, may."""
+    """Starting and stopping twice does no harm; a restart, and whatever a program or an image does, may."""
     return [
         StepType(
             name="container.start",
@@ -86,6 +110,29 @@ def outrider_step_types() -> list[StepType]:
             params=RestartParams,
             outputs=StateOutputs,
             resolve=resolve_restart,
+        ),
+        StepType(
+            name="container.exec",
+            description="Run a program inside a managed container of this object or run",
+            params=ExecParams,
+            outputs=ExecOutputs,
+            resolve=resolve_exec,
+        ),
+        StepType(
+            name="container.wait",
+            description="Wait until a managed container of this object or run has ended",
+            params=WaitParams,
+            outputs=WaitOutputs,
+            resolve=resolve_wait,
+            idempotent=True,
+        ),
+        StepType(
+            name="container.logs",
+            description="Write the log of a managed container of this object or run to a file",
+            params=LogsParams,
+            outputs=LogsOutputs,
+            resolve=resolve_logs,
+            idempotent=True,
         ),
         StepType(
             name="container.run",

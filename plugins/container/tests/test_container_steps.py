@@ -36,7 +36,7 @@ def test_start_asks_for_control_and_says_what_the_agent_understands() -> None:
     assert (made.control, made.args, made.network) == ("containers", ("start",), "none")
     assert made.inputs is not None
     request = dict(made.inputs["request"])
-    assert request.pop("replace") is False
+    assert request.pop("replace") == "no"
     spec = ManagedSpec.parse(request)  # the agent's own model takes it
     assert spec.ready is not None
     assert spec.ready.timeout_s == 90
@@ -88,5 +88,8 @@ def test_only_what_does_no_harm_twice_is_idempotent() -> None:
         "container.start": True,
         "container.stop": True,
         "container.restart": False,
+        "container.exec": False,
+        "container.wait": True,
+        "container.logs": True,
         "container.run": False,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_core import containers, identities, netpool, ports, volumes
+from agent_core import state
 from agent_core.container_spec import ContainerScope, GrantedVolume
 from agent_core.containers import Containers
 from agent_core.identities import Identities
@@ -17,8 +17,6 @@ from agent_core.policy import NodePolicy
 from agent_core.ports import Ports
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.volumes import Volumes
-
-MIGRATIONS = [identities.MIGRATION, ports.MIGRATION, volumes.MIGRATION, netpool.MIGRATION, containers.MIGRATION]
 
 
 async def game(process: FakeProcess) -> int:
@@ -47,7 +45,7 @@ class Parts:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Journal]:
-    journal = Journal(tmp_path / "journal.db", MIGRATIONS)
+    journal = Journal(tmp_path / "journal.db", state.migrations())
     yield journal
     journal.close()
 

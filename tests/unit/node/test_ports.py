@@ -12,7 +12,7 @@ from outrider.errors import Conflict, InvalidInput, TemporaryError
 
 
 async def test_leases_are_distinct_and_last_until_released(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j.db", [ports.MIGRATION])
+    journal = Journal(tmp_path / "j.db", [ports.MIGRATION, ports.RELEASING])
     leases = Ports(journal, (28800, 28819))
     first = await leases.lease("a", [PortWish("game", "udp"), PortWish("http")])
     second = await leases.lease("b", [PortWish("game", "udp")])
@@ -20,7 +20,7 @@ async def test_leases_are_distinct_and_last_until_released(tmp_path: Path) -> No
     assert await leases.lease("a", [PortWish("game", "udp"), PortWish("http")]) == first
     journal.close()
 
-    journal = Journal(tmp_path / "j.db", [ports.MIGRATION])  # the agent comes back
+    journal = Journal(tmp_path / "j.db", [ports.MIGRATION, ports.RELEASING])  # the agent comes back
     leases = Ports(journal, (28800, 28819))
     assert leases.held("a") == first
     await leases.release("a")
