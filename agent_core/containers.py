@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import socket
 import time
@@ -213,8 +212,9 @@ class Containers:
     ) -> Started:
         """Start a container, or adopt the one of this name if it was made from the same specification.
 
-        ``tell`` hears how the pull of its image goes on. One made from another specification is a Conflict, or gives way as ``replace`` says (`agent_core.replacing`).
-        What does not get ready is removed again, and the error has its last log lines.
+        ``tell`` hears how the pull of its image goes on. One made from another specification is a Conflict, or gives
+        way as ``replace`` says (`agent_core.replacing`). What does not get ready is removed again, and the error has
+        its last log lines.
         """
         order = self._order(spec, scope)
         found = await self._find(spec.name)
@@ -424,8 +424,12 @@ class Containers:
     async def recover(self) -> None:
         """Go on with what a former agent left in the middle of, unless its attempt is still to do that itself."""
         for row in self.rows.unfinished():
-            if row.state != "starting" or self.rows.attempt_is_over(row):
+            if row.state != "starting" or self.rows.attempt_is_over(row.run_id, row.step, row.attempt):
                 await self._undo(row)
+        for owner in self._execs.owners():
+            run_id, step, attempt = owner.rsplit("/", 2)
+            if self.rows.attempt_is_over(run_id, step, int(attempt)):
+                await self._execs.end(owner)
         await self._networks.collect()
         for name in await asyncio.to_thread(self._files.names):
             async with self._alone(name):

@@ -145,7 +145,7 @@ class Execs:
         if running is None:
             running = await self._begin(key, digest, container_id, request, secret_values, known)
         position = running.dropped
-        whole = known is None and position == 0
+        whole = position == 0
         while True:
             changed = running.changed
             if position < running.dropped:
@@ -182,6 +182,10 @@ class Execs:
         if rows:
             sql = "DELETE FROM execs WHERE substr(key, 1, ?) = ?"
             await self._journal.execute(Transition.EXEC_FORGOTTEN, sql, (len(prefix), prefix))
+
+    def owners(self) -> set[str]:
+        """The attempts that have run something."""
+        return {str(row["key"]).rpartition("/")[0] for row in self._journal.query_now("SELECT key FROM execs")}
 
     async def aclose(self) -> None:
         """The agent stops; the programs go on."""

@@ -100,10 +100,10 @@ class ManagedRows:
         """Those that are not simply ready."""
         return [_row(row) for row in self._journal.query_now("SELECT * FROM managed WHERE state != 'ready'")]
 
-    def attempt_is_over(self, row: ManagedRow) -> bool:
-        """Whether the attempt that began to make it can't go on with it any more."""
+    def attempt_is_over(self, run_id: str, step: str, attempt: int) -> bool:
+        """Whether the attempt can't go on any more with what it began."""
         sql = "SELECT phase FROM attempts WHERE run_id = ? AND step = ? AND attempt = ?"
-        found = self._journal.query_now(sql, (row.run_id, row.step, row.attempt))
+        found = self._journal.query_now(sql, (run_id, step, attempt))
         return not found or found[0]["phase"] in ("exited", "done")
 
     async def starting(self, name: str, intent: Intent) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import zstandard
 
+from agent_core.replacing import base_of
 from outrider.v1 import control_service_pb2 as cs
 from outrider.v1 import types_pb2 as types
 
@@ -203,12 +204,16 @@ def check(
     logs: bool = True,
     managed: Collection[str] = (),
     restarted: Collection[str] = (),
+    replaced: Collection[str] = (),
     within_s: float = 40.0,
 ) -> None:
-    """Fail with every difference that is left once all has had time to settle."""
+    """Fail with every difference that is left once all has had time to settle.
+
+    ``replaced``: names of managed containers that gave way to one another, and are started as often as that takes.
+    """
     deadline = time.monotonic() + within_s
     while True:
-        problems = compare(collect(rig, managed=managed, restarted=restarted), gaps=gaps, logs=logs)
+        problems = compare(collect(rig, managed=managed, restarted=restarted, replaced=replaced), gaps=gaps, logs=logs)
         # What settles by itself is given its time; what never does is told at the end of it.
         if not problems or time.monotonic() > deadline:
             break
@@ -218,7 +223,9 @@ def check(
         raise AssertionError(f"after {rig.kills} kills, {len(rig.accepted)} runs:\n{listed}\n{rig.output()}")
 
 
-def collect(rig: Rig, *, managed: Collection[str] = (), restarted: Collection[str] = ()) -> Facts:
+def collect(
+    rig: Rig, *, managed: Collection[str] = (), restarted: Collection[str] = (), replaced: Collection[str] = ()
+) -> Facts:
     """Everything, as it is now."""
     runs = {}
     listed = rig.operator.call("ListRuns", cs.ListRunsRequest(node_id=rig.node_id, limit=1000)).runs
@@ -241,7 +248,7 @@ def collect(rig: Rig, *, managed: Collection[str] = (), restarted: Collection[st
         runs=runs,
         finished_events=_finished(rig),
         logs=logs,
-        starts={name: ids for name, ids in step_starts.items() if name not in managed},
+        starts={name: ids for name, ids in step_starts.items() if base_of(name) not in {*managed, *replaced}},
         marks=_marks(rig),
         containers=containers,
         held=held,

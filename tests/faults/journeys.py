@@ -108,11 +108,16 @@ class Journey:
 
     def check(self, rig: Rig) -> None:
         """Whether all is as it should be at its end."""
-        rig.check(logs=self.logs, restarted=[_game_of(rig)] if self.restarts else [])
+        restarted = [_game_of(rig)] if self.restarts else []
+        rig.check(logs=self.logs, restarted=restarted, replaced=[_life_of(rig)])
 
 
 def _game_of(rig: Rig) -> str:
     return f"game-{rig.node_id}"
+
+
+def _life_of(rig: Rig) -> str:
+    return f"life-{rig.node_id}"
 
 
 def plain(traveller: Traveller) -> None:
@@ -191,6 +196,63 @@ def managed(traveller: Traveller) -> None:
     _ordered(traveller, "RestartContainer", name)
     _ordered(traveller, "RemoveContainer", name)
     assert not rig.docker("ps", "-aq", "--filter", f"name=^{name}$").strip()
+    traveller.until(traveller._told, "everything told")
+
+
+def replaced(traveller: Traveller) -> None:
+    """A game that fails its liveness, gives way to another both ways, and has a program run inside it."""
+    rig = traveller.rig
+    name, game = _life_of(rig), "game/faults"
+    rig.set_object(game)
+
+    def start(version: int, script: str, replace: str, **more: Any) -> dict[str, Any]:
+        return {
+            "name": "start",
+            "uses": "container.start",
+            "with": {
+                "name": name,
+                "image": BASE,
+                "args": ["sh", "-c", f"trap 'exit 0' TERM; {script}; while :; do sleep 0.1; done"],
+                "env": {"VERSION": str(version)},
+                "ports": [{"name": "game", "protocol": "tcp+udp"}],
+                "stop_grace": "1s",
+                "replace": replace,
+            }
+            | more,
+        }
+
+    def version() -> str:
+        env = rig.docker("inspect", "--format", "{{.State.Running}} {{.Config.Env}}", name)
+        return env.partition("VERSION=")[2][:1] if env.startswith("true") else ""
+
+    sick = start(
+        1,
+        "touch /tmp/alive; (sleep 1.5; rm /tmp/alive) &",
+        "no",
+        live={"exec": ["test", "-e", "/tmp/alive"], "interval": "1s", "failures": 1, "grace": "1s"},
+        restart={"first_wait": "200ms", "longest_wait": "200ms"},
+    )
+    sick["with"]["args"][2] = sick["with"]["args"][2].replace("&;", "&")
+    run = traveller.ended(rig.execute(pipeline(sick), object_=game))
+    assert run.state == types.RUN_STATE_SUCCEEDED, run
+    begun = rig.docker("inspect", "--format", "{{.State.StartedAt}}", name)
+    traveller.until(
+        lambda: rig.docker("inspect", "--format", "{{.State.StartedAt}}", name) != begun, "a restart for liveness"
+    )
+    look = {"name": "look", "uses": "container.exec", "with": {"name": name, "args": ["echo", "hi"], "capture": True}}
+    run = traveller.ended(rig.execute(pipeline(start(2, "true", "start-first"), look), object_=game))
+    assert run.state == types.RUN_STATE_SUCCEEDED, run
+    assert version() == "2"
+    never = start(3, "true", "stop-first", ready={"log": "never said", "timeout": "2s"})
+    run = traveller.ended(rig.execute(pipeline(never), object_=game))
+    assert run.state == types.RUN_STATE_FAILED, run
+    traveller.until(lambda: version() == "2", "the former container back")
+    run = traveller.ended(rig.execute(pipeline(start(4, "true", "stop-first")), object_=game))
+    assert run.state == types.RUN_STATE_SUCCEEDED, run
+    assert version() == "4"
+    _ordered(traveller, "RemoveContainer", name)
+    left = rig.docker("ps", "-aq", "--filter", f"name=^{name}").strip()
+    assert not left, rig.docker("ps", "-a", "--filter", f"name=^{name}")
     traveller.until(traveller._told, "everything told")
 
 
@@ -310,6 +372,15 @@ JOURNEYS: dict[str, Journey] = {
         ),
         managed,
         restarts=True,
+    ),
+    "replaced": Journey(
+        frozenset(
+            {
+                T.MANAGED_RESTARTING, T.MANAGED_SWITCHING, T.MANAGED_SWITCHED, T.MANAGED_REPLACING,
+                T.MANAGED_BROUGHT_BACK, T.PORTS_FREED, T.EXEC_INTENDED, T.EXEC_FORGOTTEN,
+            }
+        ),
+        replaced,
     ),
     "fenced": Journey(frozenset({T.ATTEMPT_FENCED}), fenced),
     "given_up": Journey(frozenset({T.RUN_GIVEN_UP}), given_up, logs=False),
