@@ -26,79 +26,22 @@ from agent_core.agent import Agent, load_runtime
 from agent_core.config import AgentConfig
 from agent_core.identities import FIRST_UID, Identities
 from agent_core.journal import Journal
-from agent_core.planning import PlannedStep, Planner
+from agent_core.onestep import SET, StepRequest
 from agent_core.plugins import PluginHost
 from agent_core.policy import NetworkClass, NodePolicy
 from agent_core.runtimes.base import LABEL_NODE, Runtime
 from agent_core.services import Services
 from agent_core.state import Cancellation
 from agent_core.stepfiles import StepDirectory
-from agent_core.telemetry.node import machine_facts
 from agent_core.volumes import AllottedVolume, Scope, Volumes
-from outrider.errors import ErrorClass, InvalidInput, OutriderError
-from outrider.pipeline import Pipeline, load_pipeline
-from outrider.steps import ObjectContext, StepContext, StepOutcome, hookimpl
+from outrider.errors import ErrorClass, OutriderError
+from outrider.steps import StepContext, StepOutcome, hookimpl
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
 from outrider.wire import dump_json
 
-_SET = "trial"
 _RESERVE_BYTES = 64 * 1024**2
 _LOOK_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class GivenVolume:
-    """A directory of this machine that stands for a volume: where it is mounted in the step, and how."""
-
-    directory: Path
-    path: str
-    writable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StepRequest:
-    """One step to be tried. ``params`` are values, as the program is to get them: nothing in them is an expression."""
-
-    uses: str
-    params: Mapping[str, Any]
-    volumes: Mapping[str, GivenVolume] = field(default_factory=dict)
-    envs: Mapping[str, str] = field(default_factory=dict)
-    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # envs, too; masked wherever they turn up
-    object_ref: str = ""  # "kind/name" of the run's object; "": it has none
-    attributes: Mapping[str, Any] = field(default_factory=dict)  # of the object
-    timeout_s: float = 3600.0
-
-    @property
-    def step(self) -> str:
-        """The name of the one step of the pipeline."""
-        return self.uses.rpartition(".")[2][:32] or "step"
-
-    def pipeline(self) -> Pipeline:
-        """The pipeline of this one step. InvalidInput if it can't be one."""
-        return load_pipeline(self.yaml())
-
-    def yaml(self) -> str:
-        """Its text. InvalidInput if the parameters hold what a pipeline would take for an expression."""
-        given = json.dumps(dict(self.params))
-        if "${{" in given:
-            raise InvalidInput(
-                "the parameters hold a ${{ expression }}, and there is no pipeline here that gives it a value",
-                hint="write the value that it is to have",
-            )
-        step: dict[str, Any] = {"name": self.step, "uses": self.uses, "with": dict(self.params), "retry": {"max": 0}}
-        step["timeout"] = f"{max(1, round(self.timeout_s))}s"
-        names = (*self.envs, *self.secrets)
-        document: dict[str, Any] = {"name": _SET, "steps": [step]}
-        if names:
-            document["envs"] = [{"set": _SET}]
-            step["envs"] = {name: f"{_SET}.{name}" for name in names}
-        if self.volumes:
-            document["volumes"] = {name: {} for name in self.volumes}
-            step["volumes"] = {
-                name: f"{each.path}:rw" if each.writable else each.path for name, each in self.volumes.items()
-            }
-        return json.dumps(document)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +59,6 @@ class StepResult:
     outputs_file: bytes = b""
     stdout: bytes = b""
     stderr: bytes = b""
-
-
-def plan_step(request: StepRequest, plugins: PluginHost, policy: NodePolicy | None = None) -> PlannedStep:
-    """What the step comes to on a node with these plugins and this policy; needs no engine and does nothing.
-
-    Raises an OutriderError that says what is wrong with it, as the agent would.
-    """
-    pipeline = request.pipeline()
-    planner = Planner(pipeline, "trial", plugins, policy or NodePolicy(), machine_facts(), _object_of(request))
-    planner.check()
-    return planner.plan(pipeline.step(request.step), {"args": {}, "node": {}, "run": {}, "volumes": {}, "steps": {}})
-
-
-def _object_of(request: StepRequest) -> ObjectContext | None:
-    kind, _, name = request.object_ref.partition("/")
-    return ObjectContext(kind, name, request.attributes) if request.object_ref else None
 
 
 @asynccontextmanager
@@ -207,7 +134,7 @@ class Trial:
         run = TrialRun(self._services, self._agent, run_id, request.step, on_progress)
         self._runs[run_id] = run
         command = pb.RunPipeline(
-            run_id=run_id, lease_id=_SET, pipeline_yaml=text, pipeline_sha256=hashlib.sha256(text).digest()
+            run_id=run_id, lease_id=SET, pipeline_yaml=text, pipeline_sha256=hashlib.sha256(text).digest()
         )
         if request.object_ref:
             kind, _, name = request.object_ref.partition("/")
@@ -369,8 +296,8 @@ class _GivenEnvs:
 
     async def get_envs(self, run_id: str, lease_id: str) -> tuple[dict[str, str], frozenset[str]]:
         request = self._given[run_id]
-        values = {f"{_SET}.{name}": value for name, value in {**request.envs, **request.secrets}.items()}
-        return values, frozenset(f"{_SET}.{name}" for name in request.secrets)
+        values = {f"{SET}.{name}": value for name, value in {**request.envs, **request.secrets}.items()}
+        return values, frozenset(f"{SET}.{name}" for name in request.secrets)
 
 
 class _GivenIdentities(Identities):

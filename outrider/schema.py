@@ -26,6 +26,7 @@ __all__ = [
     "check_params",
     "check_steps",
     "installed_step_types",
+    "marked_values",
     "pipeline_schema",
 ]
 
@@ -127,7 +128,7 @@ def _check_values(
     problems = schema_problems(
         step_type.params_schema, params, path, f"step type {step_type.name}", expressions=expressions
     )
-    for value_path, value, keyword, meaning in _annotated(step_type.params_schema, dict(params), path):
+    for value_path, value, keyword, meaning in marked_values(step_type.params_schema, dict(params), path):
         if keyword == "x-outrider-path" and isinstance(value, str):
             problems += _check_path(step, value_path, value, meaning == "write", expressions=expressions)
         elif keyword == "x-outrider-volumes" and isinstance(value, Mapping):
@@ -213,7 +214,7 @@ def _check_volumes(step: Step, path: str, value: Mapping[str, Any], *, expressio
             )
 
 
-def _annotated(schema: JSONSchema, value: Any, path: str) -> Iterator[tuple[str, Any, str, Any]]:
+def marked_values(schema: JSONSchema, value: Any, path: str) -> Iterator[tuple[str, Any, str, Any]]:
     """Each value that the schema marks with an ``x-outrider-*`` keyword: (path, value, keyword, what it says)."""
     yield from _walk(schema, schema, value, path, 0)
 

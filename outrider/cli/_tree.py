@@ -24,8 +24,8 @@ COMMANDS: dict[str, str] = {
     "env": "Env sets, kept encrypted on the server: set, list, rm.",
     "events": "Show what happens on the nodes.",
     "audit": "What operators decided: list, verify.",
-    "plugin": "Step plugins that are installed here: list.",
     "images": "Images of step plugins: build, list, lock, save, load.",
+    "plugin": "Step plugins: list, doctor; for their authors: new, resolve, try, schema.",
     "completion": "Print the script that completes commands in a shell.",
     "version": "Print the version.",
 }

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from outrider.cli import _plugins
+from outrider.cli import _plugin_author, _plugins
 from outrider.cli._main import DONE, FAILED, App
 from outrider.cli._output import emit_json, output_option, plain
 from outrider.cli._plugins import selection_options
 
 
-@click.group("plugin", help="Step plugins that are installed here: list, doctor.")
+@click.group("plugin", help="Step plugins: list, doctor; and for their authors: new, resolve, try, schema.")
 def command() -> None:
     """The plugins."""
 
@@ -61,3 +61,7 @@ def _of_node(app: App, node: str) -> list[dict[str, Any]]:
     with app.client() as client:
         answer = client.call(client.stub.GetNode, pb.GetNodeRequest(node_id=node))
     return [plain(plugin) for plugin in answer.plugins]
+
+
+for each in _plugin_author.COMMANDS:
+    command.add_command(each)

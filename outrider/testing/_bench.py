@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import structlog
 
+from agent_core.onestep import GivenVolume, StepRequest
 from agent_core.policy import NodePolicy
-from agent_core.trial import GivenVolume, StepRequest, StepResult, Trial, TrialRun, trial, user_of
+from agent_core.trial import StepResult, Trial, TrialRun, trial, user_of
 
 T = TypeVar("T")
 _PLENTY_S = 600.0
@@ -152,7 +153,11 @@ def make_volumes(folder: Path, mounts: Mapping[str, str], files: Mapping[str, An
             file.mkdir(parents=True, exist_ok=True)
             continue
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content.encode() if isinstance(content, str) else bytes(content))
+        if isinstance(content, int):
+            with file.open("wb") as opened:
+                opened.truncate(content)
+        else:
+            file.write_bytes(content.encode() if isinstance(content, str) else bytes(content))
     if os.geteuid() == 0:
         uid, gid = user_of(())
         for each in (folder, *folder.rglob("*")):

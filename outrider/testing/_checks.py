@@ -21,12 +21,13 @@ import jsonschema
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from agent_core.onestep import GivenVolume, StepRequest, plan_step
 from agent_core.planning import PlannedStep
 from agent_core.plugins import PluginError, PluginHost, RegisteredStepType
 from agent_core.policy import NodePolicy
-from agent_core.trial import GivenVolume, StepRequest, plan_step
 from outrider.errors import InvalidInput, OutriderError
 from outrider.masking import contains_secret
+from outrider.schema import marked_values
 from outrider.steps import NoOutputs, StepContext, StepPlan, StepType
 from outrider.testing import _isolated
 from outrider.testing._isolated import context_as_json
@@ -283,12 +284,10 @@ def written_paths(subject: Subject, params: dict[str, Any], volumes: Mapping[str
     registered = subject.registered
     assert registered is not None
     found = []
-    for name, schema in registered.params_schema.get("properties", {}).items():
-        value = params.get(name)
-        if not isinstance(value, str) or "write" not in _meanings(schema):
-            continue
+    for _, value, keyword, meaning in marked_values(registered.params_schema, params, "with"):
         for volume, mount in volumes.items():
-            if value == mount.path or value.startswith(f"{mount.path}/"):
+            under = isinstance(value, str) and f"{value}/".startswith(f"{mount.path}/")
+            if under and (keyword, meaning) == ("x-outrider-path", "write"):
                 found.append(f"{volume}{value.removeprefix(mount.path)}".rstrip("/"))
     return found
 
@@ -384,14 +383,6 @@ def _dumped(made: Any) -> dict[str, Any]:
 def _fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     differing = [name for name in one if one[name] != other.get(name)]
     return ", ".join(f"{name} ({_short(one[name])} and {_short(other.get(name))})" for name in differing)
-
-
-def _meanings(schema: Any) -> set[str]:
-    """What a parameter's schema says of paths, wherever in it."""
-    if isinstance(schema, dict):
-        own = {str(schema["x-outrider-path"])} if "x-outrider-path" in schema else set()
-        return own.union(*(_meanings(each) for each in schema.values()))
-    return set().union(*(_meanings(each) for each in schema)) if isinstance(schema, list) else set()
 
 
 def _is_refusal(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import pytest
@@ -32,6 +33,9 @@ class StepConformance:
     """What ``uses:`` names."""
     plugin: ClassVar[str] = ""
     """The module of the plugin, to test it as it is; "": the one that is installed."""
+    folder: ClassVar[Path | None] = None
+    """The project whose image/Dockerfile makes the image, which is built first where it is not up to date; None: the
+    directory that pytest was started for, if it has one."""
     examples: ClassVar[Sequence[Example]] = ()
     """Uses that work; at least one."""
     failing: ClassVar[Sequence[Failing]] = ()
@@ -44,6 +48,8 @@ class StepConformance:
     """When ``long`` is in its middle: at its first word of progress, or when this text stands in its log."""
     quick: ClassVar[str] = ""
     """In place of ``long``: why no use takes long enough to be cancelled."""
+    throttle: ClassVar[float | None] = None
+    """How many CPUs ``long`` gets until it is cancelled or killed: 0.05 makes a quick program a slow one."""
     progress: ClassVar[bool] = True
     """Whether the program tells how far it is."""
     grace_s: ClassVar[float] = 10.0

@@ -41,11 +41,11 @@ class Attempted:
 class Example:
     """A use of the step type that works.
 
-    ``volumes``: name to ``"/path"`` or ``"/path:rw"``, each an empty directory unless ``files`` puts something into it
-    (``"volume/path"`` to its content; a path that ends in ``/`` is a directory). ``secrets`` are envs whose values must
-    turn up nowhere. ``outputs`` is what the step must at least give back; those named in ``varying`` may differ when it
-    is done again. ``check`` looks at what it has done, and raises AssertionError. ``object``: ``"kind/name"`` of the
-    run's object.
+    ``volumes``: name to ``"/path"`` or ``"/path:rw"``, each an empty directory unless ``files`` puts something into it:
+    ``"volume/path"`` to its content (text, bytes, or a number of zero bytes); a path that ends in ``/`` is a directory.
+    ``secrets`` are envs whose values must turn up nowhere. ``outputs`` is what the step must at least give back; those
+    named in ``varying`` may differ when it is done again. ``check`` looks at what it has done, and raises
+    AssertionError. ``object``: ``"kind/name"`` of the run's object.
     """
 
     name: str

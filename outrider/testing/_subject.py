@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pydantic import BaseModel
 
+from agent_core.onestep import GivenVolume, StepRequest
 from agent_core.planning import PlannedStep
 from agent_core.policy import NodePolicy
-from agent_core.trial import GivenVolume, StepRequest, StepResult
+from agent_core.trial import StepResult
 from outrider.steps import StepContext
 from outrider.testing import _checks as checks
 from outrider.testing._bench import Begun, Bench, arguments_of_processes, make_volumes
@@ -97,7 +99,7 @@ class StepUnderTest:
         """The long example, cancelled in its middle: how it ended, after how long, and what has changed where."""
         long, suite = self._long(), self._suite
         if self._cancelled is None:
-            request = self._request_in(self._fresh("cancelled"), long, make=True)
+            request = self._request_in(self._fresh("cancelled"), long, make=True, cpus=suite.throttle)
             volumes = {name: each.directory for name, each in request.volumes.items()}
             before = checks.tree(volumes)
             with self._bench.begun(request) as begun:
@@ -118,7 +120,7 @@ class StepUnderTest:
     def killed_and_repeated(self) -> StepResult:
         """The long example, killed in its middle and done again."""
         request = self._request_in(self._fresh("killed"), self._long(), make=True)
-        with self._bench.begun(request) as begun:
+        with self._bench.begun(replace(request, cpus=self._suite.throttle)) as begun:
             self._middle(begun)
             begun.kill()
             begun.end()
@@ -154,12 +156,16 @@ class StepUnderTest:
     def _request(self, params: Values, volumes: Mapping[str, GivenVolume], **more: Any) -> StepRequest:
         return StepRequest(self._suite.step_type, values(params, self._environment), volumes, **more)
 
-    def _request_in(self, folder: Path, example: Example, *, make: bool = False) -> StepRequest:
+    def _request_in(
+        self, folder: Path, example: Example, *, make: bool = False, cpus: float | None = None
+    ) -> StepRequest:
         files = values(example.files, self._environment) if make else {}
         # Not told as secrets: nothing is masked on its way, and what the program says of them can be seen.
         envs = values(example.envs, self._environment) | values(example.secrets, self._environment)
         volumes = make_volumes(folder, example.volumes, files)
-        return self._request(example.params, volumes, envs=envs, object_ref=example.object, timeout_s=example.timeout_s)
+        return self._request(
+            example.params, volumes, envs=envs, object_ref=example.object, timeout_s=example.timeout_s, cpus=cpus
+        )
 
 
 def _mounted(mounts: Mapping[str, str]) -> dict[str, GivenVolume]:

@@ -6,6 +6,8 @@ Loaded in every pytest session of an environment that has Outrider, so it import
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -52,12 +54,38 @@ def outrider_step(
     request: pytest.FixtureRequest,
     step_environment: Any,
     outrider_bench: Callable[[str, NodePolicy], Bench],
+    outrider_image: Callable[[Path], None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> StepUnderTest:
     """The step type of the class, and what was done with it."""
     from outrider.testing._subject import StepUnderTest
 
-    return StepUnderTest(request.cls, step_environment, outrider_bench, tmp_path_factory.mktemp)
+    folder = request.cls.folder or request.config.rootpath
+
+    def bench(module: str, policy: NodePolicy) -> Bench:
+        found = outrider_bench(module, policy)
+        outrider_image(folder)
+        return found
+
+    return StepUnderTest(request.cls, step_environment, bench, tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
+def outrider_image() -> Callable[[Path], None]:
+    """Builds the image of a plugin's project, where it has one that is not up to date; once in a session."""
+
+    @cache
+    def build(folder: Path) -> None:
+        if not (folder / "image" / "Dockerfile").exists():
+            return
+        from outrider.cli.imagebuild import BuildError, build_plugin
+
+        try:
+            build_plugin(folder)
+        except BuildError as error:
+            pytest.fail(f"the image can't be built: {error}", pytrace=False)
+
+    return build
 
 
 @pytest.fixture(scope="session")
