@@ -67,7 +67,7 @@ async def trial(
 ) -> AsyncIterator[Trial]:
     """A place to try steps in; everything that it made is removed again when it is left, managed containers too.
 
-    ``plugins``: names of installed step plugins, None for all; more can be added with `Trial.register`. Raises
+    ``plugins``: names of installed step plugins, None for all; more can be registered with `Trial.plugins`. Raises
     EngineUnavailable if the engine does not answer.
     """
     policy = policy or NodePolicy()

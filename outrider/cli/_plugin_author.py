@@ -57,7 +57,8 @@ def _step_options(function: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="What the step's program is written in.",
 )
-def new(name: str, directory: Path | None, language: str) -> int:
+@output_option
+def new(name: str, directory: Path | None, language: str, as_json: bool) -> int:
     """Make the project of a new step plugin called NAME, with a step type NAME.list that works.
 
     It has everything to be published: plugin module, step program, image, tests with the conformance kit, README, CI.
@@ -65,8 +66,11 @@ def new(name: str, directory: Path | None, language: str) -> int:
     from outrider.cli._scaffold import make
 
     folder, files = make(name, directory, language)
-    for file in files:
-        click.echo(str(folder / file))
+    if as_json:
+        emit_json({"folder": str(folder), "files": files})
+    else:
+        for file in files:
+            click.echo(str(folder / file))
     note(f"made {folder}, the step plugin {name!r} with the step type {name}.list; now:")
     note(f"  cd {folder}")
     note("  pip install -e '.[test]' && pytest")

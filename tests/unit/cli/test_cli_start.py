@@ -78,7 +78,14 @@ def every_command(command: click.Command, path: tuple[str, ...]) -> list[tuple[t
 
 
 # These print a file for a machine, or serve until they are stopped: there is no result to print in two ways.
-WITHOUT_OUTPUT = {("completion",), ("dev",), ("server", "run"), ("agent", "run"), ("pipeline", "schema")}
+WITHOUT_OUTPUT = {
+    ("completion",),
+    ("dev",),
+    ("server", "run"),
+    ("agent", "run"),
+    ("pipeline", "schema"),
+    ("plugin", "schema"),
+}
 
 
 @pytest.mark.parametrize(
