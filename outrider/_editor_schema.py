@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outrider import pipeline as model
@@ -20,22 +22,51 @@ _SCHEMAS_BY_NAME = ("properties", "patternProperties")
 _ONE_SCHEMA = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 
 
-def build(step_types: Mapping[str, StepTypeSpec]) -> Schema:
+def build(
+    step_types: Mapping[str, Sequence[StepTypeSpec]], env_sets: Sequence[str] = (), *, complete: bool = False
+) -> Schema:
     """See ``outrider.schema.pipeline_schema``."""
     definitions: Schema = {}
     rules = []
     for name in sorted(step_types):
-        spec = step_types[name]
-        parameters = _draft07(spec.params_schema, name, definitions, relax=False)
-        definitions[name] = {"title": name, "description": spec.description or f"Parameters of {name}", **parameters}
-        then: Schema = {"properties": {"with": {"$ref": f"#/definitions/{name}"}}}
-        if spec.params_schema.get("required"):
+        specs = step_types[name]
+        keys = [name if len(specs) == 1 else f"{name}@{number}" for number in range(1, len(specs) + 1)]
+        for key, spec in zip(keys, specs, strict=True):
+            described = {"title": name, "description": spec.description or f"Parameters of {name}"}
+            definitions[key] = {**_parameters(spec, key, definitions), **described}
+        if len(keys) > 1:
+            definitions[name] = {"title": name, "anyOf": [{"$ref": f"#/definitions/{key}"} for key in keys]}
+        then: Schema = {"properties": {"with": {"$ref": f"#/definitions/{name}"}, **_envs_of(specs)}}
+        if all(spec.params_schema.get("required") for spec in specs):
             then["required"] = ["with"]
         rules.append({"if": {"properties": {"uses": {"const": name}}, "required": ["uses"]}, "then": then})
-    schema = _pipeline(sorted(step_types))
+    schema = _pipeline(sorted(step_types), sorted(env_sets), complete=complete)
     if rules:
         schema["properties"]["steps"]["items"]["allOf"] = rules
     return {**schema, "definitions": definitions}
+
+
+def _parameters(spec: StepTypeSpec, key: str, definitions: Schema) -> Schema:
+    found: Schema = {}
+    try:
+        made = _draft07(spec.params_schema, key, found, relax=False)
+        json.dumps([made, found])
+    except (RecursionError, AttributeError, TypeError, ValueError):
+        # A stranger's schema that is none: its steps are the node's to judge, and the others are told as ever.
+        return {"type": ["object", "null"]}
+    definitions.update(found)
+    return dict(made)
+
+
+def _envs_of(specs: Sequence[StepTypeSpec]) -> Schema:
+    """The envs that a step type understands, for it to offer; nothing where it takes any."""
+    names = sorted({name for spec in specs for name in spec.envs})
+    if not all(spec.envs for spec in specs) or not all(re.match(model.ENV_NAME_PATTERN, name) for name in names):
+        return {}
+    one_of_them = f"^(.*\\.)?({'|'.join(names)})$"
+    own: Schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+    listed: Schema = {"anyOf": [{"enum": names}, {"type": "string", "pattern": one_of_them}]}
+    return {"envs": {"anyOf": [{**own, "additionalProperties": False}, {"type": "array", "items": listed}]}}
 
 
 def _text(description: str, **more: Any) -> Schema:
@@ -51,7 +82,7 @@ def _mapping(description: str, names: str, values: Schema) -> Schema:
     }
 
 
-def _pipeline(step_types: list[str]) -> Schema:
+def _pipeline(step_types: list[str], env_sets: list[str], *, complete: bool) -> Schema:
     name = {"type": "string", "pattern": model.NAME_PATTERN}
     duration = {"type": "string", "pattern": r"^\s*([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+\s*$", "examples": ["30s", "10m"]}
     size = {
@@ -65,8 +96,8 @@ def _pipeline(step_types: list[str]) -> Schema:
     }
     uses: Schema = {"type": "string", "pattern": f"^{STEP_TYPE_NAME.pattern}$"}
     if step_types:
-        # Known names are offered; others are not wrong, since the node may have plugins that this machine has not.
-        uses = {"anyOf": [{"enum": step_types}, uses]}
+        # Others than those that this machine knows are not wrong: the node may have plugins that it has not.
+        uses = {"enum": step_types} if complete else {"anyOf": [{"enum": step_types}, uses]}
     arg = _object(
         {
             "type": {"enum": ["string", "integer", "number", "boolean", "list", "object"], "default": "string"},
@@ -133,7 +164,7 @@ def _pipeline(step_types: list[str]) -> Schema:
         "description": "Env sets of the server, and plain values; never a secret.",
         "items": {
             "anyOf": [
-                _object({"set": name}, "set"),
+                _object({"set": {"anyOf": [{"enum": env_sets}, name]} if env_sets else name}, "set"),
                 _object(
                     {"name": {"type": "string", "pattern": model.ENV_NAME_PATTERN}, "value": {"type": "string"}},
                     "name",

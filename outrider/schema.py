@@ -332,13 +332,23 @@ def installed_step_types() -> tuple[dict[str, StepTypeSpec], list[Problem]]:
     return specs, problems
 
 
-def pipeline_schema(step_types: Mapping[str, StepTypeSpec]) -> dict[str, Any]:
-    """A JSON Schema (draft-07) for pipelines, with the parameters of ``step_types``; for editors."""
+def pipeline_schema(
+    step_types: Mapping[str, StepTypeSpec | Sequence[StepTypeSpec]],
+    *,
+    env_sets: Sequence[str] = (),
+    complete: bool = False,
+) -> dict[str, Any]:
+    """A JSON Schema (draft-07) for pipelines, with the parameters of ``step_types``; for editors.
+
+    Where a step type comes in several versions (of several nodes), what fits one of them fits. ``env_sets`` are
+    offered where an env set is named. ``complete``: there are no other step types than these.
+    """
     from outrider._editor_schema import build
 
-    return build(step_types)
+    each = {name: (spec,) if isinstance(spec, StepTypeSpec) else tuple(spec) for name, spec in step_types.items()}
+    return build(each, env_sets, complete=complete)
 
 
-def schema_text(step_types: Mapping[str, StepTypeSpec]) -> str:
-    """``pipeline_schema`` as text, the same each time."""
-    return json.dumps(pipeline_schema(step_types), indent=2, ensure_ascii=False)
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """A schema as text, the same each time."""
+    return json.dumps(schema, indent=2, ensure_ascii=False)

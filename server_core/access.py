@@ -59,6 +59,7 @@ CONTROL = {
     "RemoveNodeRole": _operator("delete", "node_roles"),
     "AssignNodeRole": _operator("assign", "nodes"),
     "ValidatePipeline": _operator("validate", "pipelines"),
+    "GetPipelineSchema": _operator("get", "pipelines"),
     "ExecutePipeline": _operator("create", "runs"),
     "ListRuns": _operator("list", "runs"),
     "GetRun": _operator("get", "runs"),

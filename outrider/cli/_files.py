@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
-from outrider.errors import InvalidInput
+from outrider.errors import InvalidInput, PermanentError
 
 
 def read_bytes(path: Path, *, at_most: int | None = None) -> bytes:
@@ -35,3 +37,19 @@ def read_text(path: Path) -> str:
         return read_bytes(path, at_most=1024 * 1024).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path} is not UTF-8 text", code="not_utf8") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put ``text`` into a file, which is replaced whole or not at all. Raises PermanentError if it can't be written."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                os.fchmod(file.fileno(), 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise PermanentError(f"{path} can't be written: {error.strerror}", code="not_writable") from error

@@ -1,14 +1,16 @@
-"""`outrider pipeline`: pipelines on this machine, without a server."""
+"""`outrider pipeline`: pipelines on this machine, and what editors need to help with them."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from outrider.cli._files import read_bytes
+from outrider.cli._files import read_bytes, write_whole
+from outrider.cli._main import App
 from outrider.cli._output import emit_json, note, output_option
 
 INVALID = 4
@@ -80,16 +82,58 @@ def problem_line(file: Path, problem: Any) -> str:
 
 
 @command.command()
-def schema() -> None:
-    """Print the JSON Schema (draft-07) of pipelines, with the parameters of the step plugins installed here.
+@click.option("--server", "source", flag_value="server", help="Of the server's nodes; an error if no server is known.")
+@click.option("--local", "source", flag_value="local", help="Of the step plugins installed here, without a server.")
+@click.option("--node", metavar="NODE", help="With the step types of this node alone.")
+@click.option("--role", metavar="ROLE", help="With those of the nodes that have this role.")
+@click.option(
+    "--file", type=click.Path(path_type=Path, dir_okay=False), help="Write it to this file, whole or not at all."
+)
+@click.pass_obj
+def schema(app: App, source: str | None, node: str | None, role: str | None, file: Path | None) -> None:
+    """Print the JSON Schema (draft-07) of pipelines, with the parameters of step types.
 
-    Editors check and complete with it, for example by a first line in the pipeline:
+    These are the step types that the nodes of the server have reported; where no context says which server, those of
+    the step plugins installed here. Editors check and complete with it, by a first line in the pipeline:
 
     # yaml-language-server: $schema=./pipeline.schema.json
     """
-    from outrider.schema import installed_step_types, schema_text
+    from outrider.errors import InvalidInput
+    from outrider.schema import schema_text
+
+    if node and role:
+        raise click.UsageError("--node and --role can't be given together")
+    if source == "local" and (node or role):
+        raise click.UsageError("--local knows no nodes: leave out --node and --role")
+    try:
+        made = _local_schema() if source == "local" else _servers_schema(app, node or "", role or "")
+    except InvalidInput as error:
+        if error.code != "no_context" or source or node or role or app.context:
+            raise
+        note("no server is known, so this is with the step plugins installed here")
+        made = _local_schema()
+    text = schema_text(made)
+    if file is None:
+        click.echo(text)
+        return
+    write_whole(file, f"{text}\n")
+    note(f"{file}: refer to it in a pipeline's first line: # yaml-language-server: $schema={file}")
+
+
+def _local_schema() -> dict[str, Any]:
+    from outrider.schema import installed_step_types, pipeline_schema
 
     step_types, broken = installed_step_types()
     for problem in broken:
         note(f"warning: {problem}")
-    click.echo(schema_text(step_types))
+    return pipeline_schema(step_types)
+
+
+def _servers_schema(app: App, node: str, role: str) -> dict[str, Any]:
+    from outrider.v1 import control_service_pb2 as pb
+
+    with app.client() as client:
+        answer = client.call(client.stub.GetPipelineSchema, pb.GetPipelineSchemaRequest(node_id=node, role=role))
+    if not answer.nodes:
+        note("the server has no nodes yet, so this has no step types")
+    return dict(json.loads(answer.schema_json))

@@ -415,6 +415,46 @@ class ValidatePipelineResponse(google.protobuf.message.Message):
 global___ValidatePipelineResponse = ValidatePipelineResponse
 
 @typing.final
+class GetPipelineSchemaRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    """the step types of this node; empty: of all nodes"""
+    role: builtins.str
+    """of the nodes with this role"""
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        role: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["node_id", b"node_id", "role", b"role"]) -> None: ...
+
+global___GetPipelineSchemaRequest = GetPipelineSchemaRequest
+
+@typing.final
+class PipelineSchema(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCHEMA_JSON_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
+    schema_json: builtins.bytes
+    """draft-07; where nodes have different versions of a step type, what fits one of them fits"""
+    nodes: builtins.int
+    """whose step types are in it"""
+    def __init__(
+        self,
+        *,
+        schema_json: builtins.bytes = ...,
+        nodes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["nodes", b"nodes", "schema_json", b"schema_json"]) -> None: ...
+
+global___PipelineSchema = PipelineSchema
+
+@typing.final
 class ExecutePipelineRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

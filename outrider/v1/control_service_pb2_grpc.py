@@ -75,6 +75,11 @@ class ControlServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_control__service__pb2.ValidatePipelineRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_control__service__pb2.ValidatePipelineResponse.FromString,
                 )
+        self.GetPipelineSchema = channel.unary_unary(
+                '/outrider.v1.ControlService/GetPipelineSchema',
+                request_serializer=outrider_dot_v1_dot_control__service__pb2.GetPipelineSchemaRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_control__service__pb2.PipelineSchema.FromString,
+                )
         self.ExecutePipeline = channel.unary_unary(
                 '/outrider.v1.ControlService/ExecutePipeline',
                 request_serializer=outrider_dot_v1_dot_control__service__pb2.ExecutePipelineRequest.SerializeToString,
@@ -276,6 +281,13 @@ class ControlServiceServicer(object):
 
     def ValidatePipeline(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPipelineSchema(self, request, context):
+        """The JSON Schema of pipelines for editors, with the step types that nodes have reported.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -497,6 +509,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.ValidatePipeline,
                     request_deserializer=outrider_dot_v1_dot_control__service__pb2.ValidatePipelineRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_control__service__pb2.ValidatePipelineResponse.SerializeToString,
+            ),
+            'GetPipelineSchema': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPipelineSchema,
+                    request_deserializer=outrider_dot_v1_dot_control__service__pb2.GetPipelineSchemaRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_control__service__pb2.PipelineSchema.SerializeToString,
             ),
             'ExecutePipeline': grpc.unary_unary_rpc_method_handler(
                     servicer.ExecutePipeline,
@@ -834,6 +851,23 @@ class ControlService(object):
         return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/ValidatePipeline',
             outrider_dot_v1_dot_control__service__pb2.ValidatePipelineRequest.SerializeToString,
             outrider_dot_v1_dot_control__service__pb2.ValidatePipelineResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetPipelineSchema(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.ControlService/GetPipelineSchema',
+            outrider_dot_v1_dot_control__service__pb2.GetPipelineSchemaRequest.SerializeToString,
+            outrider_dot_v1_dot_control__service__pb2.PipelineSchema.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -86,6 +86,12 @@ class ControlServiceStub:
         outrider.v1.control_service_pb2.ValidatePipelineResponse,
     ]
 
+    GetPipelineSchema: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.GetPipelineSchemaRequest,
+        outrider.v1.control_service_pb2.PipelineSchema,
+    ]
+    """The JSON Schema of pipelines for editors, with the step types that nodes have reported."""
+
     ExecutePipeline: grpc.UnaryUnaryMultiCallable[
         outrider.v1.control_service_pb2.ExecutePipelineRequest,
         outrider.v1.types_pb2.Run,
@@ -279,6 +285,12 @@ class ControlServiceAsyncStub:
         outrider.v1.control_service_pb2.ValidatePipelineRequest,
         outrider.v1.control_service_pb2.ValidatePipelineResponse,
     ]
+
+    GetPipelineSchema: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.control_service_pb2.GetPipelineSchemaRequest,
+        outrider.v1.control_service_pb2.PipelineSchema,
+    ]
+    """The JSON Schema of pipelines for editors, with the step types that nodes have reported."""
 
     ExecutePipeline: grpc.aio.UnaryUnaryMultiCallable[
         outrider.v1.control_service_pb2.ExecutePipelineRequest,
@@ -497,6 +509,14 @@ class ControlServiceServicer(metaclass=abc.ABCMeta):
         request: outrider.v1.control_service_pb2.ValidatePipelineRequest,
         context: _ServicerContext,
     ) -> typing.Union[outrider.v1.control_service_pb2.ValidatePipelineResponse, collections.abc.Awaitable[outrider.v1.control_service_pb2.ValidatePipelineResponse]]: ...
+
+    @abc.abstractmethod
+    def GetPipelineSchema(
+        self,
+        request: outrider.v1.control_service_pb2.GetPipelineSchemaRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.control_service_pb2.PipelineSchema, collections.abc.Awaitable[outrider.v1.control_service_pb2.PipelineSchema]]:
+        """The JSON Schema of pipelines for editors, with the step types that nodes have reported."""
 
     @abc.abstractmethod
     def ExecutePipeline(

@@ -18,7 +18,7 @@ from outrider.errors import Conflict, InvalidInput, Problem
 from outrider.pipeline import Pipeline, env_references
 from outrider.v1 import control_service_pb2 as pb
 from outrider.v1 import types_pb2
-from server_core import checks, dispatch, roles
+from server_core import checks, dispatch, editor_schema, roles
 from server_core.access import current_caller
 from server_core.bus.base import EVENTS, run_topic
 from server_core.control.common import Context, Part, check_ref, request_digest
@@ -42,6 +42,12 @@ class Runs(Part):
         except InvalidInput as error:
             found = list(error.problems) or [Problem(error.message, hint=error.hint)]
         return pb.ValidatePipelineResponse(problems=[wire.problem_to_proto(problem) for problem in found])
+
+    async def GetPipelineSchema(self, request: pb.GetPipelineSchemaRequest, context: Context) -> pb.PipelineSchema:
+        found, env_sets = await self._s.db.read(lambda c: editor_schema.offers(c, request.node_id, request.role))
+        schema = await asyncio.to_thread(editor_schema.build, found, env_sets)
+        count = sum(len(offer.node_ids) for offer in found)
+        return pb.PipelineSchema(schema_json=wire.dump_json(schema), nodes=count)
 
     async def ExecutePipeline(self, request: pb.ExecutePipelineRequest, context: Context) -> types_pb2.Run:
         """Check everything that can be known, store the run, and answer; its node is told after that."""

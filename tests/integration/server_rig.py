@@ -274,11 +274,10 @@ class FakeAgent:
             self.news.notify_all()
 
 
-async def add_node(rig: Rig, node_id: str = "n1") -> FakeAgent:
+async def add_node(rig: Rig, node_id: str = "n1", role: str = "") -> FakeAgent:
     async with rig.operator() as control:
-        answer = await control.AddNode(
-            cpb.AddNodeRequest(request_id=rig.request_id(), node_id=node_id), timeout=TIMEOUT
-        )
+        request = cpb.AddNodeRequest(request_id=rig.request_id(), node_id=node_id, role=role)
+        answer = await control.AddNode(request, timeout=TIMEOUT)
     return FakeAgent(rig, node_id, answer.token)
 
 
