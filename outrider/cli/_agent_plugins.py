@@ -118,7 +118,8 @@ def list_(as_json: bool, **flags: Any) -> None:
     config = load(flags["file"], **{name: value for name, value in flags.items() if name != "file"})
     environments = _environments(config)
     state = environments.state()
-    names = {path.parent.name for path in environments.home.glob(f"*/{launcher.ABOUT}")}
+    found = environments.home.glob(f"*/{launcher.ABOUT}")
+    names = {path.parent.name for path in found if not path.parent.is_symlink()}
     rows = []
     for name in ("", *sorted(names)):
         about = environments.about(name) if name else {}

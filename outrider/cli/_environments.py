@@ -84,12 +84,11 @@ class Environments:
                 f"{self.home} is not yours to write", code="needs_root", hint="run it with sudo"
             ) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Conflict(f"somebody else makes environments in {self.home} now", code="sync_running") from error
             yield
-        except BlockingIOError as error:
-            raise Conflict(
-                f"environments are being made in {self.home} by somebody else", code="sync_running"
-            ) from error
         finally:
             os.close(descriptor)
 
@@ -210,13 +209,13 @@ class Environments:
         # Its exit code tells of plugins that are broken; which, and why, stands in what it prints.
         _, text, words = self._ask([program, "plugin", "doctor", "-o", "json"])
         try:
-            plugins = json.loads(text)["plugins"]
+            told = json.loads(text)
+            there = [Installed(AGENT, told["outrider"])]
+            there += [Installed(each["distribution"], each["version"], each["error"]) for each in told["plugins"]]
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInput(
                 f"the plugins of the environment can't be checked: {words or text[-500:]}", code="environment_bad"
             ) from error
-        there = [Installed(AGENT, self._version(program))]
-        there += [Installed(each["distribution"], each["version"], each["error"]) for each in plugins]
         stands = compare(wanted.role, read_lock(wanted.lock), there)
         wrong = [each.words for each in stands if each.drift and each.drift != "extra"]
         wrong += [
@@ -230,12 +229,6 @@ class Environments:
         if code != 0:
             raise InvalidInput(f"the agent's settings are not right for it: {words}", code="environment_bad")
         return self._form(target / "bin" / "python")
-
-    def _version(self, program: Path) -> str:
-        code, text, words = self._ask([program, "--version"])
-        if code != 0:
-            raise InvalidInput(f"the environment's `outrider` does not start: {words}", code="environment_bad")
-        return text.split()[-1]
 
     def _form(self, python: Path) -> int:
         code, text, words = self._ask([python, "-c", _FORM])

@@ -1,0 +1,151 @@
+"""Environments for the agent: what is made, what is refused, what is kept; with programs that answer as told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider import launcher
+from outrider.cli import _environments
+from outrider.cli._environments import Environments, Source, Wanted, base_python
+from outrider.errors import Conflict, InvalidInput, Unavailable
+from outrider.roles import Role
+from tests.wheels import lock_of, write_wheel
+
+HASH = "--hash=sha256:" + "ab" * 32
+ROLE = Role(name="game", agent=">=0.1", plugins={"outrider-step-s3": ">=0.1"})
+LOCK = f"outrider==0.1.0 {HASH}\noutrider-step-s3==0.1.0 {HASH}\n"
+S3 = {"name": "s3", "distribution": "outrider-step-s3", "version": "0.1.0", "error": ""}
+
+
+def wanted(version: int = 1, lock: str = LOCK) -> Wanted:
+    return Wanted(ROLE, version, lock, base_python())
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environments:
+    """With an installer that puts in programs which say that all is well, or what `doctor.json` beside them says."""
+
+    def install(target: Path, _lock: Path, _python: Path, _source: Source) -> None:
+        (target / "bin").mkdir()
+        well = json.dumps({"outrider": "0.1.0", "plugins": [S3]})
+        told = tmp_path / "doctor.json"
+        (target / "doctor.json").write_text(told.read_text() if told.exists() else well)
+        program = f'#!/bin/sh\ncase "$1" in plugin) cat {target}/doctor.json;; agent) {tmp_path}/config "$@";; esac\n'
+        for name, text in (("outrider", program), ("python", "#!/bin/sh\necho 11\n")):
+            (target / "bin" / name).write_text(text)
+            (target / "bin" / name).chmod(0o755)
+
+    config = tmp_path / "config"
+    config.write_text("#!/bin/sh\nexit 0\n")
+    config.chmod(0o755)
+    monkeypatch.setattr(_environments, "_install", install)
+    environ = {"PATH": "/usr/bin:/bin"}
+    return Environments(tmp_path / "environments", ["--node-id", "n1"], environ, tell=lambda _text: None)
+
+
+def make(environments: Environments, *given: Any) -> str:
+    with environments.held():
+        return environments.make(wanted(*given), Source())
+
+
+def test_what_is_made_says_what_it_is_and_is_not_made_twice(made: Environments) -> None:
+    name = make(made)
+    about = made.about(name)
+    assert name.startswith("game-1-")
+    assert about["packages"] == {"outrider": "0.1.0", "outrider-step-s3": "0.1.0"}
+    assert (about["role"], about["role_version"], about["journal_form"]) == ("game", 1, 11)
+    before = (made.home / name).stat().st_ino
+    assert make(made) == name
+    assert (made.home / name).stat().st_ino == before
+    assert make(made, 2) != name
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"outrider": "0.1.0", "plugins": []}, "outrider-step-s3 is missing (wanted: >=0.1)"),
+        ({"outrider": "0.0.9", "plugins": [S3]}, "outrider is 0.0.9 (wanted: >=0.1)"),
+        ({"outrider": "0.1.0", "plugins": [S3 | {"error": "no module x"}]}, "s3 0.1.0 can't be used: no module x"),
+        (
+            {"outrider": "0.1.0", "plugins": [S3 | {"version": "0.2"}]},
+            "s3 is 0.2, and the lock has 0.1.0",
+        ),
+        ({"plugins": [S3]}, "can't be checked"),
+        ([], "can't be checked"),
+    ],
+)
+def test_one_that_is_not_well_is_refused_and_leaves_nothing_behind(made: Environments, told: Any, said: str) -> None:
+    (made.home.parent / "doctor.json").write_text(json.dumps(told))
+    with pytest.raises(InvalidInput) as caught:
+        make(made)
+    assert said in str(caught.value)
+    assert [each.name for each in made.home.iterdir()] == ["sync.lock"]
+
+
+def test_settings_that_it_does_not_take_are_found_before_the_agent_is_restarted(made: Environments) -> None:
+    (made.home.parent / "config").write_text('#!/bin/sh\necho "error: no setting $*" >&2\nexit 4\n')
+    with pytest.raises(InvalidInput, match=r"settings are not right for it: error: no setting agent config .* n1"):
+        make(made)
+
+
+def test_what_an_installer_that_was_killed_left_is_made_anew(made: Environments) -> None:
+    half = made.home / wanted().name
+    (half / "bin").mkdir(parents=True)
+    (half / ".being-made").touch()
+    name = make(made)
+    assert half.name == name
+    assert made.about(name)
+
+
+def test_only_what_nobody_needs_is_removed(made: Environments) -> None:
+    names = [make(made, version) for version in range(1, 6)]
+    (made.home / "of-somebody").mkdir()
+    launcher.write_json(
+        made.home / launcher.STATE, {"current": names[0], "former": names[1], "trial": {"environment": names[2]}}
+    )
+    launcher.write_json(made.home / launcher.WANTED, {"environment": names[3], "request": "r"})
+    (made.home / launcher.LINK).symlink_to(names[0])
+    with made.held():
+        assert made.prune() == [names[4]]
+    assert (made.home / "of-somebody").is_dir()
+    assert (made.home / launcher.LINK / launcher.ABOUT).is_file()
+
+
+def test_two_can_not_make_environments_at_once(made: Environments) -> None:
+    with made.held(), pytest.raises(Conflict, match="somebody else makes environments"), made.held():
+        pass
+    with made.held():
+        pass
+
+
+def test_without_a_launcher_the_next_start_tries_it(made: Environments) -> None:
+    name = make(made)
+    assert not made.switch(name)
+    assert launcher.read_json(made.home / launcher.WANTED)["environment"] == name
+
+
+@pytest.mark.parametrize("tool", [pytest.param("pip", marks=pytest.mark.long), "uv"])
+def test_exactly_the_locked_files_are_installed_from_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    if tool == "pip":
+        monkeypatch.setattr(_environments, "_uv", list)
+    elif shutil.which("uv") is None and not Path(sys.executable).with_name("uv").exists():
+        pytest.skip("uv is not installed")
+    wheel = write_wheel(tmp_path, "good", "1.0", {"good.py": "X = 1\n"})
+    target, lock = tmp_path / "env", tmp_path / "lock"
+    target.mkdir()
+    lock.write_text(lock_of(wheel))
+    _environments._install(target, lock, base_python(), Source(tmp_path))
+    assert list(target.glob("lib/python*/site-packages/good.py"))
+    write_wheel(tmp_path, "good", "1.0", {"good.py": "X = 'evil'\n"})
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(Unavailable, match="can't be installed"):
+        _environments._install(other, lock, base_python(), Source(tmp_path))
