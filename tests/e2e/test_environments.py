@@ -31,7 +31,7 @@ from tests.wheels import dependencies_wheel, lock_of, outrider_wheel, plugin_whe
 pytestmark = pytest.mark.timeout(400)  # environments are made: on a busy machine that takes a while
 PATIENCE_S = 300.0
 FAILED, INVALID = 1, 4
-HOLD = "print('begin')\nwait_for('/area/go')\nprint('end')\n"
+HOLD = "print('begin')\nwhile not os.path.exists('/area/go'): time.sleep(0.1)\nprint('end')\n"
 BOOM = "\n\nasync def _boom(self):\n    raise RuntimeError('boom')\n\n\nAgent.run = _boom\n"
 
 

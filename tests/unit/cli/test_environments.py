@@ -139,13 +139,14 @@ def test_exactly_the_locked_files_are_installed_from_a_directory(
     elif shutil.which("uv") is None and not Path(sys.executable).with_name("uv").exists():
         pytest.skip("uv is not installed")
     wheel = write_wheel(tmp_path, "good", "1.0", {"good.py": "X = 1\n"})
-    target, lock = tmp_path / "env", tmp_path / "lock"
-    target.mkdir()
+    good, lock = wheel.read_bytes(), tmp_path / "lock"
     lock.write_text(lock_of(wheel))
-    _environments._install(target, lock, base_python(), Source(tmp_path))
-    assert list(target.glob("lib/python*/site-packages/good.py"))
     write_wheel(tmp_path, "good", "1.0", {"good.py": "X = 'evil'\n"})
-    other = tmp_path / "other"
-    other.mkdir()
+    for name in ("evil", "env"):
+        (tmp_path / name).mkdir()
     with pytest.raises(Unavailable, match="can't be installed"):
-        _environments._install(other, lock, base_python(), Source(tmp_path))
+        _environments._install(tmp_path / "evil", lock, base_python(), Source(tmp_path))
+    wheel.write_bytes(good)
+    _environments._install(tmp_path / "env", lock, base_python(), Source(tmp_path))
+    (module,) = (tmp_path / "env").glob("lib/python*/site-packages/good.py")
+    assert module.read_text() == "X = 1\n"
