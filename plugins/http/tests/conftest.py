@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import outrider_step_http as plugin
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 PROGRAM = Path(__file__).parents[1] / "program"
+sys.path.append(str(PROGRAM))  # its parts are tested in this process, too
 
 
 @dataclass
@@ -44,6 +55,7 @@ class Page:
     faults: list[str] = field(default_factory=list)
     ranges: bool = True
     chunked: bool = False
+    bytes_per_s: int = 0  # of one connection; 0: as fast as it goes
 
 
 class Site:
@@ -53,7 +65,7 @@ class Site:
     "stall" (half, then silence), "hang" (no answer, in silence), "shifted" (another range than was asked for), "none".
     """
 
-    def __init__(self, address: str = "127.0.0.1") -> None:
+    def __init__(self, address: str = "127.0.0.1", *, tls: ssl.SSLContext | None = None) -> None:
         self.pages: dict[str, Page] = {}
         self.requests: list[Request] = []
         self.uploads: dict[str, bytes] = {}
@@ -77,7 +89,9 @@ class Site:
 
         self._server = Server((address, 0), Handler)
         self.port = self._server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def put(self, path: str, body: bytes, **more: Any) -> str:
@@ -112,12 +126,13 @@ class Site:
 
     def _offer(self, handler: BaseHTTPRequestHandler, page: Page, headers: dict[str, str], fault: str) -> None:
         status, body, more = page.status, page.body, dict(page.headers)
-        asked = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", ""))
         unchanged = headers.get("if-range") in {None, page.headers.get("ETag"), page.headers.get("Last-Modified")}
         if asked and page.ranges and unchanged:
             start = int(asked[1]) + (7 if fault == "shifted" else 0)
-            status, body = 206, page.body[start:]
-            more["Content-Range"] = f"bytes {start}-{len(page.body) - 1}/{len(page.body)}"
+            end = min(int(asked[2]) + 1 if asked[2] else len(page.body), len(page.body))
+            status, body = 206, page.body[start:end]
+            more["Content-Range"] = f"bytes {start}-{end - 1}/{len(page.body)}"
         part = body[: len(body) // 2] if fault in {"cut", "stall"} else body
         handler.send_response(status)
         for name, value in more.items():
@@ -130,11 +145,18 @@ class Site:
         else:
             handler.send_header("Content-Length", str(len(body)))
             handler.end_headers()
-            handler.wfile.write(part)
+            self._write(handler, part, page.bytes_per_s)
         if fault == "stall":
             handler.wfile.flush()
             self._over.wait(30)
         handler.close_connection = handler.close_connection or fault in {"cut", "stall"}
+
+    def _write(self, handler: BaseHTTPRequestHandler, body: bytes, bytes_per_s: int) -> None:
+        step = bytes_per_s // 20 or len(body)
+        for at in range(0, len(body), step or 1):
+            handler.wfile.write(body[at : at + step])
+            if bytes_per_s and self._over.wait(0.05):
+                return
 
     def close(self) -> None:
         self._over.set()
@@ -150,6 +172,101 @@ def _send(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str],
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     handler.wfile.write(body)
+
+
+class Proxy:
+    """A proxy of one's own: connects where CONNECT says, or fetches what a whole address names. Counts what it did."""
+
+    def __init__(self, credentials: str = "") -> None:
+        self.asked: list[str] = []
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_CONNECT(self) -> None:
+                if proxy.refuses(self):
+                    return
+                host, _, port = self.path.rpartition(":")
+                with socket.create_connection((host, int(port))) as far:
+                    self.send_response(200)
+                    self.end_headers()
+                    proxy.join(self.connection, far)
+
+            def do_GET(self) -> None:
+                if proxy.refuses(self):
+                    return
+                with urllib.request.urlopen(self.path) as answer:
+                    body = answer.read()
+                _send(self, 200, {}, body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._credentials = credentials
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def refuses(self, handler: BaseHTTPRequestHandler) -> bool:
+        self.asked.append(f"{handler.command} {handler.path}")
+        if self._credentials and handler.headers.get("Proxy-Authorization") != self._credentials:
+            _send(handler, 407, {}, b"")
+            return True
+        return False
+
+    @staticmethod
+    def join(near: socket.socket, far: socket.socket) -> None:
+        """Carry bytes both ways until one side ends."""
+
+        def carry(source: socket.socket, sink: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    sink.sendall(data)
+                sink.shutdown(socket.SHUT_RDWR)
+
+        there = threading.Thread(target=carry, args=(near, far), daemon=True)
+        there.start()
+        carry(far, near)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority of the test's own, and the server that it vouches for."""
+
+    pem: str
+    server: ssl.SSLContext
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """For 127.0.0.1, and for nothing else."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = made.public_bytes(serialization.Encoding.PEM)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path = tmp_path_factory.mktemp("authority") / "both.pem"
+    path.write_bytes(private + pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return Authority(pem.decode(), context)
 
 
 @pytest.fixture
@@ -210,9 +327,10 @@ class Program:
             text=True,
         )
 
-    def end(self, process: subprocess.Popen[str]) -> Ended:
+    def end(self, process: subprocess.Popen[str], run: int | None = None) -> Ended:
+        """Wait for it. ``run``: which one it was, counted from 1; the last one if nothing is said."""
         text, _ = process.communicate(timeout=60)
-        return read_contract(self.directory / f"outrider-{self.runs}", process.returncode, text)
+        return read_contract(self.directory / f"outrider-{run or self.runs}", process.returncode, text)
 
     def run(self, action: str, params: dict[str, Any], env: dict[str, str] | None = None) -> Ended:
         return self.end(self.start(action, params, env or {}))

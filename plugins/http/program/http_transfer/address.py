@@ -9,6 +9,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from outrider_stepkit import StepFailure
 
 _PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?")
 # Left as they are: what RFC 3986 reserves, and what is quoted already.
 _PATH_SAFE, _QUERY_SAFE = "/%:@!$&'()*+,;=-._~", "/%:@!$&'()*+,;=-._~?"
 
@@ -31,10 +32,11 @@ class Url:
         scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
         if scheme not in _PORTS or not host or port == 0 or parts.username is not None or parts.password is not None:
             raise ValueError("not an address like https://host/path without user and password")
-        if re.search(r"[\s\x00-\x1f\x7f]", host):
-            raise ValueError("the host has characters that no host has")
         if not host.isascii():
             host = host.encode("idna").decode("ascii")
+        # Judged as it is used: what was no space may have become one on the way to ASCII.
+        if not _HOST.fullmatch(host):
+            raise ValueError("the host has characters that no host has")
         target = quote(parts.path or "/", safe=_PATH_SAFE)
         if parts.query:
             target += "?" + quote(parts.query, safe=_QUERY_SAFE)
