@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ class Dev:
         return (self.folder / "dev.log").read_text()[-8000:]
 
 
-def start_dev(folder: Path, **extra: str) -> Dev:
-    """Start `outrider dev` in ``folder`` and wait until its node is online."""
+def start_dev(folder: Path, command: Sequence[str] = (str(OUTRIDER),), **extra: str) -> Dev:
+    """Start `outrider dev` in ``folder`` and wait until its node is online; ``command`` runs `outrider`."""
     folder.mkdir(parents=True, exist_ok=True)
     policy = folder / "policy.yaml"
     policy.write_text(POLICY)
@@ -78,7 +78,7 @@ def start_dev(folder: Path, **extra: str) -> Dev:
         env.pop(name, None)
     with (folder / "dev.log").open("ab") as log:
         process = subprocess.Popen(
-            [OUTRIDER, "dev", "--data-dir", folder / "state", "--listen", "127.0.0.1:0", "--policy-file", policy],
+            [*command, "dev", "--data-dir", folder / "state", "--listen", "127.0.0.1:0", "--policy-file", policy],
             env=env,
             stdout=log,
             stderr=log,
