@@ -217,8 +217,10 @@ class Agent:
             async with background:
                 for number in (1, 2):
                     background.start(services.removals.run(), f"removals {number}")
+                plugins.report_failures(outbox, background)
                 yield services
         finally:
+            plugins.on_failure = None
             await services.removals.drain(_LAST_REMOVALS_S)
             await self._remote.stop_streams()
             await containers.aclose()
@@ -375,7 +377,7 @@ class Agent:
                 step_types=each.step_types,
                 state=each.state,
                 fix=each.fix,
-                notes=each.notes,
+                notes=self._services.plugins.notes_of(each),
                 contract=each.contract,
             )
             for each in self._services.plugins.plugins
