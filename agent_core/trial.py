@@ -28,7 +28,7 @@ from agent_core.identities import FIRST_UID, Identities
 from agent_core.journal import Journal
 from agent_core.onestep import SET, StepRequest
 from agent_core.plugins import PluginHost
-from agent_core.policy import NetworkClass, NodePolicy
+from agent_core.policy import NodePolicy
 from agent_core.runtimes.base import LABEL_NODE, Runtime
 from agent_core.services import Services
 from agent_core.state import Cancellation
@@ -71,13 +71,18 @@ async def trial(
     EngineUnavailable if the engine does not answer.
     """
     policy = policy or NodePolicy()
-    # Nobody waits for the next step here: namespaces are made when they are needed.
-    networks = {name: _network(each) for name, each in policy.networks.items()}
+    node_id = f"trial-{secrets.token_hex(6)}"
+    # Networks of its own: an agent of this machine may have other rules for its. And nobody waits for the next step
+    # here, so that namespaces are made when they are needed.
+    networks = {
+        name: each.model_copy(update={"warm": 0, "network": f"outrider-{node_id}-{name}"})
+        for name, each in policy.networks.items()
+    }
     reserve = min(policy.disk_reserve_bytes, _RESERVE_BYTES)
     policy = policy.model_copy(update={"warm_none": 0, "networks": networks, "disk_reserve_bytes": reserve})
     folder = Path(tempfile.mkdtemp(prefix="outrider-trial-"))
     config = AgentConfig(
-        node_id=f"trial-{secrets.token_hex(6)}",
+        node_id=node_id,
         server="localhost:1",
         token=SecretStr("unused"),
         state_dir=folder,
@@ -96,17 +101,13 @@ async def trial(
                 await asyncio.gather(watch, return_exceptions=True)
     finally:
         with suppress(OutriderError):
-            for info in await engine.list(labels={LABEL_NODE: config.node_id}):
+            for info in await engine.list(labels={LABEL_NODE: node_id}):
                 await engine.remove(info.id, force=True)
+            for network in await engine.list_networks(labels={LABEL_NODE: node_id}):
+                await engine.remove_network(network)
         if runtime is None:
             await engine.aclose()
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-
-
-def _network(each: NetworkClass) -> NetworkClass:
-    """The class on a network of the trials' own: an agent of this machine may have other rules for its networks."""
-    content = hashlib.sha256(each.model_dump_json().encode()).hexdigest()[:8]
-    return each.model_copy(update={"warm": 0, "network": f"outrider-trial-{content}"})
 
 
 class Trial:
