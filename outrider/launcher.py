@@ -77,6 +77,11 @@ def journal_form(path: Path) -> int:
         return 0
 
 
+def spoken(name: str) -> str:
+    """An environment's name in a sentence."""
+    return f"environment {name}" if name else "the environment of the installation"
+
+
 class Ended(Exception):
     """The launcher is to end, with this exit code."""
 
@@ -153,12 +158,12 @@ class Launcher:
         have, reads = journal_form(self.home.parent / "journal.db"), self._about(current).get("journal_form", 0)
         if reads and have > reads:
             self._say(
-                f"environment {name} does not get well ({why}), but the former one can't read the journal any more "
-                f"(form {have}, it knows {reads}): {name} is kept"
+                f"{spoken(name)} does not get well ({why}), but the former one can't read the journal any more "
+                f"(form {have}, it knows {reads}): the new one is kept"
             )
             self._confirm(trial)
             return
-        self._say(f"environment {name} did not get well and is left again: {why}")
+        self._say(f"{spoken(name)} did not get well and is left again: {why}")
         told = {"environment": name, "request": trial["request"], "reason": why, "time": int(time.time())}
         self._save(trial={}, refused=told)
 
@@ -169,7 +174,7 @@ class Launcher:
             draft.symlink_to(trial["environment"] or self.initial.parent.parent)
             draft.replace(self.home / LINK)
         self._save(current=trial["environment"], former=self._state()["current"], trial={})
-        self._say(f"environment {trial['environment'] or 'of the installation'} is the current one from now on")
+        self._say(f"{spoken(trial['environment'])} is the current one from now on")
 
     def _state(self) -> dict[str, Any]:
         found = read_json(self.home / STATE)
@@ -196,7 +201,7 @@ class Launcher:
         for name in (state["current"], state["former"], ""):
             if name is not None and os.access(self._program(name), os.X_OK):
                 if name != state["current"]:
-                    self._say(f"environment {state['current']} is gone; {name or 'that of the installation'} is taken")
+                    self._say(f"{spoken(state['current'])} is gone, {spoken(name)} is taken")
                 return self._program(name)
         return self.initial
 
@@ -266,6 +271,8 @@ class Launcher:
         how = f"with exit code {status}" if status >= 0 else f"by signal {-status} ({signal.strsignal(-status)})"
         code = status if status >= 0 else 128 - status
         if self.asked_to_end:
+            if -status in (signal.SIGTERM, signal.SIGINT):
+                code = 0  # it had not come to the point of listening yet
             if trial is not None:  # it had no chance to show how it is
                 state = self._state()["trial"]
                 self._save(trial=state | {"starts": max(0, state.get("starts", 1) - 1), "ready": False})
@@ -283,7 +290,7 @@ class Launcher:
 
     def _note_trial(self, said: str, *, last: bool = False) -> None:
         trial = self._state()["trial"]
-        self._say(f"environment {trial.get('environment')} on trial: {said}")
+        self._say(f"{spoken(trial.get('environment', ''))} on trial: {said}")
         self._save(trial=trial | {"said": said} | ({"starts": self.tries} if last else {}))
 
     def _pause(self) -> None:

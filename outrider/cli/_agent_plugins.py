@@ -148,6 +148,8 @@ def list_(as_json: bool, **flags: Any) -> None:
 @output_option
 def back(as_json: bool, **flags: Any) -> None:
     """Restart the agent in the former environment. `sync` goes forward again."""
+    from outrider import launcher
+
     config = load(flags["file"], **{name: value for name, value in flags.items() if name != "file"})
     environments = _environments(config)
     former = environments.state().get("former")
@@ -158,7 +160,7 @@ def back(as_json: bool, **flags: Any) -> None:
     if as_json:
         emit_json({"environment": former, "current": current})
     elif current:
-        note(f"the agent runs in {former or 'the environment of the installation'}")
+        note(f"the agent runs in {launcher.spoken(former)}")
 
 
 def load(file: Path | None, **flags: Any) -> AgentConfig:

@@ -145,7 +145,7 @@ class Environments:
         """
         state = self.state()
         if state.get("current", "") == name and not state.get("trial"):
-            self.tell(f"environment {name or 'of the installation'} is the current one")
+            self.tell(f"{launcher.spoken(name)} is the current one")
             return True
         self._note_initial(state)
         request = uuid.uuid4().hex
@@ -180,7 +180,7 @@ class Environments:
             trial, refused = state.get("trial") or {}, state.get("refused") or {}
             if refused.get("request") == request:
                 raise Unavailable(
-                    f"environment {name} was tried and left again: {refused.get('reason')}",
+                    f"{launcher.spoken(name)} was tried and left again: {refused.get('reason')}",
                     code="environment_refused",
                     hint="the former one runs again; the agent's log has more",
                 )
@@ -195,7 +195,7 @@ class Environments:
                     "the launcher ended", code="launcher_ended", hint="its log has the reason; it goes on when started"
                 )
             time.sleep(0.2)
-        raise Unavailable(f"nothing became of environment {name} within {limit:g} s", code="switch_timeout")
+        raise Unavailable(f"nothing became of {launcher.spoken(name)} within {limit:g} s", code="switch_timeout")
 
     def _check(self, target: Path, wanted: Wanted) -> int:
         """Ask the environment itself; the form of journal that its agent writes. Raises InvalidInput."""
