@@ -12,7 +12,7 @@
         quick = "it reads a handful of small files"
 
 Install it with ``pip install 'outrider[testing]'``; pytest finds it by itself. What each check looks for stands in
-docs/step-testing.md, and in the docstrings of `StepConformance`.
+docs/step-authors.md, and in the docstrings of `StepConformance`.
 """
 
 from __future__ import annotations

@@ -1,28 +1,31 @@
-"""docs/step-authors.md: the plugin that it builds is built, and does what it says."""
+"""docs/step-authors.md: what it shows is what `outrider plugin new` makes, and its commands say what stands there."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
+import ast
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from outrider.cli._scaffold import make, render
 from outrider.pipeline import load_pipeline
-from outrider.steps import StepContext
+from outrider.testing import Example, Failing, StepConformance
 
 ROOT = Path(__file__).parents[2]
-GUIDE = ROOT / "docs" / "step-authors.md"
+GUIDE = (ROOT / "docs" / "step-authors.md").read_text()
+BLOCKS = dict(re.findall(r"^```\w+ file=(\S+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))
+COMMANDS = re.findall(r"^```console run\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
 
-needs_images = pytest.mark.skipif(
+needs_base = pytest.mark.skipif(
     shutil.which("docker") is None
     or subprocess.run(["docker", "image", "inspect", "outrider/base:1"], capture_output=True).returncode != 0
     or os.geteuid() != 0,
@@ -31,104 +34,95 @@ needs_images = pytest.mark.skipif(
 
 
 @pytest.fixture
-def plugin(tmp_path: Path) -> Path:
-    """The files of the guide, as they stand in it."""
-    folder = tmp_path / "manifest"
-    blocks = re.findall(r"^```\w+ file=(\S+)\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
-    for name, text in blocks:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def project(tmp_path: Path) -> Path:
+    """The project that the guide makes, and beside it what makes it an installed distribution."""
+    folder, _ = make("manifest", tmp_path / "outrider-step-manifest", "python")
+    metadata = tmp_path / "installed" / "outrider_step_manifest-0.1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: outrider-step-manifest\nVersion: 0.1.0\n")
+    (metadata / "entry_points.txt").write_text("[outrider.steps]\nmanifest = outrider_step_manifest\n")
     return folder
 
 
-@pytest.fixture
-def module(plugin: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("guide_manifest", plugin / "outrider_step_manifest" / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["guide_manifest"] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
+def environ(project: Path) -> dict[str, str]:
+    """The environment of a shell in which the plugin is installed."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (project, project.parent / "installed", ROOT / "stepkit"))),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "map").write_bytes(b"1")
-    (folder / ".hidden").touch()
-    return folder
+def test_files_of_the_guide_are_those_that_are_made() -> None:
+    made = render("manifest", "python")
+    assert len(BLOCKS) > 5
+    for name, text in BLOCKS.items():
+        if name != "program.sh":
+            assert text == made[name], f"{name} of the guide is not what `outrider plugin new manifest` makes"
+    load_pipeline(BLOCKS["examples/pipeline.yaml"])
+    tree = re.search(r"^outrider-step-manifest/\n((?:    .*\n)+)", GUIDE, re.MULTILINE)
+    assert tree is not None
+    named = {line.split()[0].rstrip(",") for line in tree[1].splitlines()} - {"image/requirements.in"}
+    assert named - {"examples/"} <= made.keys()
 
 
-EXPECTED = f"{hashlib.sha256(b'1').hexdigest()}  map\n"
+def test_commands_of_the_guide_say_what_stands_there(project: Path) -> None:
+    assert COMMANDS
+    for block in COMMANDS:
+        command, _, expected = block.removeprefix("$ ").partition("\n")
+        done = subprocess.run(command, shell=True, cwd=project, env=environ(project), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == expected
 
 
-def inputs_of(module: ModuleType, **params: Any) -> tuple[Any, dict[str, Any]]:
-    """What the core does with a step: validate, resolve; and the parameters that the program gets."""
-    (step_type,) = module.outrider_step_types()
-    validated = step_type.params.model_validate(params)
-    plan = step_type.resolve(validated, StepContext(run_id="r1", step="list"))
-    return plan, validated.model_dump(by_alias=True)
-
-
-def test_module_describes_and_program_does(module: ModuleType, plugin: Path, data: Path, tmp_path: Path) -> None:
-    plan, inputs = inputs_of(module, of=str(data), to=str(tmp_path / "list"))
-    directory = tmp_path / "outrider"
+def test_program_can_be_debugged_without_a_container(project: Path, tmp_path: Path) -> None:
+    data, directory = tmp_path / "data", tmp_path / "outrider"
+    data.mkdir()
     directory.mkdir()
-    (directory / "inputs.json").write_text(json.dumps(inputs))
-    environ = {**os.environ, "OUTRIDER_DIRECTORY": str(directory), "PYTHONPATH": str(ROOT / "stepkit")}
-    subprocess.run([sys.executable, str(plugin / "program"), *plan.args], env=environ, check=True)
-    assert (tmp_path / "list").read_text() == EXPECTED
-    outputs = module.ManifestOutputs.model_validate_json((directory / "outputs").read_text())
-    assert (outputs.files, outputs.sha256) == (1, hashlib.sha256(EXPECTED.encode()).hexdigest())
+    (data / "map").write_bytes(b"1")
+    (directory / "inputs.json").write_text(json.dumps({"of": str(data), "to": f"{tmp_path}/list", "hidden": False}))
+    subprocess.run(
+        [sys.executable, "program", "list"],
+        cwd=project,
+        env=environ(project) | {"OUTRIDER_DIRECTORY": str(directory)},
+        check=True,
+    )
+    assert (tmp_path / "list").read_text().endswith("  map\n")
+    assert json.loads((directory / "outputs").read_text())["files"] == 1
 
 
-def test_pipeline_of_the_guide_loads(plugin: Path) -> None:
-    assert [step.uses for step in load_pipeline((plugin / "pipeline.yaml").read_text()).steps] == [
-        "manifest.create",
-        "container.run",
-    ]
+def test_every_check_and_attribute_of_the_kit_is_explained() -> None:
+    checks = {name for name in vars(StepConformance) if name.startswith("test_")}
+    body = ast.parse(textwrap.dedent(inspect.getsource(StepConformance))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    attributes = {
+        each.target.id for each in body.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    }
+    testing = GUIDE.partition("## Testing it")[2]
+    rows = set(re.findall(r"^\| `(\w+)` \| .", testing, re.MULTILINE))
+    assert checks | attributes - {"is_step_conformance"} == rows
+    fields = {*Example.__dataclass_fields__, *Failing.__dataclass_fields__} - {"name"}
+    assert {field for field in fields if f"`{field}`" not in testing} == set()
 
 
-@needs_images
-def test_image_is_built_and_works_in_the_sandbox(module: ModuleType, plugin: Path, data: Path, tmp_path: Path) -> None:
-    build = [sys.executable, str(ROOT / "deploy" / "images" / "build.py"), "build", "manifest", "--plugin", str(plugin)]
-    built = subprocess.run(build, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    try:
-        plan, inputs = inputs_of(module, of="/data", to="/data/.list")
-        log = sandboxed(tmp_path, inputs, [plan.image, *plan.args], data)
-        assert (data / ".list").read_text() == EXPECTED, log
-    finally:
-        subprocess.run(["docker", "image", "rm", "-f", module.IMAGE], capture_output=True)
-
-
-@needs_images
+@needs_base
 @pytest.mark.parametrize(
     ("name", "file", "words"), [("arena", "outputs", '"hello arena"'), ("", "progress", "name is empty")]
 )
-def test_shell_keeps_the_contract_too(
-    plugin: Path, data: Path, tmp_path: Path, name: str, file: str, words: str
-) -> None:
-    log = sandboxed(
-        tmp_path, {"name": name}, ["outrider/base:1", "sh", "-c", (plugin / "program.sh").read_text()], data
-    )
-    assert words in (tmp_path / "outrider" / file).read_text(), log
-    json.loads((tmp_path / "outrider" / file).read_text())
+def test_smallest_program_in_shell_keeps_the_contract(tmp_path: Path, name: str, file: str, words: str) -> None:
+    log = sandboxed(tmp_path, {"name": name}, ["outrider/base:1", "sh", "-c", BLOCKS["program.sh"]])
+    text = (tmp_path / "outrider" / file).read_text()
+    assert words in text, log
+    json.loads(text)
 
 
-def sandboxed(tmp_path: Path, inputs: dict[str, Any], command: list[str], data: Path) -> str:
-    """Run an image as the agent does, with ``data`` at /data; gives the log."""
+def sandboxed(tmp_path: Path, inputs: dict[str, Any], command: list[str]) -> str:
+    """Run an image with the contract's files and without rights; gives the log."""
     directory = tmp_path / "outrider"
     directory.mkdir()
     (directory / "inputs.json").write_text(json.dumps(inputs))
-    for path in (directory, data):
-        os.chown(path, 200001, 200001)
+    os.chown(directory, 200001, 200001)
     options = ["--rm", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "none"]
-    options += ["--user", "200001:200001", "--tmpfs", "/tmp:size=64m", "-v", f"{directory}:/outrider"]
-    options += ["-v", f"{data}:/data", "--env", "OUTRIDER_CONTRACT=1"]
+    options += ["--user", "200001:200001", "-v", f"{directory}:/outrider", "--env", "OUTRIDER_CONTRACT=1"]
     ended = subprocess.run(["docker", "run", *options, *command], capture_output=True, text=True)
     return ended.stdout + ended.stderr
