@@ -178,7 +178,11 @@ class NodePolicy(_Section):
         try:
             document = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise InvalidInput(f"the policy file {path} does not exist", code="file_missing") from error
+            raise InvalidInput(
+                f"the policy file {path} does not exist",
+                code="file_missing",
+                hint="write it, or leave the setting policy_file out for the default policy",
+            ) from error
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InvalidInput(f"the policy file {path} can't be read: {error}") from error
         if document is None:

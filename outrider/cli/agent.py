@@ -12,7 +12,8 @@ import click
 
 from outrider.cli._agent_plugins import plugins
 from outrider.cli._machine import How, install_options, this_command
-from outrider.cli._output import emit_json, fields, output_option, table
+from outrider.cli._main import DONE, FAILED
+from outrider.cli._output import emit_json, fields, note, output_option, table
 from outrider.cli._plugins import plugin_options
 from outrider.cli._service import config_option, load_settings, run_until_signal, show_settings
 from outrider.cli._values import pairs
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = Path("/etc/outrider/agent.yaml")
 
 
-@click.group("agent", help="The agent of a node: run, status, config, install, plugins.")
+@click.group("agent", help="The agent of a node: run, status, doctor, config, install, plugins.")
 def command() -> None:
     """The agent."""
 
@@ -170,6 +171,29 @@ def status(state_dir: Path, as_json: bool) -> None:
             [[row.get(header) for header in headers] for row in rows],
             empty="",
         )
+
+
+@command.command("doctor")
+@_options
+@output_option
+def doctor(as_json: bool, **flags: Any) -> int:
+    """Look at everything that the agent of this machine needs: settings, token, policy, disk, engine, server, plugins.
+
+    Nothing is started or changed. The exit code is 1 if something is wrong.
+    """
+    from dataclasses import asdict
+
+    from outrider.cli._agent_doctor import examine
+
+    findings = list(examine(lambda: _load(**flags).value))
+    if as_json:
+        emit_json([asdict(each) for each in findings])
+    else:
+        table(("CHECK", "STATE", "WHAT"), [(each.what, each.state, each.says) for each in findings], empty="")
+        for each in findings:
+            if each.state != "ok" and each.fix:
+                note(f"{each.what}: {each.fix}")
+    return FAILED if any(each.state == "error" for each in findings) else DONE
 
 
 def _is_table(value: Any) -> bool:
