@@ -26,6 +26,7 @@ def environment(state_dir: Path) -> types.Environment | None:
         name=name,
         role=str(about.get("role", "")),
         role_version=int(about.get("role_version", 0)),
+        lock_sha256=bytes.fromhex(about.get("lock_sha256", "")),
         refused=str(refused.get("environment", "")),
         refused_reason=str(refused.get("reason", "")),
     )

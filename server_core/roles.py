@@ -23,11 +23,12 @@ class Wanted:
 
     role: Role
     lock: Mapping[str, Sequence[str]]
+    lock_sha256: bytes
     version: int
 
     @classmethod
     def of(cls, role: types_pb2.NodeRole) -> Wanted:
-        return cls(node_roles.spec(role), read_lock(role.lock.decode()), role.version)
+        return cls(node_roles.spec(role), read_lock(role.lock.decode()), role.lock_sha256, role.version)
 
 
 def all_wanted(connection: Connection) -> dict[str, Wanted]:
@@ -56,6 +57,10 @@ def describe(node: types_pb2.Node, wanted: Wanted | None) -> types_pb2.Node:
     stands = compare(wanted.role, wanted.lock, installed(node))
     state.plugins.extend(_state(each) for each in stands)
     differing = [each.words for each in stands if each.drift]
+    if not differing and node.environment.name and node.environment.lock_sha256 != wanted.lock_sha256:
+        # What plugins need stands in the lock, too, and nowhere else.
+        made_from = f"version {node.environment.role_version} of role {node.environment.role}"
+        differing = [f"its environment was made from the lock of {made_from}, and there is a later one"]
     state.drift = bool(differing)
     if differing:
         more = f" and {len(differing) - _TOLD} more" if len(differing) > _TOLD else ""

@@ -61,7 +61,7 @@ class Wanted:
     def name(self) -> str:
         """The same for the same contents, so that what is there is not made again."""
         given = f"{self.lock}\n{self.python}\n{sys.version_info[:2]}"
-        return f"{self.role.name}-{self.version}-{hashlib.sha256(given.encode()).hexdigest()[:12]}"
+        return f"{self.role.name}-{hashlib.sha256(given.encode()).hexdigest()[:12]}"
 
 
 @dataclass(slots=True)

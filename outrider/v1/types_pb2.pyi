@@ -1274,14 +1274,18 @@ class Environment(google.protobuf.message.Message):
     ROLE_VERSION_FIELD_NUMBER: builtins.int
     REFUSED_FIELD_NUMBER: builtins.int
     REFUSED_REASON_FIELD_NUMBER: builtins.int
+    LOCK_SHA256_FIELD_NUMBER: builtins.int
     name: builtins.str
     """empty: the one that the agent was installed with"""
     role: builtins.str
     role_version: builtins.int
+    """that it was made from"""
     refused: builtins.str
     """the last environment that did not get well, and was left again"""
     refused_reason: builtins.str
     """a sentence"""
+    lock_sha256: builtins.bytes
+    """of the lock that it was made from"""
     def __init__(
         self,
         *,
@@ -1290,8 +1294,9 @@ class Environment(google.protobuf.message.Message):
         role_version: builtins.int = ...,
         refused: builtins.str = ...,
         refused_reason: builtins.str = ...,
+        lock_sha256: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "refused", b"refused", "refused_reason", b"refused_reason", "role", b"role", "role_version", b"role_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lock_sha256", b"lock_sha256", "name", b"name", "refused", b"refused", "refused_reason", b"refused_reason", "role", b"role", "role_version", b"role_version"]) -> None: ...
 
 global___Environment = Environment
 

@@ -237,6 +237,39 @@ def test_an_upgrade_of_both_while_a_step_runs_takes_nothing_from_it(hasty: Box) 
     step.ends_well()
 
 
+@pytest.mark.long
+def test_environments_are_changed_within_the_running_service(node: Box) -> None:
+    """The launcher under its unit: a good environment is taken, one whose agent ends is left, and nothing stops."""
+    home, public = "/var/lib/outrider/environments", node.ok("readlink", "/opt/outrider").strip()
+    node.install(7, version="7.0.0")
+    node.ok("ln", "-sfn", public, "/opt/outrider")
+    node.ok("ln", "-s", "/opt/outrider-7", f"{home}/seven")
+    node.write(f"{home}/bad/bin/outrider", "#!/bin/sh\nexit 3\n")
+    node.ok("chmod", "755", f"{home}/bad/bin/outrider")
+    step, main, former = Step(node), node.show(AGENT, "MainPID"), pid(node)
+
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(node.ok("cat", f"{home}/state.json"))
+        return found
+
+    def want(name: str) -> None:
+        node.write(f"{home}/wanted.json", json.dumps({"environment": name, "request": f"for {name}"}))
+        node.ok("kill", "-HUP", main)
+
+    want("bad")
+    node.until(lambda: state()["refused"].get("reason") == "its agent ended with exit code 3")
+    node.until(lambda: pid(node) not in (0, former))
+    want("seven")
+    node.until(lambda: state()["current"] == "seven", 120)
+    assert (state()["former"], state()["trial"]) == ("", {})
+    assert node.json("agent", "status")["version"] == "7.0.0"
+    assert node.show(AGENT, "ActiveState") == "active"
+    assert node.show(AGENT, "MainPID") == main
+    step.ends_well()
+    want("")
+    node.until(lambda: state()["current"] == "", 120)
+
+
 def test_an_agent_is_ready_without_engine_and_server_and_says_what_it_lacks(node: Box) -> None:
     node.ok("systemctl", "stop", "docker.socket", "docker.service", SERVER)
     node.ok("systemctl", "restart", AGENT)

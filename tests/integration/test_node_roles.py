@@ -154,6 +154,24 @@ async def test_the_server_shows_what_a_node_should_have_what_it_has_and_the_diff
     await agent.stop()
 
 
+async def test_a_change_of_the_lock_alone_is_drift_of_an_environment_that_was_made_from_a_lock(rig: Rig) -> None:
+    async with rig.operator() as control:
+        made = await put(rig, control, role_of())
+        environment = tpb.Environment(name="game-ab", role="game", role_version=1, lock_sha256=made.lock_sha256)
+        agent = await started(rig, plugins=[TEST], environment=environment)
+        assert not (await assign(rig, control, "game")).role_state.drift
+        later = role_of()
+        later.description = "the same in other words"
+        await put(rig, control, later)
+        assert not (await node_of(control)).role_state.drift
+        later.lock += f"boto3==1.0 {HASH}\n".encode()
+        await put(rig, control, later)
+        state = (await node_of(control)).role_state
+        assert state.drift
+        assert "made from the lock of version 1 of role game, and there is a later one" in state.problem
+    await agent.stop()
+
+
 async def test_a_run_that_a_node_can_not_do_is_refused_with_the_reason_and_the_fix(rig: Rig) -> None:
     broken = tpb.Plugin(name="test", distribution="outrider-step-test", version="1.0", error="no module x; reinstall")
     agents = [

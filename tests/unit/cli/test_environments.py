@@ -57,13 +57,14 @@ def make(environments: Environments, *given: Any) -> str:
 def test_what_is_made_says_what_it_is_and_is_not_made_twice(made: Environments) -> None:
     name = make(made)
     about = made.about(name)
-    assert name.startswith("game-1-")
+    assert name.startswith("game-")
     assert about["packages"] == {"outrider": "0.1.0", "outrider-step-s3": "0.1.0"}
     assert (about["role"], about["role_version"], about["journal_form"]) == ("game", 1, 11)
     before = (made.home / name).stat().st_ino
     assert make(made) == name
     assert (made.home / name).stat().st_ino == before
-    assert make(made, 2) != name
+    assert make(made, 2) == name  # nothing of what it is made of has changed
+    assert make(made, 2, LOCK + f"x==1 {HASH}\n") != name
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_what_an_installer_that_was_killed_left_is_made_anew(made: Environments)
 
 
 def test_only_what_nobody_needs_is_removed(made: Environments) -> None:
-    names = [make(made, version) for version in range(1, 6)]
+    names = [make(made, 1, LOCK + f"x=={number} {HASH}\n") for number in range(5)]
     (made.home / "of-somebody").mkdir()
     launcher.write_json(
         made.home / launcher.STATE, {"current": names[0], "former": names[1], "trial": {"environment": names[2]}}
