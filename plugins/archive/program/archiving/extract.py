@@ -25,10 +25,15 @@ class Progress:
         self._step = step
         self._what = what
         self._started = time.monotonic()
+        self._next = 0.0
         self.total = total
 
     def at(self, done: int, *, force: bool = False) -> None:
-        took = time.monotonic() - self._started
+        now = time.monotonic()
+        if now < self._next and not force:
+            return
+        self._next = now + 0.2
+        took = now - self._started
         rate = f", {done / took / 1e6:.1f} MB/s" if took > 0.05 else ""
         self._step.progress(done, self.total, message=f"{self._what}{rate}", force=force)
 

@@ -47,11 +47,14 @@ class Entry:
 def read_7z(source: Source, tree: Tree, choice: Choice, password: str | None) -> None:
     """Unpack what ``choice`` takes."""
     if sevenzip.program() is None:
-        with _translated(source.path, password), decoding(source.path):
-            from archiving.sevenpy import decode
+        try:
+            with _translated(source.path, password), decoding(source.path):
+                from archiving.sevenpy import decode
 
-            archive, entries = vetted(source, tree, choice, password)
-            decode(archive, source, entries, tree)
+                archive, entries = vetted(source, tree, choice, password)
+                decode(archive, source, entries, tree)
+        except Damaged as error:
+            raise _perhaps_password(source.path, password, str(error)) from error
         return
     # Started before the headers are read: py7zr takes a third of a second to import, and 7zz waits at its pipe.
     contents = sevenzip.Contents(source.path, password)

@@ -18,7 +18,7 @@ from outrider_stepkit import StepFailure
 
 from archiving.formats import Damaged
 from archiving.names import shown
-from archiving.streams import Incoming, Truncated, data_pipe
+from archiving.streams import Incoming, data_pipe
 from archiving.tarhead import BadHeader
 
 PASSWORD_ENV = "ARCHIVE_PASSWORD"  # noqa: S105  (the name of it)
@@ -55,7 +55,7 @@ class Contents:
     def entry(self, name: str, size: int, checksum: int | None) -> Iterator[memoryview]:
         """The next ``size`` bytes, in pieces; verified against the CRC-32 ``checksum`` where there is one."""
         found = 0
-        for piece in self._stream.pieces(size, shown(name)):
+        for piece in self._stream.pieces(size, name):
             if checksum is not None:
                 found = zlib.crc32(piece, found)
             yield piece
@@ -69,11 +69,12 @@ class Contents:
         self._judge()
 
     def explained(self, error: StepFailure) -> StepFailure:
-        """What 7zz itself has to say, where ``error`` is about an end that came too early or a checksum."""
-        if not isinstance(error.__cause__, Truncated | BadHeader):
+        """What 7zz itself has to say, where ``error`` is about damage: it may be a wrong password."""
+        if not isinstance(error, Damaged):
             return error
         try:
-            self._process.wait(timeout=10)
+            # It may also wait for somebody to read what it decodes: then it has no reason of its own.
+            self._process.wait(timeout=2)
             self._judge()
         except subprocess.TimeoutExpired:
             pass

@@ -17,6 +17,8 @@ from archiving.names import check_link, shown
 
 MAX_DEPTH = 128
 """As deep as archive.extract unpacks by default."""
+_KEPT = 100_000
+"""So many entries take some 30 MB; more are looked for twice."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # It was a regular file when it was listed; what has taken its place since must neither block nor lead elsewhere.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -26,8 +28,8 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 class Item:
     """A directory, a file or a link to pack, under ``name`` (relative, with slashes).
 
-    ``folder`` is a descriptor of the directory that it lies in, good until the next item. ``mtime`` is in whole
-    seconds, ``size`` in bytes.
+    ``folder`` is a descriptor of the directory that it lies in, good until the next item; -1 if that has gone.
+    ``mtime`` is in whole seconds, ``size`` in bytes.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Item:
 
     def open(self) -> int | None:
         """A descriptor of the file; None where it has gone, or has become something else, since it was listed."""
+        if self.folder < 0:
+            return None
         try:
             descriptor = os.open(self.name.rpartition("/")[2], _FILE, dir_fd=self.folder)
         except OSError as error:
@@ -89,6 +93,7 @@ class Finder:
         self._patterns = patterns
         self._symlinks = symlinks
         self._mtime = mtime
+        self._known: tuple[list[Item], Tally] | None = None
         self._own = (target.parent.resolve(), target.name)
         try:
             state = source.lstat()
@@ -99,14 +104,50 @@ class Finder:
         self.is_file = stat.S_ISREG(state.st_mode)
 
     def count(self) -> Tally:
-        """How much there is."""
+        """How much there is. What was found is kept for ``items``, unless it is very much."""
         tally = Tally()
-        for _ in self.items(tally):
-            pass
+        kept: list[Item] = []
+        for item in self._fresh(tally):
+            if len(kept) < _KEPT:
+                kept.append(item)
+        if tally.entries <= _KEPT:
+            self._known = (kept, tally)
         return tally
 
     def items(self, tally: Tally) -> Iterator[Item]:
         """Everything, sorted by name within each directory, a directory before what is in it."""
+        if self._known is None:
+            yield from self._fresh(tally)
+            return
+        kept, counted = self._known
+        tally.entries, tally.files, tally.bytes = counted.entries, counted.files, counted.bytes
+        tally.skipped = counted.skipped
+        yield from self._again(kept)
+
+    def _again(self, kept: list[Item]) -> Iterator[Item]:
+        """``kept`` with their folders opened anew. What lies in one that has gone is left without."""
+        where = self._source.parent if self.is_file else self._source
+        folders = [("", os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))]
+        try:
+            for item in kept:
+                prefix = item.name[: item.name.rfind("/") + 1]
+                while len(folders) > 1 and folders[-1][0] != prefix and not prefix.startswith(folders[-1][0]):
+                    os.close(folders.pop()[1])
+                while folders[-1][0] != prefix:
+                    # A folder that is not an item itself (left out by a pattern) is opened all the same.
+                    below = prefix[len(folders[-1][0]) :].split("/", 1)[0]
+                    try:
+                        descriptor = os.open(below, _FOLDER, dir_fd=folders[-1][1])
+                    except OSError:
+                        break
+                    folders.append((f"{folders[-1][0]}{below}/", descriptor))
+                item.folder = folders[-1][1] if folders[-1][0] == prefix else -1
+                yield item
+        finally:
+            for _, descriptor in folders:
+                os.close(descriptor)
+
+    def _fresh(self, tally: Tally) -> Iterator[Item]:
         with contextlib.ExitStack() as stack:
             where = self._source.parent if self.is_file else self._source
             top = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -19,6 +19,8 @@ from backports import zstd
 from isal import igzip_lib
 from outrider_stepkit import StepFailure
 
+from archiving.names import shown
+
 CHUNK = 256 * 1024
 _XZ_MEMORY = 256 * 1024**2
 """What a dictionary of xz may take; its size stands in the file, and xz itself writes 64 MiB at most."""
@@ -252,6 +254,11 @@ class Incoming:
 
     def upto(self, size: int) -> memoryview:
         """The next ``size`` bytes, fewer only at the end. The view is good until the next call."""
+        end = self._start + size
+        if end <= self._end:
+            view = self._buffer[self._start : end]
+            self._start = end
+            return view
         while self._end - self._start < size:
             if self._start + size > len(self._buffer):
                 rest = self._end - self._start
@@ -263,26 +270,26 @@ class Incoming:
         self._start += len(view)
         return view
 
-    def exactly(self, size: int, what: str = "") -> memoryview:
+    def exactly(self, size: int, name: str) -> memoryview:
         view = self.upto(size)
         if len(view) < size:
-            raise Truncated(f"it ends within {what}" if what else "it ends in the middle")
+            raise Truncated(f"it ends within {shown(name)}")
         return view
 
-    def pieces(self, size: int, what: str = "") -> Iterator[memoryview]:
+    def pieces(self, size: int, name: str) -> Iterator[memoryview]:
         """The next ``size`` bytes in pieces; each is good until the next one."""
         while size:
             if self._start == self._end:
                 self._start = self._end = 0
                 if not self._more():
-                    raise Truncated(f"it ends within {what}" if what else "it ends in the middle")
+                    raise Truncated(f"it ends within {shown(name)}")
             view = self._buffer[self._start : min(self._end, self._start + size)]
             self._start += len(view)
             size -= len(view)
             yield view
 
-    def skip(self, size: int, what: str = "") -> None:
-        for _ in self.pieces(size, what):
+    def skip(self, size: int, name: str) -> None:
+        for _ in self.pieces(size, name):
             pass
 
     def _more(self) -> int:

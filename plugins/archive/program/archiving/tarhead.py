@@ -6,7 +6,6 @@ used: no size is negative, no extended header is longer than it could sensibly b
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tarfile
 import zlib
@@ -45,6 +44,10 @@ class Member:
     sparse: list[tuple[int, int]] | None = None
     sparse_in_data: bool = False  # the map stands in front of the content (pax 1.0)
 
+    @property
+    def has_holes(self) -> bool:
+        return self.sparse is not None or self.sparse_in_data
+
 
 @dataclass(slots=True)
 class Extensions:
@@ -62,8 +65,8 @@ def checksum_fits(block: bytes) -> bool:
     The sum of 256 bytes stays below Adler-32's modulus, so its lower half is that sum exactly, at the speed of C.
     """
     try:
-        wanted = number(block[148:156])
-    except BadHeader:
+        wanted = int(block[148:154], 8) if block[148:154].isdigit() else number(block[148:156])
+    except (BadHeader, ValueError):
         return False
     if _sum(block[:148] + _SPACES + block[156:]) == wanted:
         return True
@@ -78,6 +81,11 @@ def _sum(block: bytes) -> int:
 
 def number(data: bytes) -> int:
     """A number field: octal digits, or base 256 with the first bit set (GNU). Never negative."""
+    if (digits := data[:-1]).isdigit() and data[-1] in (0, 32):  # the usual form
+        try:
+            return int(digits, 8)
+        except ValueError:
+            raise BadHeader("it has something else in place of an octal number") from None
     if data[0] & 0x80:
         if data[0] == 0xFF or data[0] & 0x40:
             raise BadHeader("it has a negative number")
@@ -106,9 +114,11 @@ def parse(block: bytes, more: Extensions | None) -> Member:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
     link = block[157:257].split(b"\0", 1)[0]
     size = number(block[124:136])
-    mode, mtime = number(block[100:108]) & 0o7777, 0.0
-    with contextlib.suppress(BadHeader):  # before 1970, as GNU tar writes it: such a time is not restored
+    mode = number(block[100:108]) & 0o7777
+    try:
         mtime = float(number(block[136:148]))
+    except BadHeader:
+        mtime = 0.0  # before 1970, as GNU tar writes it
     if more is not None:
         return _completed(block, kind, name, link, size, mode, mtime, more)
     if kind in (b"0", b"\0", b"7"):
@@ -232,7 +242,7 @@ def _decimal(value: bytes) -> int:
 
 
 def _time(value: bytes) -> float:
-    if not re.fullmatch(rb"-?[0-9]{1,20}(\.[0-9]{0,20})?", value):
+    if not re.fullmatch(rb"-?[0-9]{1,20}(\.[0-9]{0,20})?(e-?[0-9]{1,3})?", value):
         raise BadHeader("it has something else in place of a time")
     return float(value)
 

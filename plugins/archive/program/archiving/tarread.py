@@ -16,6 +16,7 @@ from archiving.tree import Tree
 _ZEROS = bytes(BLOCK)
 _MAX_AFTER_END = 64 * 1024**2
 _MAX_EXTENSIONS = 16
+_SMALL = 512 * 1024
 
 
 def read_tar(stream: Incoming, tree: Tree, choice: Choice, on_read: Callable[[], None]) -> None:
@@ -23,9 +24,10 @@ def read_tar(stream: Incoming, tree: Tree, choice: Choice, on_read: Callable[[],
 
     ``on_read`` is called now and then. Raises Truncated, BadHeader, and StepFailure for what is refused.
     """
-    for member in members(stream):
+    for number, member in enumerate(members(stream)):
         _take(stream, member, tree, choice, on_read)
-        on_read()
+        if number % 64 == 0:
+            on_read()
     left = _MAX_AFTER_END
     while data := stream.upto(BLOCK * 128):
         left -= len(data)
@@ -104,25 +106,25 @@ def _more_sparse(stream: Incoming, block: bytes, member: Member) -> None:
 def _take(stream: Incoming, member: Member, tree: Tree, choice: Choice, on_read: Callable[[], None]) -> None:
     parts = choice.parts(member.name, backslash=False)
     size = member.size
+    if size <= _SMALL and member.kind == tarhead.REGULAR and parts is not None and not member.has_holes:
+        # The padding is read along, so that a small file is one piece of the buffer.
+        data = stream.exactly(size + -size % BLOCK, member.name)
+        tree.put(member.name, parts, member.mode, member.mtime, data[:size])
+        return
     if parts is None:
         # Counted all the same: what is decompressed costs time, whether or not it is kept.
         tree.passed_over(size)
-        stream.skip(size + -size % BLOCK, shown(member.name))
+        stream.skip(size + -size % BLOCK, member.name)
         return
     match member.kind:
-        case tarhead.REGULAR if member.sparse is not None or member.sparse_in_data:
+        case tarhead.REGULAR if member.has_holes:
             _sparse_file(stream, member, tree, parts)
         case tarhead.REGULAR:
-            if size <= 512 * 1024:
-                # The padding is read along, so that a small file is one piece of the buffer.
-                data = stream.exactly(size + -size % BLOCK, shown(member.name))[:size]
-                tree.put(member.name, parts, member.mode, member.mtime, data)
-                return
             with tree.file(member.name, parts, member.mode, member.mtime, size) as sink:
-                for piece in stream.pieces(size, shown(member.name)):
+                for piece in stream.pieces(size, member.name):
                     sink.write(piece)
                     on_read()
-            stream.skip(-size % BLOCK, shown(member.name))
+            stream.skip(-size % BLOCK, member.name)
         case tarhead.DIRECTORY:
             tree.directory(member.name, parts, member.mode, member.mtime)
         case tarhead.SYMLINK:
@@ -144,10 +146,10 @@ def _sparse_file(stream: Incoming, member: Member, tree: Tree, parts: tuple[str,
     with tree.file(member.name, parts, member.mode, member.mtime, member.real_size) as sink:
         for offset, length in places:
             sink.hole_until(offset)
-            for piece in stream.pieces(length, shown(member.name)):
+            for piece in stream.pieces(length, member.name):
                 sink.write(piece)
         sink.hole_until(member.real_size)
-    stream.skip(-member.size % BLOCK, shown(member.name))
+    stream.skip(-member.size % BLOCK, member.name)
 
 
 def _map_in_data(stream: Incoming, member: Member) -> tuple[list[tuple[int, int]], int]:
@@ -164,5 +166,5 @@ def _map_in_data(stream: Incoming, member: Member) -> tuple[list[tuple[int, int]
             return tarhead.sparse_map_of(lines[1:wanted]), used
         if used >= min(member.size, tarhead.MAX_EXTENSION):
             raise BadHeader("it has a file with holes whose map makes no sense")
-        data += bytes(stream.exactly(BLOCK, shown(member.name)))
+        data += bytes(stream.exactly(BLOCK, member.name))
         used += BLOCK

@@ -103,16 +103,21 @@ class Tree:
 
     def put(self, name: str, parts: Parts, mode: int | None, mtime: float | None, data: Buffer) -> None:
         """A whole file at once."""
+        size = len(data)
         self._count()
-        self.charge(len(data))
+        self.charge(size)
         descriptor = self._create(name, parts, mode)
         try:
-            write_all(descriptor, data)
+            if os.write(descriptor, data) < size:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                write_all(descriptor, data)
             set_time(descriptor, mtime)
         finally:
             os.close(descriptor)
         self.files += 1
-        self.wrote(len(data))
+        self.bytes += size
+        if self._on_bytes is not None:
+            self._on_bytes(self.bytes)
 
     def file(self, name: str, parts: Parts, mode: int | None, mtime: float | None, size: int) -> Sink:
         """A new file of ``size`` bytes to write. An earlier entry of this name is replaced, as with every unpacker."""
@@ -316,6 +321,7 @@ def write_all(descriptor: int, data: Buffer) -> None:
 def set_time(descriptor: int, mtime: float | None) -> None:
     if mtime is None:
         return
-    # A time that the file system can't hold is no reason to refuse a file.
-    with contextlib.suppress(OverflowError, ValueError, OSError):
+    try:  # noqa: SIM105  (contextlib.suppress would cost as much as the call)
         os.utime(descriptor, (mtime, mtime))
+    except (OverflowError, ValueError, OSError):
+        pass  # a time that the file system can't hold is no reason to refuse a file
