@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from outrider._plugin_discovery import installed
-from outrider.plugin_host import LIMIT_S, PluginReport, StepPlugins
+from outrider.plugin_host import LIMIT_S, PluginReport, RegisteredStepType, StepPlugins
 
 _START_S = 60.0
 """What a child may need to start and end, on a machine that has much else to do."""
@@ -32,6 +32,7 @@ class Probe:
     plugins: list[PluginReport]
     facts: dict[str, Any]
     failures: list[dict[str, Any]]
+    step_types: list[dict[str, Any]]  # as outrider.schema.StepTypeSpec has them
     fatal: tuple[str, ...] = ()
 
 
@@ -69,7 +70,7 @@ def probe(
     if isinstance(found, str):
         # Each alone is fine, and all together are not: nobody can be named.
         reports = [PluginReport("", "", "", ok=False, state="error", error=f"the step plugins together {found}")]
-        return Probe(reports, {}, [])
+        return Probe(reports, {}, [], [])
     reports = [_blamed(each, fatal[each.name]) if each.name in fatal else each for each in found.plugins]
     return dataclasses.replace(found, plugins=reports, fatal=tuple(fatal))
 
@@ -84,7 +85,11 @@ def _ask(order: _Order, *, plugins: int) -> Probe | str:
     """What the child found; or how it ended, in words."""
     limit_s = _START_S + order.limit_s * (2 * plugins + 1)
     child = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-m", __name__],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # it finds what is found here
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         out, _ = child.communicate(json.dumps(dataclasses.asdict(order)).encode(), limit_s)
@@ -104,7 +109,7 @@ def _ask(order: _Order, *, plugins: int) -> Probe | str:
         ]
     except (ValueError, KeyError, TypeError):
         return f"ends the process with exit code {child.returncode}"
-    return Probe(reports, answer["facts"], answer["failures"])
+    return Probe(reports, answer["facts"], answer["failures"], answer["step_types"])
 
 
 def main() -> None:
@@ -116,9 +121,24 @@ def main() -> None:
     facts = host.node_facts() if order.facts else {}
     failures = [dataclasses.asdict(each) for each in host.failures.values()]
     reports = [dataclasses.asdict(each) for each in host.plugins]
+    step_types = [_described(each) for each in host.step_types.values()]
     with os.fdopen(answer_to, "w", encoding="utf-8") as file:
-        json.dump({"plugins": reports, "facts": facts, "failures": failures}, file)
+        json.dump({"plugins": reports, "facts": facts, "failures": failures, "step_types": step_types}, file)
     os._exit(0)  # threads that a plugin has left behind are not waited for
+
+
+def _described(registered: RegisteredStepType) -> dict[str, Any]:
+    return {
+        "name": registered.name,
+        "params_schema": registered.params_schema,
+        "envs": registered.envs,
+        "distribution": registered.distribution,
+        "idempotent": registered.idempotent,
+        "outputs_schema": registered.outputs_schema,
+        "plugin": registered.plugin,
+        "version": registered.version,
+        "description": registered.description,
+    }
 
 
 if __name__ == "__main__":

@@ -316,20 +316,20 @@ def _check_output(root: JSONSchema, reference: Sequence[str], path: str) -> Iter
 
 
 def installed_step_types() -> tuple[dict[str, StepTypeSpec], list[Problem]]:
-    """The step types of the plugins installed here, and what is wrong with plugins that can't be used."""
-    from outrider.plugin_host import StepPlugins
+    """The step types of the plugins installed here, and what is wrong with plugins that can't be used.
 
-    host = StepPlugins.load()
-    specs = {
-        name: StepTypeSpec.of(each.step_type, distribution=each.distribution, version=each.version, plugin=each.plugin)
-        for name, each in host.step_types.items()
-    }
+    They are loaded in a process of their own: whatever a plugin does on import, its pipeline's author gets an answer.
+    """
+    from outrider.plugin_probe import probe
+
+    found = probe()
+    specs = [StepTypeSpec(**{**each, "envs": tuple(each["envs"])}) for each in found.step_types]
     problems = [
         Problem(each.error.removesuffix(f"; {each.fix}"), hint=each.fix)
-        for each in host.plugins
+        for each in found.plugins
         if each.state == "error"
     ]
-    return specs, problems
+    return {each.name: each for each in specs}, problems
 
 
 def pipeline_schema(

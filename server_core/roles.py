@@ -94,6 +94,8 @@ def _why(uses: str, node: types_pb2.Node, wanted: Wanted | None, others: Sequenc
     prefix = uses.split(".")[0]
     for plugin in node.plugins:
         if not plugin.ok and (plugin.name == prefix or uses in plugin.step_types):
+            if plugin.state == "disabled":
+                return f"{plugin.distribution} {plugin.version} is there and disabled: {'; '.join(plugin.notes)}"
             return f"{plugin.distribution} {plugin.version} is there and can't be used: {plugin.error}"
     owners = [other.node_id for other in others if any(each.name == uses for each in other.step_types)]
     distribution = next(

@@ -174,10 +174,14 @@ async def test_a_change_of_the_lock_alone_is_drift_of_an_environment_that_was_ma
 
 async def test_a_run_that_a_node_can_not_do_is_refused_with_the_reason_and_the_fix(rig: Rig) -> None:
     broken = tpb.Plugin(name="test", distribution="outrider-step-test", version="1.0", error="no module x; reinstall")
+    off = tpb.Plugin(
+        name="test", distribution="outrider-step-test", version="1.0", state="disabled", notes=["it is named"]
+    )
     agents = [
         await started(rig, step_types=False),
         await started(rig, "n2", step_types=False, plugins=[broken]),
         await started(rig, "n3", plugins=[TEST]),
+        await started(rig, "n4", step_types=False, plugins=[off]),
     ]
     async with rig.operator() as control:
         await put(rig, control, role_of())
@@ -194,6 +198,7 @@ async def test_a_run_that_a_node_can_not_do_is_refused_with_the_reason_and_the_f
         assert "outrider-step-test 1.0 is there and can't be used: no module x; reinstall" in await problems(
             rig, control, "n2"
         )
+        assert "outrider-step-test 1.0 is there and disabled: it is named" in await problems(rig, control, "n4")
         run = await control.ExecutePipeline(
             cpb.ExecutePipelineRequest(request_id="ok", pipeline_yaml=PIPELINE, node_id="n3"), timeout=TIMEOUT
         )

@@ -138,7 +138,7 @@ def test_all_of_them_at_once_leave_the_good_one_alone(site: Path) -> None:
 
 def test_the_same_is_said_without_an_agent(site: Path) -> None:
     """`outrider pipeline validate` stands on the same loader."""
-    install(site, "good", "import-error", "misspelt-hook")
+    install(site, "good", "import-error", "misspelt-hook", "prints")
     types, problems = installed_step_types()
     assert types["good.step"].distribution == "outrider-fixture-good"
     hints = {problem.hint for problem in problems}
