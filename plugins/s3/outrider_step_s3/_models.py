@@ -71,6 +71,7 @@ TagValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,256}$"
 Patterns = Annotated[tuple[Pattern, ...], Field(max_length=200)]
 Version = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,1024}$")]
 _FOR_PREFIXES = "'include' and 'exclude' choose among the files of a 'prefix': a 'key' has nothing to choose from"
+_NAME_OF_A_DOWNLOAD = "'file_name' is what a download is saved as: it has no meaning for 'action: put'"
 _FOR_KEYS = "it speaks of one object: give its 'key', not a 'prefix'"
 
 
@@ -219,6 +220,13 @@ class UploadParams(TransferParams):
 class PresignParams(StoreParams):
     """``with:`` of ``s3.presign``."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {"required": ["file_name", "action"], "properties": {"action": {"const": "put"}}},
+            "x-outrider-message": _NAME_OF_A_DOWNLOAD,
+        }
+    )
+
     key: Key = Field(description="The object that the URL is for; it need not be there yet")
     action: Literal["get", "put"] = Field(default="get", description="What the URL lets its holder do")
     expires_s: Annotated[int, Field(ge=1, le=604_800)] = Field(default=3600, description="For how long; 7 days at most")
@@ -233,6 +241,12 @@ class PresignParams(StoreParams):
         description="Write the URL to this file, and not into the outputs, which all who may see the run can read",
         json_schema_extra=_without_default,
     )
+
+    @model_validator(mode="after")
+    def _name_of_a_download(self) -> Self:
+        if self.file_name is not None and self.action == "put":
+            raise ValueError(_NAME_OF_A_DOWNLOAD)
+        return self
 
 
 class TransferOutputs(BaseModel):

@@ -10,12 +10,14 @@ import hashlib
 import http.client
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +29,8 @@ import outrider_step_s3 as plugin
 import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
+
+from server_core.security import certs
 
 PROGRAM = Path(__file__).parents[1] / "program"
 KEY_ID, SECRET = "AKIDOUTRIDERTEST", "s3cr3t/Outrider+Test0123456789"
@@ -229,6 +233,8 @@ class Proxy:
 
     endpoint: str
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+    headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
+    ca: str = ""  # the authority behind its certificate, where it speaks TLS
     fault: Callable[[str, str, int], str | None] = lambda method, path, number: None
 
     def count(self, method: str) -> int:
@@ -237,8 +243,26 @@ class Proxy:
 
 @pytest.fixture
 def proxy(store: Store) -> Iterator[Proxy]:
+    with a_proxy(store) as made:
+        yield made
+
+
+@pytest.fixture
+def tls_proxy(store: Store, tmp_path: Path) -> Iterator[Proxy]:
+    """With a certificate that only its own authority vouches for."""
+    certificate = certs.ensure(tmp_path / "tls", ["127.0.0.1"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls" / "server.pem", tmp_path / "tls" / "server.key")
+    del certificate
+    with a_proxy(store, context) as made:
+        made.ca = (tmp_path / "tls" / "ca.pem").read_text()
+        yield made
+
+
+@contextmanager
+def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     """Faults: a status and a code ("503 SlowDown"), "cut" (after half of the body), "stall" (half of the body, then
-    silence), "hang" (no answer)."""
+    silence), "hang" (no answer), "flip" (one bit of the body is another)."""
     upstream = urlsplit(store.endpoint)
     connect = http.client.HTTPSConnection if upstream.scheme == "https" else http.client.HTTPConnection
     over = threading.Event()
@@ -248,6 +272,7 @@ def proxy(store: Store) -> Iterator[Proxy]:
 
         def do(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            made.headers.append({name.lower(): value for name, value in self.headers.items()})
             made.requests.append((self.command, self.path, self.headers.get("Range", "")))
             number = sum(1 for request in made.requests if request[:2] == (self.command, self.path))
             fault = made.fault(self.command, self.path, number)
@@ -281,6 +306,8 @@ def proxy(store: Store) -> Iterator[Proxy]:
             self.end_headers()
             if self.command == "HEAD":
                 return
+            if fault == "flip":
+                content = content[:-1] + bytes([content[-1] ^ 1])
             self.wfile.write(content[: len(content) // 2] if fault in {"cut", "stall"} else content)
             if fault == "stall":
                 over.wait(30)
@@ -297,7 +324,9 @@ def proxy(store: Store) -> Iterator[Proxy]:
             """A client that goes away is what these tests are about."""
 
     server = Server(("127.0.0.1", 0), Handler)
-    made = Proxy(f"http://127.0.0.1:{server.server_port}")
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    made = Proxy(f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield made
     over.set()

@@ -107,7 +107,7 @@ class Verifier:
         """The store's checksum that is compared, for people: "crc64nvme"."""
         return self._algorithm or None
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         self._sha256.update(data)
         if self._digest is None:
             return

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from outrider_stepkit import Selection, StepFailure, free_bytes
-from outrider_stepkit.publish import sync_directory, sync_filesystem
+from outrider_stepkit.publish import sync_directory
 
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import compare, md5_of
+from s3_transfer.disk import sync_files
 from s3_transfer.errors import Refused
 from s3_transfer.fetching import Fetcher, Job
 from s3_transfer.marks import digests_of, mark, marked
@@ -112,7 +113,7 @@ class _Download:
                     for job, digest in self._fetch(missing, kept, workers, total):
                         digests[job.name] = digest
                     compare(what, listing_sha256(digests.items()), self._expected, _NOTHING_PUBLISHED)
-                    sync_filesystem(kept.folder)
+                    sync_files(kept.path(job.identity) for job in missing)
                     _publish(missing, digests, kept, target)
         return {
             "path": str(target),
@@ -178,11 +179,7 @@ class _Download:
 
 def _publish_file(kept: Partials, job: Job, digest: str) -> None:
     path = kept.path(job.identity)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_files([path])
     mark(path, job.identity, digest)
     os.replace(path, job.name)
     sync_directory(Path(job.name).parent)

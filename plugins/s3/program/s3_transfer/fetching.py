@@ -16,12 +16,14 @@ from outrider_stepkit import StepFailure
 
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import Verifier
+from s3_transfer.disk import begin_writing
 from s3_transfer.meter import Meter
 from s3_transfer.partial import Partials
 from s3_transfer.transport import CHUNK_BYTES
 from s3_transfer.workers import Workers
 
 PART_BYTES = 16 * 1024**2
+_HASHED_BYTES = 256 * 1024
 _NOTE_BYTES = 8 * 1024**2
 """How much of a range is fetched again at most after a kill."""
 
@@ -82,6 +84,8 @@ class Fetcher:
         """``window`` is how many requests are prepared ahead; ``service``: the store's checksums are compared, too."""
         self._api, self._partials, self._workers, self._meter = api, partials, workers, meter
         self._window, self._service = window, service
+        # Small enough to stay in the processor's cache between the copy and the hashing.
+        self._buffer = memoryview(bytearray(_HASHED_BYTES))
 
     def fetch(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, str]]:
         """Fetch every object to its file; each with its SHA-256, when it is whole. Raises StepFailure or OSError."""
@@ -134,6 +138,7 @@ class Fetcher:
         try:
             small = _Small(descriptor)
             self._workers.persist(lambda: self._continue_small(job, small), lambda: small.done)
+            begin_writing(descriptor, 0, small.done)
         finally:
             os.close(descriptor)
         assert small.verifier is not None
@@ -209,18 +214,19 @@ class Fetcher:
                     self._meter.add(len(chunk))
                     if piece.done - piece.noted >= _NOTE_BYTES or piece.done == piece.length:
                         self._partials.note(job.identity, piece.offset, piece.done)
+                        begin_writing(file.descriptor, piece.offset + piece.noted, piece.done - piece.noted)
                         piece.noted = piece.done
                 answer.release_conn()
 
     def _hash(self, file: _File, piece: _Range) -> None:
         position, end = piece.offset, piece.offset + piece.length
         while position < end:
-            chunk = os.pread(file.descriptor, min(CHUNK_BYTES, end - position), position)
-            if not chunk:
+            count = os.preadv(file.descriptor, [self._buffer[: end - position]], position)
+            if not count:
                 self._partials.forget(file.job.identity)
                 raise StepFailure(f"the copy of {file.job.key!r} was cut short by someone else", code="io")
-            file.verifier.update(chunk)
-            position += len(chunk)
+            file.verifier.update(self._buffer[:count])
+            position += count
 
     # -- both --------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from outrider_stepkit import StepFailure, staged_file
 
 from s3_transfer.settings import Settings
-from s3_transfer.transport import Transport
+from s3_transfer.signing import Signer
 
 
 def presign(params: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
@@ -29,7 +29,8 @@ def presign(params: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]
     method = {"get": "GET", "put": "PUT"}[params.get("action", "get")]
     expires_s = int(params.get("expires_s", 3600))
     expires_at = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=expires_s)
-    url = Transport(settings, 1).presign(method, params["key"], query, expires_s)
+    signer = Signer(settings.credentials, settings.region)
+    url = settings.url(params["key"], signer.query(method, settings, params["key"], query, expires_s))
     outputs: dict[str, Any] = {"method": method, "expires_at": expires_at.isoformat()}
     if to := params.get("to"):
         with staged_file(to, mode=0o600) as file:

@@ -1,0 +1,172 @@
+"""What a killed attempt has moved is not moved again, and only differences are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Program, Proxy, Store
+
+MIB = 1024**2
+BIG = os.urandom(MIB) * 37  # three ranges of a download
+LARGE = os.urandom(MIB) * 130  # three parts of an upload
+Wait = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    directory = tmp_path / "build"
+    directory.mkdir()
+    return directory
+
+
+def first_bytes(proxy: Proxy) -> set[int]:
+    return {int(match[1]) for _, _, asked in proxy.requests if (match := re.match(r"bytes=(\d+)-", asked))}
+
+
+def test_killed_download_goes_on_with_the_ranges_that_are_there(
+    store: Store, proxy: Proxy, program: Program, target: Path, wait_for: Wait
+) -> None:
+    digest = store.put("k", BIG)
+    # The last range never gets there; the others do.
+    proxy.fault = lambda method, path, number: "stall" if method == "GET" and number == 3 else None
+    params = {"bucket": store.bucket, "key": "k", "to": f"{target}/k", "endpoint": proxy.endpoint, "connections": 1}
+    process = program.start("download", params, store.env)
+    wait_for(lambda: proxy.count("GET") == 3)
+    process.kill()
+    program.end(process)
+    assert not (target / "k").exists()
+    proxy.fault, proxy.requests[:] = lambda method, path, number: None, []
+    ended = program.run("download", params | {"sha256": digest}, store.env)
+    assert ended.code == 0, ended.text
+    assert (target / "k").read_bytes() == BIG
+    assert min(first_bytes(proxy)) >= 32 * MIB, "what was there has been fetched again"
+    assert [path.name for path in target.iterdir()] == ["k"]
+
+
+def test_killed_download_of_an_object_replaced_since_starts_over(
+    store: Store, proxy: Proxy, program: Program, target: Path, wait_for: Wait
+) -> None:
+    store.put("k", BIG)
+    proxy.fault = lambda method, path, number: "stall" if method == "GET" and number == 3 else None
+    params = {"bucket": store.bucket, "key": "k", "to": f"{target}/k", "endpoint": proxy.endpoint, "connections": 1}
+    process = program.start("download", params, store.env)
+    wait_for(lambda: proxy.count("GET") == 3)
+    process.kill()
+    program.end(process)
+    store.put("k", BIG[::-1])
+    proxy.fault = lambda method, path, number: None
+    assert program.run("download", params, store.env).code == 0
+    assert (target / "k").read_bytes() == BIG[::-1]
+
+
+def test_killed_download_of_a_prefix_keeps_the_objects_that_are_whole(
+    store: Store, proxy: Proxy, program: Program, target: Path, wait_for: Wait
+) -> None:
+    for name in "abc":
+        store.put(f"p/{name}", name.encode() * 1000)
+    proxy.fault = lambda method, path, number: "stall" if path.endswith("/p/c") else None
+    params = {"bucket": store.bucket, "prefix": "p", "to": f"{target}/p", "endpoint": proxy.endpoint, "connections": 1}
+    process = program.start("download", params, store.env)
+    wait_for(lambda: any(path.endswith("/p/c") for _, path, _ in proxy.requests))
+    process.kill()
+    program.end(process)
+    assert not (target / "p").exists()
+    proxy.fault, proxy.requests[:] = lambda method, path, number: None, []
+    assert program.run("download", params, store.env).code == 0
+    assert [path for _, path, _ in proxy.requests if "/p/" in path and "list-type" not in path] == [
+        f"/{store.bucket}/p/c"
+    ]
+    assert {path.name: path.read_bytes() for path in (target / "p").iterdir()} == {
+        name: name.encode() * 1000 for name in "abc"
+    }
+    assert [path.name for path in target.iterdir()] == ["p"]
+
+
+def test_killed_upload_sends_only_the_parts_that_are_missing(
+    store: Store, proxy: Proxy, program: Program, target: Path, wait_for: Wait
+) -> None:
+    (target / "f").write_bytes(LARGE)
+    proxy.fault = lambda method, path, number: "hang" if "partNumber=3" in path else None
+    params = {"bucket": store.bucket, "key": "k", "from": f"{target}/f", "endpoint": proxy.endpoint, "connections": 2}
+    process = program.start("upload", params, store.env)
+    wait_for(lambda: any("partNumber=3" in path for _, path, _ in proxy.requests))
+    process.kill()
+    program.end(process)
+    proxy.fault, proxy.requests[:] = lambda method, path, number: None, []
+    ended = program.run("upload", params, store.env)
+    assert ended.code == 0, ended.text
+    sent = [re.findall(r"partNumber=(\d)", path) for method, path, _ in proxy.requests if method == "PUT"]
+    assert sent == [["3"]]
+    assert store.get("k") == LARGE
+    assert ended.outputs["sha256"] == hashlib.sha256(LARGE).hexdigest()
+
+
+def test_parts_of_another_file_are_not_taken_for_ours(
+    store: Store, proxy: Proxy, program: Program, target: Path
+) -> None:
+    upload_id = store.client.create_multipart_upload(Bucket=store.bucket, Key="k")["UploadId"]
+    store.client.upload_part(Bucket=store.bucket, Key="k", UploadId=upload_id, PartNumber=1, Body=bytes(64 * MIB))
+    (target / "f").write_bytes(LARGE)
+    ended = program.run("upload", {"bucket": store.bucket, "key": "k", "from": f"{target}/f"}, store.env)
+    assert ended.code == 0, ended.text
+    assert store.get("k") == LARGE
+
+
+def test_only_differences_are_downloaded(store: Store, proxy: Proxy, program: Program, target: Path) -> None:
+    for name in ("a", "b", "deep/c", "d"):
+        store.put(f"p/{name}", name.encode() * 1000)
+    params = {"bucket": store.bucket, "prefix": "p", "to": str(target), "endpoint": proxy.endpoint}
+    assert program.run("download", params, store.env).outputs["transferred"] == 4
+    store.put("p/b", b"new")
+    (target / "deep" / "c").write_bytes(b"X" * 6000)  # of the same size, by somebody else
+    (target / "d").unlink()
+    proxy.requests.clear()
+    ended = program.run("download", params, store.env)
+    assert (ended.outputs["objects"], ended.outputs["transferred"]) == (4, 3)
+    assert not [path for method, path, _ in proxy.requests if path.endswith("/p/a")]
+    assert (target / "deep" / "c").read_bytes() == b"deep/c" * 1000
+    assert (target / "b").read_bytes() == b"new"
+    # A copy has no mark of ours; its content speaks for it.
+    (target / "a").rename(target / "moved")
+    shutil.copy(target / "moved", target / "a")
+    assert program.run("download", params, store.env).outputs["transferred"] == 0
+    again = program.run("download", params | {"only_differences": False}, store.env)
+    assert again.outputs["transferred"] == 4
+
+
+def test_object_that_is_there_already_is_not_fetched_again(
+    store: Store, proxy: Proxy, program: Program, target: Path
+) -> None:
+    digest = store.put("k", BIG)
+    params = {"bucket": store.bucket, "key": "k", "to": f"{target}/k", "endpoint": proxy.endpoint, "sha256": digest}
+    assert program.run("download", params, store.env).outputs["transferred"] == 1
+    proxy.requests.clear()
+    ended = program.run("download", params, store.env)
+    assert (ended.outputs["transferred"], ended.outputs["sha256"]) == (0, digest)
+    assert [request[0] for request in proxy.requests] == ["HEAD"]
+    with (target / "k").open("r+b") as file:
+        file.write(b"!")
+    assert program.run("download", params, store.env).outputs["transferred"] == 1
+    assert (target / "k").read_bytes() == BIG
+
+
+def test_only_differences_are_uploaded(store: Store, proxy: Proxy, program: Program, target: Path) -> None:
+    for name in ("a", "b", "deep/c"):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_bytes(name.encode() * 1000)
+    (target / "large").write_bytes(LARGE[: 65 * MIB])
+    params = {"bucket": store.bucket, "prefix": "p", "from": str(target), "endpoint": proxy.endpoint}
+    assert program.run("upload", params, store.env).outputs["transferred"] == 4
+    (target / "b").write_bytes(b"B" * 1000)
+    proxy.requests.clear()
+    ended = program.run("upload", params, store.env)
+    assert (ended.outputs["objects"], ended.outputs["transferred"]) == (4, 1)
+    assert [path for method, path, _ in proxy.requests if method == "PUT"] == [f"/{store.bucket}/p/b"]
+    assert store.get("p/b") == b"B" * 1000
