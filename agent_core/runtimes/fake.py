@@ -246,6 +246,7 @@ class FakeRuntime:
         if signal != "SIGKILL":
             found.process.signalled.set()
             return
+        await asyncio.sleep(0)  # a task that is cancelled before it has begun never ends its container
         if found.task is not None:
             found.task.cancel()
         await found.ended.wait()

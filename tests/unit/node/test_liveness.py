@@ -1,0 +1,177 @@
+"""Supervision on the fake engine: what can't be waited for with a real one, or must be provoked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from agent_core.container_spec import ManagedSpec, Restart
+from agent_core.containers import Containers
+from agent_core.liveness import Supervision, Supervisor, _Watch
+from agent_core.runtimes.fake import FakeProcess
+from outrider.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    from conftest import Parts
+
+
+@dataclass
+class Watched:
+    """A node whose containers are asked by a program that fails for those named in ``sick``."""
+
+    parts: Parts
+    sick: set[str] = field(default_factory=set)
+    asked: int = 0
+    events: list[tuple[str, str, Mapping[str, Any]]] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def supervised(self, containers: Containers | None = None) -> AsyncIterator[Supervisor]:
+        async def probe(process: FakeProcess, args: Sequence[str]) -> tuple[int, bytes]:
+            self.asked += 1
+            return (1, b"no answer") if process.spec.name in self.sick else (0, b"")
+
+        async def emit(kind: str, subject: str, data: Mapping[str, Any]) -> None:
+            self.events.append((kind, subject, data))
+
+        async def available() -> None:
+            while True:
+                with contextlib.suppress(EngineUnavailable):
+                    await self.parts.runtime.info()
+                    return
+                await asyncio.sleep(0.02)
+
+        self.parts.runtime.executed["probe"] = probe
+        supervisor = Supervisor(self.parts.runtime, containers or self.parts.containers, emit, available)
+
+        async def listen() -> None:
+            async for event in self.parts.runtime.events():
+                supervisor.heard(event)
+
+        tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(listen())]
+        try:
+            yield supervisor
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def restarts(self) -> list[float]:
+        return [each for each in self.parts.runtime.calls if each == ("start", self.container)][1:]  # type: ignore[misc]
+
+    container: str = ""
+
+    async def start(self, **more: Any) -> None:
+        live = {"exec": {"args": ["probe"]}, "interval_s": 1, "failures": 1, "grace_s": 0} | more.pop("live", {})
+        spec = ManagedSpec.parse({"name": "arena", "image": "game:1", "ready": {"log": "is up"}, "live": live} | more)
+        self.container = (await self.parts.containers.start(spec, self.parts.scope)).id
+
+    def health(self) -> str:
+        return self.parts.containers.health.get("arena", "")
+
+    def told(self, kind: str) -> list[Mapping[str, Any]]:
+        return [data for what, subject, data in self.events if (what, subject) == (kind, "arena")]
+
+
+@pytest.fixture
+def watched(parts: Parts) -> Watched:
+    return Watched(parts)
+
+
+async def until(holds: Any, what: str, within_s: float = 30.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():
+            await asyncio.sleep(0.01)
+    assert holds(), what
+
+
+async def test_a_sick_container_is_restarted_again_and_again_until_its_limit_and_that_is_told(watched: Watched) -> None:
+    watched.sick.add("arena")
+    async with watched.supervised():
+        await watched.start(restart={"policy": "on-failure", "max": 2, "first_wait_s": 0.1})
+        await until(lambda: watched.told("container.unhealthy"), "the end of it")
+        assert [data["restarts"] for data in watched.told("container.restarted")] == [1, 2]
+        assert watched.told("container.unhealthy")[0]["reason"] == "probe ended with exit code 1: no answer"
+        assert watched.health() == "failed"
+        assert (await watched.parts.containers.inspect("arena")).state == "running"  # it is left as it is
+        row = watched.parts.containers.rows.get("arena")
+        assert row is not None
+        assert (row.restarts, row.reason) == (2, "probe ended with exit code 1: no answer")
+
+
+async def test_one_that_is_not_to_be_restarted_is_only_told(watched: Watched) -> None:
+    watched.sick.add("arena")
+    async with watched.supervised():
+        await watched.start(restart="no")
+        await until(lambda: watched.told("container.unhealthy"), "the news")
+        assert watched.restarts() == []
+
+
+async def test_what_somebody_stops_stays_stopped_and_is_watched_again_once_it_is_started(watched: Watched) -> None:
+    async with watched.supervised():
+        await watched.start()
+        await until(lambda: watched.health() == "live", "live")
+        await watched.parts.containers.stop("arena")
+        await until(lambda: watched.health() == "", "nothing known of a stopped one")
+        watched.sick.add("arena")
+        asked = watched.asked
+        await asyncio.sleep(1.2)
+        assert (watched.asked, watched.restarts()) == (asked, [])
+        watched.sick.clear()
+        await watched.parts.containers.start_existing("arena")
+        await until(lambda: watched.health() == "live", "live again")
+
+
+async def test_the_next_agent_goes_on_watching_from_its_journal(watched: Watched, parts: Parts) -> None:
+    async with watched.supervised():
+        await watched.start()
+    watched.sick.add("arena")
+    another = Containers(parts.runtime, parts.journal, parts.ports, parts.volumes, parts.policy, "n1")
+    async with watched.supervised(another):
+        await until(lambda: watched.told("container.restarted"), "the restart by the next agent")
+
+
+async def test_an_engine_that_is_away_is_no_failure_of_a_container(watched: Watched) -> None:
+    async with watched.supervised():
+        await watched.start(restart={"policy": "always", "max": 1})
+        await until(lambda: watched.health() == "live", "live")
+        watched.parts.runtime._available = False
+        await asyncio.sleep(1.5)
+        watched.parts.runtime._available = True
+        assert watched.told("container.restarted") == []
+
+
+async def test_a_container_that_is_slow_to_start_is_given_its_time(watched: Watched) -> None:
+    watched.sick.add("arena")
+    async with watched.supervised():
+        await watched.start(live={"grace_s": 3600})
+        await until(lambda: watched.asked >= 2, "it was asked")
+        assert watched.told("container.restarted") == []
+        assert watched.health() == "starting"
+
+
+async def test_asked_for_again_with_another_liveness_the_same_container_is_watched_by_that(watched: Watched) -> None:
+    watched.sick.add("arena")
+    async with watched.supervised():
+        await watched.start(live={"grace_s": 3600})
+        before = watched.container
+        await watched.start(live={"grace_s": 0})
+        assert watched.container == before
+        await until(lambda: watched.told("container.restarted"), "the restart")
+
+
+def test_waits_between_restarts_grow_up_to_their_limit() -> None:
+    restart = Restart(first_wait_s=1, longest_wait_s=10)
+    live = {"exec": {"args": ["x"]}}
+    watch = object.__new__(_Watch)
+    watch.supervision = Supervision.model_validate({"live": live, "restart": restart.model_dump()})
+    waits = []
+    for count in (0, 1, 2, 3, 4, 5, 6, 1000):
+        watch._restarts = count
+        waits.append(watch._wait_s())
+    assert waits == [0, 1, 2, 4, 8, 10, 10, 10]
