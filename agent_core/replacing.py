@@ -71,9 +71,9 @@ class Replacing:
             await self.drop(base, "")
             await self.drop(base + PREVIOUS, "")
             return
-        await self._rows.brought_back(base, ports_of(former))
         if previous is not None and previous.state == "aside":
-            await self._runtime.start(former.id)
+            await self._runtime.start(former.id)  # before it is said that nothing is left to do
+        await self._rows.brought_back(base, ports_of(former))
         await self._tidy(base)
 
     async def switch(self, base: str) -> None:

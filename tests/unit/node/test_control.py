@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -139,3 +140,66 @@ async def test_the_log_that_one_answer_holds_is_bounded(parts: Parts, client: Cl
         data = await answer.read()
     assert len(data) <= 4 * 1024**2
     assert data.endswith(b"the end\n")
+
+
+async def lines(client: Client, path: str, body: Any) -> list[dict[str, Any]]:
+    async with client.post(path, json=body, headers={"Accept": "application/x-ndjson"}) as answer:
+        assert answer.status == 200
+        return [json.loads(line) for line in (await answer.read()).splitlines()]
+
+
+async def test_a_program_is_run_inside_and_tells_what_it_prints(client: Client, parts: Parts) -> None:
+    async def greet(process: FakeProcess, args: Sequence[str]) -> tuple[int, bytes]:
+        return 3, f"hello {args[1]}".encode()
+
+    parts.runtime.executed["greet"] = greet
+    await call(client, "POST", "/v1/containers", SPEC)
+    path = "/v1/containers/arena/exec"
+    wanted = {"args": ["greet", "you"], "id": "once"}
+    status, answer = await call(client, "POST", path, wanted)
+    assert (status, answer) == (200, {"exit_code": 3, "stdout": "hello you", "stderr": "", "truncated": False})
+    told = await lines(client, path, wanted)
+    assert told == [{"stdout": "hello you"}, {"result": {"exit_code": 3, "truncated": False}}]
+    assert [name for name, _ in parts.runtime.calls].count("exec_start") == 1
+    for body, status, code in (
+        ({"args": []}, 400, "invalid_input"),
+        ({"args": ["x"], "id": "a b"}, 400, "invalid_input"),
+        ({"args": ["greet", "me"], "id": "once"}, 409, "id_reused"),
+        ({"args": ["x"], "user": "0"}, 403, "not_allowed"),
+    ):
+        got, error = await call(client, "POST", path, body)
+        assert (got, error["code"]) == (status, code), error
+    await call(client, "POST", "/v1/containers/arena/stop", {"grace_s": 1})
+    got, error = await call(client, "POST", path, {"args": ["greet", "me"]})
+    assert (got, error["code"]) == (409, "container_not_running")
+
+
+async def test_a_start_tells_its_end_in_its_last_line(client: Client) -> None:
+    [last] = await lines(client, "/v1/containers", SPEC)
+    assert last["result"]["name"] == "arena"
+    [last] = await lines(client, "/v1/containers", SPEC | {"name": "x", "image": "gone:1"})
+    assert (last["status"], last["error"]["code"]) == (404, "image_not_found")
+
+
+async def test_waiting_has_an_end(client: Client) -> None:
+    await call(client, "POST", "/v1/containers", SPEC)
+    got, error = await call(client, "POST", "/v1/containers/arena/wait", {"timeout_s": 0.1})
+    assert (got, error["code"], error["temporary"]) == (504, "wait_timeout", True)
+
+
+async def test_the_whole_log_is_a_stream(client: Client, parts: Parts) -> None:
+    async def chatter(process: FakeProcess) -> int:
+        for number in range(100):
+            process.write(b"x" * 100_000 + f" {number}\n".encode())
+        await process.signalled.wait()
+        process.write(b"the end\n")
+        return 0
+
+    parts.runtime.programs["chatter:1"] = chatter
+    await call(client, "POST", "/v1/containers", {"name": "c", "image": "chatter:1"})
+    async with client.get("/v1/containers/c/logs?all=1&follow=1") as answer:
+        first = await answer.content.readline()
+        await call(client, "POST", "/v1/containers/c/stop", {"grace_s": 1})
+        rest = await answer.content.read()
+    assert len(first + rest) > 10_000_000
+    assert rest.endswith(b" 99\nthe end\n")

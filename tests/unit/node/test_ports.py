@@ -58,3 +58,40 @@ async def test_all_or_nothing(journal: Journal) -> None:
     with pytest.raises(TemporaryError):
         await leases.lease("a", [PortWish("one"), PortWish("two"), PortWish("three")])
     assert leases.held("a") == {}
+
+
+async def test_one_number_for_both_protocols_within_a_part_of_the_range(journal: Journal) -> None:
+    leases = Ports(journal, (28850, 28869))
+    both = PortWish("game", "tcp+udp", None, (28860, 28862))
+    assert (await leases.lease("a", [both]))["game"] in (28860, 28861, 28862)
+    assert await leases.lease("a", [both]) == leases.held("a")
+    rows = await journal.query("SELECT protocol FROM port_leases ORDER BY protocol")
+    assert [row["protocol"] for row in rows] == ["tcp", "udp"]
+    await leases.lease("b", [both])
+    await leases.lease("c", [both])
+    with pytest.raises(TemporaryError, match="no port is free in the range asked for, 28860-28862"):
+        await leases.lease("d", [both])
+    with pytest.raises(InvalidInput, match="outside this node's range"):
+        await leases.lease("d", [PortWish("game", within=(100, 200))])
+
+
+async def test_a_port_is_leased_until_the_kernel_has_let_go_of_it(journal: Journal) -> None:
+    leases = Ports(journal, (28870, 28871))
+    assert await leases.lease("a", [PortWish("game", "udp", 28870)]) == {"game": 28870}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lingering:
+        lingering.bind(("0.0.0.0", 28870))
+        await leases.release("a")
+        assert leases.held("a") == {}
+        assert leases.releasing() == [(28870, "udp", "a")]
+        with pytest.raises(TemporaryError, match="was the container a's, and the kernel still holds it"):
+            await leases.lease("b", [PortWish("game", "udp", 28870)])
+        assert await leases.lease("b", [PortWish("game", "udp")]) == {"game": 28871}
+    assert await leases.lease("c", [PortWish("game", "udp", 28870)]) == {"game": 28870}
+    assert leases.releasing() == []
+
+
+async def test_only_what_is_no_longer_wanted_is_given_back(journal: Journal) -> None:
+    leases = Ports(journal, (28872, 28879))
+    held = await leases.lease("a", [PortWish("game"), PortWish("rcon")])
+    await leases.release("a", but=["game"])
+    assert leases.held("a") == {"game": held["game"]}
