@@ -97,7 +97,10 @@ def test_a_container_made_by_an_agent_of_before_is_known_again() -> None:
         image="game/arena:7",
         args=["+port", "$(ports.game)"],
         env={"A": "b"},
-        ports=[{"name": "game", "container": 27960, "protocol": "udp"}, {"name": "http", "container": 8080, "host": 27100}],
+        ports=[
+            {"name": "game", "container": 27960, "protocol": "udp"},
+            {"name": "http", "container": 8080, "host": 27100},
+        ],
         ready={"log": "up"},
         resources={"memory_bytes": 536870912},
         volumes={"saves": "/data:rw"},
