@@ -48,7 +48,8 @@ class PluginHost(StepPlugins):
         with contextlib.suppress(OSError):  # on a full disk plugins are loaded without
             mark.touch()
         host = cls.load(enabled, [*disabled, *fatal], limit_s=limit_s)
-        mark.unlink(missing_ok=True)
+        if not fatal:  # else it stays, and they are left out the next time, too
+            mark.unlink(missing_ok=True)
         if found is not None:
             blamed = {(each.name, each.distribution): each for each in found.plugins if each.name in fatal}
             host.plugins = [blamed.get((each.name, each.distribution), each) for each in host.plugins]

@@ -81,10 +81,16 @@ class StepPlugins(PluginHooks):
 
     @classmethod
     def load(
-        cls, enabled: Sequence[str] | None = None, disabled: Sequence[str] = (), *, limit_s: float = LIMIT_S
+        cls,
+        enabled: Sequence[str] | None = None,
+        disabled: Sequence[str] = (),
+        *,
+        limit_s: float = LIMIT_S,
+        tell: Callable[[str], object] = lambda _name: None,
     ) -> Self:
         """Find, import and bind the plugins. ``enabled``: their names, ``None`` for all; ``disabled`` wins.
 
+        ``tell`` is called with the name of each before it is imported.
         Never raises for what a plugin does: see `plugins` for what became of each.
         """
         importlib.import_module("stevedore.named")  # that it is not installed is no plugin's failure
@@ -100,6 +106,7 @@ class StepPlugins(PluginHooks):
                 host._note(candidate, state="disabled", notes=(left_out,))
             if left_out:
                 continue
+            tell(name)
             host._load(first)
             for other in others:
                 host._note(other, error=_same_name(other, first))

@@ -7,6 +7,7 @@ that did not survive loading them the last time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -53,26 +54,27 @@ def probe(
 ) -> Probe:
     """Load the plugins in a child process, as `StepPlugins.load` does, and ask them for ``facts`` if wanted.
 
-    Where the child does not survive it, each plugin gets one of its own, so that the one to blame can be named.
+    Where the child does not survive it, the plugin that it was loading is left out, and the others get another child.
     """
     order = _Order(None if enabled is None else tuple(enabled), tuple(disabled), limit_s, facts)
-    known = sorted({each.name for each in installed()[0]})
-    chosen = [name for name in known if name not in disabled and (enabled is None or name in enabled)]
-    found = _ask(order, plugins=len(chosen))
-    if isinstance(found, Probe):
-        return found
-    fatal = {}
-    for name in chosen:
-        alone = _ask(dataclasses.replace(order, enabled=(name,)), plugins=1)
-        if isinstance(alone, str):
-            fatal[name] = alone
-    found = _ask(dataclasses.replace(order, disabled=(*disabled, *fatal)), plugins=len(chosen))
-    if isinstance(found, str):
-        # Each alone is fine, and all together are not: nobody can be named.
-        reports = [PluginReport("", "", "", ok=False, state="error", error=f"the step plugins together {found}")]
-        return Probe(reports, {}, [], [])
+    fatal: dict[str, str] = {}
+    together: list[PluginReport] = []
+    while True:
+        found = _ask(dataclasses.replace(order, disabled=(*disabled, *fatal)))
+        if isinstance(found, Probe):
+            break
+        if found.loading and found.loading not in fatal:
+            fatal[found.loading] = found.how
+            continue
+        # It was none of them that was being loaded: nobody can be named.
+        what = "are asked for facts of this node" if order.facts else "are loaded"
+        error = f"one of the step plugins {found.how} when they {what}"
+        together.append(PluginReport("", "", "", ok=False, state="error", error=error))
+        if not order.facts:
+            return Probe(together, {}, [], [], tuple(fatal))
+        order = dataclasses.replace(order, facts=False)
     reports = [_blamed(each, fatal[each.name]) if each.name in fatal else each for each in found.plugins]
-    return dataclasses.replace(found, plugins=reports, fatal=tuple(fatal))
+    return dataclasses.replace(found, plugins=reports + together, fatal=tuple(fatal))
 
 
 def _blamed(report: PluginReport, how: str) -> PluginReport:
@@ -81,9 +83,16 @@ def _blamed(report: PluginReport, how: str) -> PluginReport:
     return dataclasses.replace(report, state="error", error=error, fix=fix, notes=())
 
 
-def _ask(order: _Order, *, plugins: int) -> Probe | str:
-    """What the child found; or how it ended, in words."""
-    limit_s = _START_S + order.limit_s * (2 * plugins + 1)
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A child that gave no answer: how it ended, in words, and the plugin that it was loading then."""
+
+    how: str
+    loading: str
+
+
+def _ask(order: _Order) -> Probe | _Ended:
+    limit_s = _START_S + order.limit_s * (2 * len(installed()[0]) + 1)
     child = subprocess.Popen(
         [sys.executable, "-m", __name__],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # it finds what is found here
@@ -91,39 +100,55 @@ def _ask(order: _Order, *, plugins: int) -> Probe | str:
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
+    how, out = "", b""
     try:
         out, _ = child.communicate(json.dumps(dataclasses.asdict(order)).encode(), limit_s)
-    except subprocess.TimeoutExpired:
-        return "hangs"
+    except subprocess.TimeoutExpired as expired:
+        how, out = "hangs", expired.output or b""
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
+    *loading, answer = [b"", *out.split(b"\n")]
+    if not how and answer:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return _read(json.loads(answer))
     if child.returncode < 0:
-        return f"ends the process with {signal.Signals(-child.returncode).name}"
-    try:
-        answer = json.loads(out)
-        reports = [
-            PluginReport(**{**each, "step_types": tuple(each["step_types"]), "notes": tuple(each["notes"])})
-            for each in answer["plugins"]
-        ]
-    except (ValueError, KeyError, TypeError):
-        return f"ends the process with exit code {child.returncode}"
+        how = how or f"ends the process with {signal.Signals(-child.returncode).name}"
+    return _Ended(how or f"ends the process with exit code {child.returncode}", loading[-1].decode())
+
+
+def _read(answer: dict[str, Any]) -> Probe:
+    reports = [
+        PluginReport(**{**each, "step_types": tuple(each["step_types"]), "notes": tuple(each["notes"])})
+        for each in answer["plugins"]
+    ]
     return Probe(reports, answer["facts"], answer["failures"], answer["step_types"])
 
 
 def main() -> None:
-    """The child: an order on stdin, the answer on stdout. What a plugin prints goes to stderr."""
+    """The child: an order on stdin; on stdout the name of each plugin before it is loaded, an empty line, the answer.
+
+    What a plugin prints goes to stderr.
+    """
     answer_to = os.dup(1)
     os.dup2(2, 1)
+
+    def tell(name: str) -> None:
+        os.write(answer_to, f"{name}\n".encode())
+
     order = _Order(**json.load(sys.stdin))
-    host = StepPlugins.load(order.enabled, order.disabled, limit_s=order.limit_s)
+    host = StepPlugins.load(order.enabled, order.disabled, limit_s=order.limit_s, tell=tell)
+    tell("")
     facts = host.node_facts() if order.facts else {}
-    failures = [dataclasses.asdict(each) for each in host.failures.values()]
-    reports = [dataclasses.asdict(each) for each in host.plugins]
-    step_types = [_described(each) for each in host.step_types.values()]
+    answer = {
+        "plugins": [dataclasses.asdict(each) for each in host.plugins],
+        "facts": facts,
+        "failures": [dataclasses.asdict(each) for each in host.failures.values()],
+        "step_types": [_described(each) for each in host.step_types.values()],
+    }
     with os.fdopen(answer_to, "w", encoding="utf-8") as file:
-        json.dump({"plugins": reports, "facts": facts, "failures": failures, "step_types": step_types}, file)
+        json.dump(answer, file)
     os._exit(0)  # threads that a plugin has left behind are not waited for
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from agent_core.config import AgentConfig, PluginSettings
 from agent_core.plugins import PluginHost
+from outrider.plugin_probe import probe
 from outrider.steps import CONTRACT
 from tests.plugin_fixtures import install
 from tests.unit.cli.conftest import OUTRIDER
@@ -112,11 +113,14 @@ def test_an_agent_that_a_plugin_ended_comes_back_without_it(tmp_path: Path, monk
         return subprocess.run([python, "-c", load], capture_output=True, text=True, env=env, timeout=300, check=False)
 
     assert start().returncode == 7
-    again = start()
-    assert again.returncode == 0, again.stderr
-    assert "'good': ('ok', '')" in again.stdout
-    assert "plugin 'ends-process' ends the process with exit code 7" in again.stdout
-    assert not (state / "plugins.loading").exists()
+    for _ in range(2):
+        again = start()
+        assert again.returncode == 0, again.stderr
+        assert "'good': ('ok', '')" in again.stdout
+        assert "plugin 'ends-process' ends the process with exit code 7" in again.stdout
+    (site / "outrider_fixture_ends_process.py").write_text((site / "outrider_fixture_good.py").read_text())
+    start()
+    assert not (state / "plugins.loading").exists(), "it is mended"
 
 
 def test_an_agent_that_was_killed_while_it_loaded_loses_no_plugin(
@@ -129,3 +133,19 @@ def test_an_agent_that_was_killed_while_it_loaded_loses_no_plugin(
     host = PluginHost.load_surviving(tmp_path, ["good"], [], limit_s=30)
     assert list(host.step_types) == ["good.step"]
     assert not (tmp_path / "plugins.loading").exists()
+
+
+def test_where_nobody_can_be_named_the_others_are_looked_at_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = install(tmp_path, "failing-hooks", "good")
+    module = site / "outrider_fixture_failing_hooks.py"
+    module.write_text(module.read_text().replace('return {"gpu": object()}', "import os; os.kill(os.getpid(), 9)"))
+    monkeypatch.syspath_prepend(site)
+    found = probe(["good", "failing-hooks"], facts=True)
+    states = {report.name: report.state for report in found.plugins if report.state != "disabled"}
+    assert states == {"good": "ok", "failing-hooks": "ok", "": "error"}
+    assert found.plugins[-1].error == (
+        "one of the step plugins ends the process with SIGKILL when they are asked for facts of this node"
+    )
+    assert [each["name"] for each in found.step_types] == ["good.step"]
