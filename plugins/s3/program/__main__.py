@@ -8,11 +8,11 @@ from typing import Any
 
 from outrider_stepkit import Step, main
 
-Transfer = Callable[[Mapping[str, Any], Mapping[str, str], Callable[[int, int, str], None]], dict[str, Any]]
+Transfer = Callable[[Mapping[str, Any], Mapping[str, str], Callable[[int, int | None, str], None]], dict[str, Any]]
 
 
 def _carry_out(transfer: Transfer, step: Step) -> None:
-    def report(done: int, total: int, rate: str) -> None:
+    def report(done: int, total: int | None, rate: str) -> None:
         step.progress(done, total, message=rate)
 
     step.secrets.add(os.environ.get("S3_SSE_CUSTOMER_KEY", ""))

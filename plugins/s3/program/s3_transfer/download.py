@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider_stepkit import Selection, StepFailure, free_bytes
+from outrider_stepkit.meter import Meter, Report
 from outrider_stepkit.publish import sync_directory
 
 from s3_transfer.api import Api, Version
@@ -17,7 +18,6 @@ from s3_transfer.disk import sync_files
 from s3_transfer.errors import Refused
 from s3_transfer.fetching import Fetcher, Job
 from s3_transfer.marks import digests_of, mark, marked
-from s3_transfer.meter import Meter, Report
 from s3_transfer.objects import list_objects, listing_sha256
 from s3_transfer.partial import Partials, partials
 from s3_transfer.settings import Settings

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from outrider_stepkit import StepFailure
+from outrider_stepkit.meter import Meter
 
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import Verifier
 from s3_transfer.disk import begin_writing
-from s3_transfer.meter import Meter
 from s3_transfer.partial import Partials
 from s3_transfer.transport import CHUNK_BYTES
 from s3_transfer.workers import Workers

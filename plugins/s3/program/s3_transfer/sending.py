@@ -18,11 +18,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 from outrider_stepkit import StepFailure
+from outrider_stepkit.meter import Meter
 
 from s3_transfer.api import Api, Part, Version
 from s3_transfer.checks import Digest, compare, composite, digest_of, encoded
 from s3_transfer.errors import Refused
-from s3_transfer.meter import Meter
 from s3_transfer.transport import CHUNK_BYTES
 from s3_transfer.workers import Workers
 

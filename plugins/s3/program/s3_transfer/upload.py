@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 from outrider_stepkit import Selection, StepFailure
+from outrider_stepkit.meter import Meter, Report
 
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import compare
-from s3_transfer.meter import Meter, Report
 from s3_transfer.objects import Entry, folder, list_files, listing_sha256
 from s3_transfer.sending import NOTHING_SENT, PART_BYTES, File, Sender, Sent, Terms
 from s3_transfer.settings import Settings
