@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import time
 import weakref
 from collections import defaultdict
@@ -22,49 +21,35 @@ from agent_core.container_spec import (
     ContainerScope,
     ManagedSpec,
     Replace,
-    check_against_policy,
-    device_of,
-    digest_of,
-    mounts_of,
-    substitute,
 )
 from agent_core.execs import ExecRequest, Execs, Executed, Piece
 from agent_core.images import Images, Tell
 from agent_core.journal import Journal
 from agent_core.liveness import supervision_of
 from agent_core.managed_files import ManagedFiles
-from agent_core.managed_rows import Intent, ManagedRow, ManagedRows
+from agent_core.managed_orders import Order, Orders, advertised_address, aliases_of
+from agent_core.managed_rows import ManagedRow, ManagedRows
 from agent_core.networks import ready_network
-from agent_core.policy import NodePolicy, capability_name
+from agent_core.policy import NodePolicy
 from agent_core.ports import Ports
 from agent_core.private_networks import PrivateNetworks
 from agent_core.readiness import wait_ready
 from agent_core.replacing import Replacing, base_of
 from agent_core.runtimes.base import (
-    LABEL_ATTEMPT,
     LABEL_KIND,
     LABEL_NAME,
-    LABEL_NETWORK,
     LABEL_NODE,
     LABEL_OBJECT,
-    LABEL_PORTS,
     LABEL_RUN,
-    LABEL_SECRETS,
     LABEL_SPEC,
-    LABEL_STEP,
-    LABEL_SUPERVISION,
     ContainerInfo,
-    ContainerSpec,
     Exit,
-    Mount,
-    PortBinding,
     Runtime,
     StreamName,
 )
 from agent_core.volumes import Volumes
 from outrider.errors import Conflict, NotFound, OutriderError, PermissionDenied, PolicyViolation
-from outrider.masking import Masker, contains_secret
-from outrider.steps import Resources
+from outrider.masking import Masker
 
 Owner = Literal["managed", "step", "pause", "foreign"]
 DEFAULT_GRACE_S = 10.0
@@ -90,26 +75,6 @@ class Started:
     replaced: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """A specification with all that follows from it, from whom asked, and from the node."""
-
-    spec: ManagedSpec
-    scope: ContainerScope
-    mounts: tuple[Mount, ...]
-    files: tuple[Mount, ...]
-    user: str
-    digest: str
-    network: str
-    limits: Resources
-
-    def intent(self, supervision: str = "{}") -> Intent:
-        return Intent(self.digest, self.scope, self.spec.stop_grace_s, supervision)
-
-    def is_made_as(self, info: ContainerInfo) -> bool:
-        return info.labels.get(LABEL_SPEC) == self.digest
-
-
 class Containers:
     """The managed containers of one node. ``scope=None`` is the operator, who reaches all of them.
 
@@ -129,6 +94,7 @@ class Containers:
         self._files = ManagedFiles(journal.path.parent / "managed")
         self._networks = PrivateNetworks(runtime, policy, node_id)
         self._execs = Execs(runtime, journal)
+        self._orders = Orders(policy, self._files, node_id)
         self.rows = ManagedRows(journal)
         self._replacing = Replacing(runtime, self.rows, ports, volumes, self._files, self._networks)
         self.health: dict[str, str] = {}
@@ -216,7 +182,7 @@ class Containers:
         way as ``replace`` says (`agent_core.replacing`). What does not get ready is removed again, and the error has
         its last log lines.
         """
-        order = self._order(spec, scope)
+        order = self._orders.of(spec, scope)
         found = await self._find(spec.name)
         if found is not None:
             self._check_replaceable(found, order, replace)
@@ -230,7 +196,7 @@ class Containers:
         finally:
             self.changed(spec.name)
 
-    async def _start(self, order: _Order, replace: Replace) -> Started:
+    async def _start(self, order: Order, replace: Replace) -> Started:
         name = order.spec.name
         existing = await self._find(name)
         if existing is None:
@@ -247,7 +213,7 @@ class Containers:
         await self._replacing.set_aside(name, existing, order.intent())
         return await self._make(order, name)
 
-    async def _start_beside(self, order: _Order) -> Started:
+    async def _start_beside(self, order: Order) -> Started:
         """A successor while the former runs on; it takes the name once it is ready."""
         name, beside = order.spec.name, order.spec.name + NEXT
         wanted = [port.name for port in order.spec.ports if port.host is not None]
@@ -264,7 +230,7 @@ class Containers:
         await self._replacing.switch(name)
         return replace(started, name=name, adopted=False, replaced=True)
 
-    async def _make(self, order: _Order, name: str) -> Started:
+    async def _make(self, order: Order, name: str) -> Started:
         """From nothing to ready, or to nothing again."""
         spec = order.spec
         await self.rows.starting(name, order.intent())
@@ -291,18 +257,18 @@ class Containers:
             raise
         return await self._is_ready(order, name, container_id, ports)
 
-    async def _create(self, order: _Order, name: str, ports: dict[str, int], image_id: str) -> str:
+    async def _create(self, order: Order, name: str, ports: dict[str, int], image_id: str) -> str:
         async with contextlib.AsyncExitStack() as stack:
             private = ""
             if order.spec.private_network:
                 private = await stack.enter_async_context(self._networks.ensured(order.scope))
-            container = self._container(order, name, ports, private)
+            container = self._orders.container(order, name, ports, private)
             container_id = await self._runtime.create(replace(container, image_id=image_id))
             if private and order.network != "none":
-                await self._runtime.connect(private, container_id, aliases=_aliases(order.spec))
+                await self._runtime.connect(private, container_id, aliases=aliases_of(order.spec))
         return container_id
 
-    async def _is_ready(self, order: _Order, name: str, container_id: str, ports: dict[str, int]) -> Started:
+    async def _is_ready(self, order: Order, name: str, container_id: str, ports: dict[str, int]) -> Started:
         spec = order.spec
         replaced = False
         if name == spec.name:
@@ -313,7 +279,7 @@ class Containers:
                 await self._replacing.leave(name)
         return self._started(order, container_id, ports, replaced=replaced)
 
-    async def _adopt(self, info: ContainerInfo, order: _Order, name: str = "") -> Started:
+    async def _adopt(self, info: ContainerInfo, order: Order, name: str = "") -> Started:
         spec = order.spec
         name = name or spec.name
         known = self.rows.get(name)
@@ -483,47 +449,7 @@ class Containers:
                 log.warning("the container %s could not be settled: %s", row.name, error)
         self.changed(base)
 
-    def _order(self, spec: ManagedSpec, scope: ContainerScope) -> _Order:
-        network, limits = check_against_policy(spec, self._policy)
-        mounts = mounts_of(spec, scope)
-        user = spec.user or f"{scope.uid}:{scope.gid}"
-        digest = digest_of(spec, mounts, user)
-        files = self._files.mounts(spec.name, digest, spec.files)
-        return _Order(spec, scope, mounts, files, user, digest, network, limits)
-
-    def _container(self, order: _Order, name: str, ports: dict[str, int], private: str) -> ContainerSpec:
-        spec, scope = order.spec, order.scope
-        alone = private and order.network == "none"  # the engine joins nothing else to one without a network
-        return ContainerSpec(
-            name=name,
-            image=spec.image,
-            args=tuple(substitute(arg, ports) for arg in spec.args),
-            entrypoint=None if spec.entrypoint is None else tuple(substitute(e, ports) for e in spec.entrypoint),
-            env={name: substitute(value, ports) for name, value in spec.env.items()},
-            labels=self._labels(order, ports, private),
-            mounts=(*order.mounts, *order.files),
-            user=order.user,
-            groups=tuple(sorted({g.group for n, g in scope.volumes.items() if n in spec.volumes and g.group})),
-            workdir=spec.workdir,
-            network=private if alone else order.network,
-            aliases=tuple(_aliases(spec)) if alone else (),
-            read_only_root=not spec.writable_root,
-            tmp_size_bytes=spec.tmp_size_bytes,
-            cap_add=tuple(capability_name(name) for name in spec.capabilities),
-            devices=tuple(device_of(each) for each in spec.devices),
-            memory_bytes=order.limits.memory_bytes,
-            cpus=order.limits.cpus,
-            pids=order.limits.pids,
-            ports=() if order.network == "host" else self._bindings(spec, ports),
-            restart_policy=spec.restart.policy,
-            restart_max=spec.restart.max,
-            log_max_bytes=self._policy.limits.managed_log_bytes,
-            log_files=self._policy.limits.managed_log_files,
-            stop_signal=spec.stop_signal,
-            init=spec.init,
-        )
-
-    def _check_replaceable(self, info: ContainerInfo, order: _Order, replace: Replace) -> None:
+    def _check_replaceable(self, info: ContainerInfo, order: Order, replace: Replace) -> None:
         self._check_adoptable(info, order.spec, order.scope)
         if not order.is_made_as(info) and replace == "no" and not self._replacement_under_way(order):
             raise Conflict(
@@ -532,7 +458,7 @@ class Containers:
                 hint="stop and remove it first, or give `replace: stop-first` or `replace: start-first`",
             )
 
-    def _replacement_under_way(self, order: _Order) -> bool:
+    def _replacement_under_way(self, order: Order) -> bool:
         row = self.rows.get(order.spec.name)
         return row is not None and row.state == "starting" and row.digest == order.digest
 
@@ -584,50 +510,7 @@ class Containers:
         except NotFound:
             return None
 
-    def _labels(self, order: _Order, ports: dict[str, int], private: str) -> dict[str, str]:
-        spec, scope = order.spec, order.scope
-        labels = {
-            **spec.labels,
-            LABEL_NODE: self._node_id,
-            LABEL_KIND: "managed",
-            LABEL_NAME: spec.name,
-            LABEL_SPEC: order.digest,
-            LABEL_RUN: scope.run_id,
-            LABEL_STEP: scope.step,
-            LABEL_ATTEMPT: str(scope.attempt),
-        }
-        if ports:
-            # Names are the journal's alone otherwise, and a journal can be lost.
-            labels[LABEL_PORTS] = ",".join(
-                f"{wish.name}={ports[wish.name]}/{protocol}" for wish in spec.wishes() for protocol in wish.protocols
-            )
-        if spec.live is not None:
-            labels[LABEL_SUPERVISION] = supervision_of(spec, ports)
-        if private:
-            labels[LABEL_NETWORK] = private
-        # Always there: what is left out comes from the image, which could name anybody's object.
-        labels[LABEL_OBJECT] = scope.object_ref or ""
-        values = {name: value.replace("$$(", "$(") for name, value in spec.env.items()}  # as the container gets them
-        secret = [name for name, value in values.items() if contains_secret(value.encode(), scope.secrets)]
-        if secret:
-            # Its log outlives the run, which alone knows what is secret: the names rest with the container.
-            labels[LABEL_SECRETS] = ",".join(sorted(secret))
-        return labels
-
-    def _bindings(self, spec: ManagedSpec, ports: dict[str, int]) -> tuple[PortBinding, ...]:
-        return tuple(
-            PortBinding(
-                container=port.container or ports[port.name],
-                host=ports[port.name],
-                protocol=protocol,
-                host_ip=self._policy.ports.interface,
-                name=port.name,
-            )
-            for port in spec.ports
-            for protocol in port.wish.protocols
-        )
-
-    def _started(self, order: _Order, container_id: str, ports: dict[str, int], *, replaced: bool = False) -> Started:
+    def _started(self, order: Order, container_id: str, ports: dict[str, int], *, replaced: bool = False) -> Started:
         spec = order.spec
         return Started(
             id=container_id,
@@ -666,20 +549,6 @@ def owner_of(scope: ContainerScope) -> str:
     return f"{scope.run_id}/{scope.step}/{scope.attempt}"
 
 
-def advertised_address(policy: NodePolicy) -> str:
-    """Where players find the published ports: what the policy says, else the address of the default route."""
-    if policy.ports.advertise:
-        return policy.ports.advertise
-    if policy.ports.interface not in ("0.0.0.0", "::"):
-        return policy.ports.interface
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # RFC 5737: a documentation address; UDP's connect sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
-
-
 def _reaches(scope: ContainerScope, info: ContainerInfo) -> bool:
     if scope.object_ref and info.labels.get(LABEL_OBJECT) == scope.object_ref:
         return True
@@ -693,8 +562,3 @@ def _belongs(info: ContainerInfo) -> str:
 
 def _could_reach(scope: ContainerScope, row: ManagedRow) -> bool:
     return row.run_id == scope.run_id or bool(scope.object_ref and row.object_ref == scope.object_ref)
-
-
-def _aliases(spec: ManagedSpec) -> list[str]:
-    """Its names on the private network: the engine's own is another while it takes somebody's place."""
-    return [spec.name, *spec.aliases]

@@ -12,6 +12,7 @@ import pytest
 import yarl
 
 from agent_core.control import SOCKET_NAME, ControlSocket
+from agent_core.runtimes.base import ImageInfo, PullProgress
 from agent_core.runtimes.fake import FakeProcess
 
 if TYPE_CHECKING:
@@ -203,3 +204,19 @@ async def test_the_whole_log_is_a_stream(client: Client, parts: Parts) -> None:
         rest = await answer.content.read()
     assert len(first + rest) > 10_000_000
     assert rest.endswith(b" 99\nthe end\n")
+
+
+async def test_how_the_pull_goes_on_is_told_before_the_end(client: Client, parts: Parts) -> None:
+    async def slowly(image: str, *, on_progress: PullProgress | None = None) -> ImageInfo:
+        assert on_progress is not None
+        for done in (100, 200):
+            on_progress(done, 400)
+            await asyncio.sleep(0.6)  # what comes oftener than twice a second is thinned out
+        parts.runtime.programs[image] = parts.runtime.programs["game:1"]
+        return await parts.runtime.find_image(image)
+
+    parts.runtime.pull_image = slowly  # type: ignore[method-assign]
+    told = await lines(client, "/v1/containers", {"name": "far", "image": "far:1", "ready": {"log": "is up"}})
+    assert told[0]["pull"]["done"] == 100
+    assert "pulling far:1" in told[0]["pull"]["message"]
+    assert told[-1]["result"]["name"] == "far"
