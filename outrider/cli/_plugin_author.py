@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +84,7 @@ def new(name: str, directory: Path | None, language: str, as_json: bool) -> int:
 @click.option("--outputs", is_flag=True, help="The schema of the outputs instead of the parameters.")
 def schema(step_type: str | None, outputs: bool) -> int:
     """Print the JSON Schema of the parameters of TYPE; without TYPE, what is told to the server of every step type."""
-    from agent_core.plugins import PluginHost
-
-    host = PluginHost.load()
+    host = _host(step_type)
     if step_type is not None:
         found = _find(host, step_type)
         emit_json(found.outputs_schema if outputs else found.params_schema)
@@ -118,9 +118,8 @@ def resolve(
     Without any --volume, each directory at the root that the parameters name is taken to be a volume.
     """
     from agent_core.onestep import plan_step
-    from agent_core.plugins import PluginHost
 
-    host = PluginHost.load()
+    host = _host(step_type)
     request = _request(host, step_type, file, volumes, invent=True)
     planned = plan_step(request, host, _policy(policy_file))
     told = {
@@ -165,10 +164,9 @@ def try_(
     write; one that does not exist is made. Containers that it starts are removed at the end. Ctrl-C cancels it.
     """
     from agent_core.onestep import plan_step
-    from agent_core.plugins import PluginHost
     from outrider.cli._plugin_try import carry_out
 
-    host = PluginHost.load()
+    host = _host(step_type)
     made: dict[str, Any] = {
         "envs": _env_values(envs),
         "secrets": {name: _of_shell(name, "--secret") for name in secrets},
@@ -177,7 +175,7 @@ def try_(
     }
     request, policy = _request(host, step_type, file, volumes, **made), _policy(policy_file)
     plan_step(request, host, policy)  # what is wrong with it is said before anything is made
-    result, took_s = carry_out(request, policy)
+    result, took_s = carry_out(request, policy, _find(host, step_type).plugin)
     if as_json:
         emit_json(
             {
@@ -211,6 +209,21 @@ def _verdict(result: Any, took_s: float) -> str:
     again = {"temporary": "; it may work when tried again"}.get(str(result.error_class or ""), "")
     hint = f" ({result.hint})" if result.hint else ""
     return f"{result.state} after {took_s:.1f}s: {result.message}{hint} [{result.code}{code}]{again}"
+
+
+def _host(step_type: str | None) -> PluginHost:
+    """The plugins that are installed here. What they print goes to stderr: stdout has the result.
+
+    Of one step type, at first only the plugin that is called like it: how the others are does not matter then.
+    """
+    from agent_core.plugins import PluginHost
+
+    with contextlib.redirect_stdout(sys.stderr):
+        if step_type is not None:
+            host = PluginHost.load([step_type.partition(".")[0]])
+            if step_type in host.step_types:
+                return host
+        return PluginHost.load()
 
 
 def _find(host: PluginHost, step_type: str) -> RegisteredStepType:

@@ -23,11 +23,14 @@ _GRACE_S = 10.0
 _LOOK_S = 0.1
 
 
-def carry_out(request: StepRequest, policy: NodePolicy) -> tuple[StepResult, float]:
-    """Carry the step out; how it ended, and after how many seconds. Raises EngineUnavailable, InvalidInput."""
+def carry_out(request: StepRequest, policy: NodePolicy, plugin: str) -> tuple[StepResult, float]:
+    """Carry the step of ``plugin`` out; how it ended, and after how many seconds.
+
+    Raises EngineUnavailable, InvalidInput.
+    """
     configure_logging("error")
     prepare(request)
-    return asyncio.run(_carry_out(request, policy))
+    return asyncio.run(_carry_out(request, policy, plugin))
 
 
 def prepare(request: StepRequest) -> None:
@@ -62,10 +65,10 @@ def _make(name: str, volume: GivenVolume) -> None:
         raise InvalidInput(f"--volume {name}: {volume.directory} can't be made: {error.strerror}") from error
 
 
-async def _carry_out(request: StepRequest, policy: NodePolicy) -> tuple[StepResult, float]:
+async def _carry_out(request: StepRequest, policy: NodePolicy, plugin: str) -> tuple[StepResult, float]:
     loop = asyncio.get_running_loop()
     shown = _Progress()
-    async with trial(policy=policy) as place:
+    async with trial(plugins=[plugin], policy=policy) as place:
         began = time.monotonic()
         run = await place.start(request, shown.update)
         cancelling: list[asyncio.Task[None]] = []

@@ -135,6 +135,17 @@ def test_an_agent_that_was_killed_while_it_loaded_loses_no_plugin(
     assert not (tmp_path / "plugins.loading").exists()
 
 
+def test_of_one_step_type_it_does_not_matter_how_other_plugins_are(tmp_path: Path) -> None:
+    site = install(tmp_path, "good", "prints", "ends-process", "hanging-import")
+    done = outrider(site, "plugin", "schema", "good.step")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["title"] == "Params"
+    done = outrider(site, "plugin", "resolve", "prints.step", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["plan"]["image"] == "fixture/none:1"
+    assert "hello from a plugin" in done.stderr
+
+
 def test_where_nobody_can_be_named_the_others_are_looked_at_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
