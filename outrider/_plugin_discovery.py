@@ -128,7 +128,7 @@ def check_contract(declared: object, name: str, distribution: str) -> None:
     contract = Version(CONTRACT)
     said = declared if declared is not None else UNDECLARED
     try:
-        if not isinstance(said, str):
+        if not isinstance(said, str) or not said.strip():
             raise InvalidSpecifier
         versions = SpecifierSet(said)
     except InvalidSpecifier as error:

@@ -33,8 +33,6 @@ from outrider.steps import PROJECT
 
 __all__ = ["LIMIT_S", "HookFailure", "PluginError", "PluginReport", "RegisteredStepType", "StepPlugins", "guarded"]
 
-_SLOW_S = 2.0
-
 
 @dataclass(frozen=True, slots=True)
 class PluginReport:
@@ -78,6 +76,7 @@ class StepPlugins(PluginHooks):
 
     plugins: list[PluginReport] = field(default_factory=list)
     step_types: dict[str, RegisteredStepType] = field(default_factory=dict)
+    slow_s: float = 2.0  # an import that takes longer is noted
 
     @classmethod
     def load(
@@ -175,7 +174,7 @@ class StepPlugins(PluginHooks):
         except PluginError as error:
             return _failed(name, distribution, version, error, module=module)
         took = time.monotonic() - began
-        if took > _SLOW_S:
+        if took > self.slow_s:
             examined.notes.append(f"it took {took:.1f} s to import; let it import what is heavy where it is used")
         return PluginReport(
             name,

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, Field
 
 from agent_core.plugins import PluginHost
+from outrider._plugin_discovery import PluginError, check_contract
 from outrider.errors import ErrorClass
 from outrider.plugin_host import StepPlugins
 from outrider.schema import installed_step_types
@@ -174,6 +178,51 @@ def test_a_plugin_of_another_contract_is_not_even_imported(site: Path) -> None:
     assert "Dependencies" not in report.error  # what its import would have said
     assert report.contract == ">=2,<3"
     assert "outrider_fixture_contract_newer" not in sys.modules
+
+
+@given(st.text(max_size=20) | st.from_regex(r"(==|!=|<=|>=|<|>|~=|===) ?[0-9.*a]{1,6}(, ?<[0-9]+)?", fullmatch=True))
+@example("")
+@example("===x")
+@example("==1.*")
+@example("~=1.0")
+@example(">=1,<2")
+def test_whatever_a_plugin_declares_it_fits_or_is_refused_with_a_fix(declared: str) -> None:
+    refusal = None
+    try:
+        check_contract(declared, "p", "outrider-p")
+    except PluginError as error:
+        refusal = error
+    if refusal is None:
+        assert SpecifierSet(declared).contains(CONTRACT, prereleases=True)
+    else:
+        assert refusal.fix
+        assert "'p'" in refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("declared", "fix"),
+    [
+        (">=1.7,<2", "upgrade Outrider, or install a version of outrider-p that works with 1.0"),
+        ("~=2.1", "upgrade Outrider, or install a version of outrider-p that works with 1.0"),
+        ("==2.*", "upgrade Outrider, or install a version of outrider-p that works with 1.0"),
+        ("<1", "upgrade outrider-p to a version that works with 1.0"),
+        (">=0.3,<1", "upgrade outrider-p to a version that works with 1.0"),
+        ("!=1.0", "upgrade outrider-p to a version that works with 1.0"),
+    ],
+)
+def test_the_fix_of_a_contract_that_does_not_fit_says_who_is_to_be_upgraded(declared: str, fix: str) -> None:
+    with pytest.raises(PluginError) as raised:
+        check_contract(declared, "p", "outrider-p")
+    assert raised.value.fix == fix
+    assert declared in raised.value.reason
+
+
+def test_a_slow_import_is_noted(site: Path) -> None:
+    host = StepPlugins(slow_s=0)
+    assert any(
+        "to import; let it import what is heavy" in each
+        for each in host.register(Good(), name="good", distribution="d", version="1").notes
+    )
 
 
 def test_a_name_that_is_not_installed_is_said_with_the_nearest_that_is(site: Path) -> None:
