@@ -8,15 +8,22 @@ def greet(step: Step) -> None:
 main(greet)
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from outrider_stepkit.checksums import HashingReader, sha256_of
-from outrider_stepkit.control import ControlClient, ControlError
 from outrider_stepkit.masking import Masker
 from outrider_stepkit.meter import Meter
-from outrider_stepkit.network import AddressGuard
 from outrider_stepkit.patterns import Selection
 from outrider_stepkit.program import main
 from outrider_stepkit.publish import free_bytes, staged_directory, staged_file, write_error
 from outrider_stepkit.step import Cancelled, Step, StepFailure
+
+if TYPE_CHECKING:
+    from outrider_stepkit.control import ControlClient, ControlError
+    from outrider_stepkit.network import AddressGuard
 
 __all__ = [
     "AddressGuard",
@@ -36,3 +43,16 @@ __all__ = [
     "staged_file",
     "write_error",
 ]
+
+# Imported when they are asked for: what they stand on (http, ssl, email) is a third of the time to start a program.
+_LATER = {
+    "AddressGuard": "outrider_stepkit.network",
+    "ControlClient": "outrider_stepkit.control",
+    "ControlError": "outrider_stepkit.control",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider_stepkit import Step, StepFailure, staged_directory
+from outrider_stepkit.meter import shown_rate
 
 from archiving import placing, sevenzip
 from archiving.choose import Choice
@@ -34,7 +35,7 @@ class Progress:
             return
         self._next = now + 0.2
         took = now - self._started
-        rate = f", {done / took / 1e6:.1f} MB/s" if took > 0.05 else ""
+        rate = f", {shown_rate(done / took)}" if took > 0.05 else ""
         self._step.progress(done, self.total, message=f"{self._what}{rate}", force=force)
 
 

@@ -171,18 +171,19 @@ class Finder:
     def _walk(self, folder: int, prefix: str, path: str, depth: int, tally: Tally) -> Iterator[Item]:
         with os.scandir(folder) as listed:
             names = sorted(entry.name for entry in listed)
+        everything = self._patterns.all
         ours = self._own[1] if path == str(self._own[0]) else None
         for last in names:
             name = prefix + last
             if last.startswith(STAGE_PREFIX) or (ours is not None and _is_archive(last, ours)):
                 continue
-            if self._patterns.leaves_out(name):
+            if not everything and self._patterns.leaves_out(name):
                 continue
             try:
                 state = os.stat(last, dir_fd=folder, follow_symlinks=False)
                 if stat.S_ISDIR(state.st_mode):
                     yield from self._folder(folder, last, name, path, depth, state, tally)
-                elif not self._patterns.take(name):
+                elif not everything and not self._patterns.take(name):
                     continue
                 elif stat.S_ISREG(state.st_mode):
                     yield self._item(name, folder, state)

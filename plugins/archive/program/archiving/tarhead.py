@@ -109,10 +109,10 @@ def text(data: bytes) -> str:
 def parse(block: bytes, more: Extensions | None) -> Member:
     """The entry that the plain header ``block`` is for. Its checksum was checked before."""
     kind = block[156:157]
-    name = block[:100].split(b"\0", 1)[0]
+    name = block[:100].partition(b"\0")[0]
     if block[345] and block[257:263] == b"ustar\0":
-        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    link = block[157:257].split(b"\0", 1)[0]
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    link = block[157:257].partition(b"\0")[0] if block[157] else b""
     size = number(block[124:136])
     mode = number(block[100:108]) & 0o7777
     try:

@@ -12,6 +12,8 @@ from archiving.tarhead import BLOCK
 
 _ROOM = 1024 * 1024
 _RECORD = 20 * BLOCK
+_SMALL = 512 * 1024
+_ZEROS = bytes(BLOCK)
 
 
 class TarWriter:
@@ -53,18 +55,21 @@ class TarWriter:
 
     def _content(self, item: Item, descriptor: int) -> None:
         size = item.size
-        if 0 < size <= len(self._buffer) - self._used:
+        padded = size + -size % BLOCK
+        if padded <= _SMALL:
             # The usual case: a small file in one go, straight into its place.
-            view = self._buffer[self._used : self._used + size]
-            if os.readv(descriptor, [view]) == size:
-                self._used += size
+            if padded > _ROOM - self._used:
+                self._flush()
+            start, end = self._used, self._used + size
+            if os.readv(descriptor, [self._buffer[start:end]]) == size:
+                self._used += padded
+                self._buffer[end : self._used] = _ZEROS[: padded - size]
                 self._on_bytes(size)
-                self._put(bytes(-size % BLOCK))
                 return
             os.lseek(descriptor, 0, os.SEEK_SET)
         for piece in content(item, descriptor, self._on_bytes, _ROOM):
             self._put(piece)
-        self._put(bytes(-size % BLOCK))
+        self._put(_ZEROS[: padded - size])
 
     def _put(self, data: bytes) -> None:
         if len(data) > len(self._buffer) - self._used:
