@@ -22,13 +22,12 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from agent_core.journal import Journal
-from agent_core.runtimes.base import ExecInfo, Runtime, StreamName
+from agent_core.runtimes.base import Runtime, StreamName
 from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, NotFound, OperationTimeout, OutriderError, Problem
 from outrider.masking import Masker
@@ -170,7 +169,7 @@ class Execs:
         )
         for row in rows:
             try:
-                await self._kill(str(row["execution"]))
+                await kill(self._runtime, str(row["execution"]))
             except NotFound:
                 continue
             except OutriderError as error:
@@ -254,7 +253,7 @@ class Execs:
                         running.add((stream, rest))
                 return await self._ended(running.execution)
         except TimeoutError:
-            killed = await self._kill(running.execution)
+            killed = await kill(self._runtime, running.execution)
             raise OperationTimeout(
                 f"{request.args[0]} did not end within {request.timeout_s:g} s"
                 f"{', and was killed' if killed else ' and could not be killed'}",
@@ -270,10 +269,6 @@ class Execs:
             looks += 1
             # The end of the output comes a moment before the engine knows the exit code.
             await asyncio.sleep(_SETTLE_S if looks < _SETTLES else _LOOK_S)
-
-    async def _kill(self, execution: str) -> bool:
-        info = await self._runtime.exec_inspect(execution)
-        return info.running and await asyncio.to_thread(kill_process, info)
 
     async def _note(self, key: str, digest: str, container_id: str, execution: str) -> None:
         now = time.time()
@@ -313,27 +308,29 @@ async def run_briefly(
                 await asyncio.sleep(_SETTLE_S)
     except TimeoutError:
         with contextlib.suppress(NotFound):
-            await asyncio.to_thread(kill_process, await runtime.exec_inspect(execution))
+            await kill(runtime, execution)
         return None, said
 
 
-def kill_process(info: ExecInfo) -> bool:
+async def kill(runtime: Runtime, execution: str) -> bool:
     """SIGKILL to the process of an execution, which the engine has no call for; whether it was sent.
 
-    Only to a process that is in the container's control group: its number may be another's by now. Held by a
-    descriptor meanwhile, so that it can't become another's in between.
+    Its number may be another process's by now. So the process is held by a descriptor first, and then the engine is
+    asked once more: does it still run with that number, the descriptor is its own.
     """
-    if info.pid <= 1 or not info.container_id:
+    info = await runtime.exec_inspect(execution)
+    if not info.running or info.pid <= 1:
         return False
     try:
         descriptor = os.pidfd_open(info.pid)
     except OSError:
         return False
     try:
-        if info.container_id not in Path(f"/proc/{info.pid}/cgroup").read_text(encoding="utf-8"):
+        if await runtime.exec_inspect(execution) != info:
             return False
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    except OSError:
+    except OSError as error:
+        log.warning("a program in a container can't be killed: %s", error.strerror)
         return False
     finally:
         os.close(descriptor)

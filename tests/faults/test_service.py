@@ -160,6 +160,7 @@ def test_steps_volumes_and_games_work_for_an_agent_that_may_do_so_little(node: B
             "ports": [{"name": "http"}],
             "ready": {"http": {"port": "http", "path": "/world"}, "timeout": "30s"},
             "volumes": saves,
+            "files": {"/etc/game.cfg": "rcon\n"},
             "init": True,
         },
         "volumes": saves,
@@ -171,6 +172,13 @@ def test_steps_volumes_and_games_work_for_an_agent_that_may_do_so_little(node: B
     run: dict[str, Any] = json.loads(done.stdout)
     assert run["state"] == "succeeded", f"{json.dumps(run, indent=1)}\n{node.journal(AGENT)}"
     assert steps_of(run)["write"]["outputs"]["uid"] >= 1000
+    look = {"name": "look", "uses": "container.exec", "with": {"name": "game", "args": ["cat", "/etc/game.cfg"]}}
+    hang = {"name": "hang", "uses": "container.exec"}
+    hang["with"] = {"name": "game", "args": ["sleep", "1000"], "timeout": "2s"}  # type: ignore[assignment]
+    node.write("/root/inside.yaml", pipeline(look, hang))
+    inside = json.loads(node.run("outrider", "run", "/root/inside.yaml", *command[3:]).stdout)
+    assert steps_of(inside)["look"]["state"] == "succeeded", inside
+    assert "did not end within 2 s, and was killed" in json.dumps(steps_of(inside)["hang"]), inside
     modes = node.ok("sh", "-c", "stat --format '%a' /var/lib/outrider /var/lib/outrider/journal.db")
     assert modes == "711\n600\n"
 
