@@ -37,6 +37,11 @@ i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done
 while [ ! -e /data/go ]; do sleep 0.1; done
 exit 7
 """
+DEAF = """
+import socket, time
+s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(("", 7000)); s.listen()
+time.sleep(3); s.close(); time.sleep(3600)
+"""
 ECHO = """
 import os, socket, threading
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(("", 7000))
@@ -53,7 +58,9 @@ while True:
 
 @pytest.fixture
 def policy() -> NodePolicy:
-    return NodePolicy.model_validate({"ports": {"range": "28500-28599"}, "warm_none": 1})
+    return NodePolicy.model_validate(
+        {"ports": {"range": "28500-28599"}, "warm_none": 1, "managed": {"devices": ["/dev/zero"]}}
+    )
 
 
 @dataclass
@@ -122,6 +129,7 @@ async def test_what_is_not_alive_any_more_is_restarted_long_after_its_step_has_e
     spec = document(
         name,
         args=["sh", "-c", "echo up; touch /tmp/alive; " + IDLE],
+        ready={"exec": {"args": ["test", "-e", "/tmp/alive"]}},
         live={"exec": {"args": ["test", "-e", "/tmp/alive"]}, "interval_s": 1, "failures": 2, "grace_s": 60},
     )
     started = await node.containers.start(spec, await scope_of(node))
@@ -172,6 +180,20 @@ async def test_a_log_line_or_a_port_can_tell_that_it_is_broken_and_a_limit_ends_
     assert [each for each in watched.events if each[:2] == ("container.restarted", said)]
     info = await node.containers.inspect(said)
     assert (info.state, info.health) == ("running", "failed")
+
+    deaf = f"{node.id}-deaf"
+    await node.containers.start(
+        document(deaf, args=["python3", "-c", DEAF], ports=[{"name": "game", "container": 7000}],
+                 ready={"tcp": {"port": "game"}}, stop_signal="SIGKILL",
+                 live={"tcp": {"port": "game"}, "interval_s": 1, "failures": 2, "grace_s": 0}),
+        await scope_of(node),
+    )  # fmt: skip
+
+    async def restarted() -> list[Any]:
+        return [each for each in watched.events if each[:2] == ("container.restarted", deaf)]
+
+    [(_, _, data), *_] = await until(restarted, "the restart of the one that does not listen any more")
+    assert data["reason"] == "nothing accepted a connection on its port game"
 
 
 async def test_a_successor_that_is_started_first_takes_name_and_supervision_and_the_port_is_never_dead(
@@ -284,6 +306,8 @@ async def test_files_are_the_containers_alone_and_what_is_secret_in_them_is_mask
         },
         ready={"log": "hello from a file"},
         labels={"team": "blue"},
+        devices=["/dev/zero:/dev/nothing:r"],
+        restart={"policy": "on-failure", "max": 3},
     )
     started = await node.containers.start(spec, scope)
     said = b"".join([data async for _, data in node.containers.logs(name)]).decode()
@@ -292,6 +316,11 @@ async def test_files_are_the_containers_alone_and_what_is_secret_in_them_is_mask
     )
     info = await node.containers.inspect(name)
     assert info.labels["team"] == "blue"
+    host: Any = info.raw["HostConfig"]
+    assert host["RestartPolicy"] == {"Name": "on-failure", "MaximumRetryCount": 3}
+    assert await run_in(node, name, "sh", "-c", "head -c 3 /dev/nothing | wc -c") == (0, "3\n")
+    with pytest.raises(PolicyViolation, match="the device /dev/mem"):
+        await node.containers.start(document(f"{name}-2", devices=["/dev/mem"]), scope)
     assert (await run_in(node, name, "sh", "-c", "echo x >> /etc/game/server.cfg"))[0] != 0
     await node.containers.restart(name, grace_s=0)
     paths = [Path(mount.source) for mount in info.mounts if mount.target.startswith(("/etc", "/run"))]
