@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,10 @@ class Example:
 
     ``volumes``: name to ``"/path"`` or ``"/path:rw"``, each an empty directory unless ``files`` puts something into it:
     ``"volume/path"`` to its content (text, bytes, or a number of zero bytes); a path that ends in ``/`` is a directory.
-    ``secrets`` are envs whose values must turn up nowhere. ``outputs`` is what the step must at least give back; those
-    named in ``varying`` may differ when it is done again. ``check`` looks at what it has done, and raises
-    AssertionError. ``object``: ``"kind/name"`` of the run's object.
+    ``secrets`` are envs whose values must turn up nowhere. ``before``: steps to be carried out first, as pairs of step
+    type and parameters, on the same volumes and object. ``outputs`` is what the step must at least give back; those
+    named in ``varying``, and files as ``"volume/path"``, may differ when it is done again. ``check`` looks at what it
+    has done, and raises AssertionError. ``object``: ``"kind/name"`` of the run's object.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Example:
     secrets: Values = field(default_factory=dict)
     outputs: Values = field(default_factory=dict)
     varying: tuple[str, ...] = ()
+    before: Sequence[tuple[str, Values]] = ()
     check: Callable[[Attempted], None] | None = None
     object: str = ""
     timeout_s: float = 120.0

@@ -15,6 +15,7 @@ from agent_core.onestep import GivenVolume, StepRequest
 from agent_core.planning import PlannedStep
 from agent_core.policy import NodePolicy
 from agent_core.trial import StepResult
+from outrider.errors import OutriderError
 from outrider.steps import StepContext
 from outrider.testing import _checks as checks
 from outrider.testing._bench import Begun, Bench, arguments_of_processes, make_volumes
@@ -83,6 +84,7 @@ class StepUnderTest:
             self._folders[example.name] = self._fresh("example")
             request = self._request_in(self._folders[example.name], example, make=True)
             bench = self._bench
+            self._prepare(example, request)
             began = time.monotonic()
             with arguments_of_processes(self.secrets(example)) as seen:
                 result = bench.run(request)
@@ -102,6 +104,7 @@ class StepUnderTest:
             request = self._request_in(self._fresh("cancelled"), long, make=True, cpus=suite.throttle)
             volumes = {name: each.directory for name, each in request.volumes.items()}
             before = checks.tree(volumes)
+            self._prepare(long, request)
             with self._bench.begun(request) as begun:
                 self._middle(begun)
                 began = time.monotonic()
@@ -119,10 +122,20 @@ class StepUnderTest:
 
     def killed_and_repeated(self) -> StepResult:
         """The long example, killed in its middle and done again."""
-        request = self._request_in(self._fresh("killed"), self._long(), make=True)
+        long = self._long()
+        request = self._request_in(self._fresh("killed"), long, make=True)
+        self._prepare(long, request)
         with self._bench.begun(replace(request, cpus=self._suite.throttle)) as begun:
             self._middle(begun)
-            begun.kill()
+            try:
+                begun.kill()
+            except OutriderError as error:
+                ended = begun.end()
+                pytest.fail(
+                    f"the long example was over before it could be killed ({error.message}): it is {ended.state}: "
+                    f"{ended.message}",
+                    pytrace=False,
+                )
             begun.end()
         return self._bench.run(request)
 
@@ -137,6 +150,14 @@ class StepUnderTest:
     def _bench(self) -> Bench:
         self.subject.usable  # noqa: B018 - skips
         return self._get_bench(self._suite.plugin, self._policy)
+
+    def _prepare(self, example: Example, request: StepRequest) -> None:
+        """Carry out what has to be done before the example."""
+        for step_type, params in example.before:
+            first = replace(request, uses=step_type, params=values(params, self._environment), cpus=None)
+            result = self._bench.run(first)
+            if result.state != "succeeded":
+                pytest.fail(f"{step_type}, which comes before, is {result.state}: {result.message}", pytrace=False)
 
     def _long(self) -> Example:
         if self._suite.long is None:
