@@ -59,7 +59,7 @@ class Cleanup:
             await self._services.engine.available()
             try:
                 await self.once()
-            except OutriderError as error:
+            except (OutriderError, OSError) as error:
                 log.info("clean-up is put off", error=str(error))
             await asyncio.sleep(INTERVAL_S)
 

@@ -56,7 +56,7 @@ async def keep_guarded(runtime: Runtime, policy: NodePolicy) -> None:
                 told.pop(network_class, None)
             except EngineUnavailable:
                 continue  # said by who watches the engine
-            except OutriderError as error:
+            except (OutriderError, OSError) as error:
                 if told.get(network_class) != str(error):
                     log.warning("the network class %s is not usable: %s", network_class, error)
                 told[network_class] = str(error)

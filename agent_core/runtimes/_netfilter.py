@@ -13,6 +13,7 @@ import contextlib
 import ipaddress
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,17 +49,15 @@ async def guard_bridge(network_id: str, bridge: str, guard: NetworkGuard) -> Non
     if not _INTERFACE.fullmatch(bridge):
         raise _unable(f"{bridge!r} is no interface of this machine", _HINT)
     script = rules(network_id, bridge, guard, resolvers=resolvers())
-    process = await asyncio.create_subprocess_exec(
-        nft,
-        "-f",
-        "-",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    with tempfile.TemporaryFile() as file:  # a pipe may be closed under the writer, where nft ends at once
+        file.write(script.encode())
+        file.seek(0)
+        process = await asyncio.create_subprocess_exec(
+            nft, "-f", "-", stdin=file, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        )
     try:
         async with asyncio.timeout(_NFT_TIMEOUT_S):
-            _, errors = await process.communicate(script.encode())
+            _, errors = await process.communicate()
     except TimeoutError:
         raise _unable(f"nft did not answer within {_NFT_TIMEOUT_S:.0f} s", _HINT) from None
     finally:
