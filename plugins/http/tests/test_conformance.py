@@ -1,94 +1,132 @@
-"""Both step types against the kit that every step plugin is tested with."""
+"""The kit that every step plugin can use, on http.download and http.upload, in the sandbox of a node."""
 
 from __future__ import annotations
 
 import hashlib
-import random
+import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outrider.testing import Attempted, Example, Failing, StepConformance, Wrong
 
-from .conftest import Page, Site
+from .conftest import Page, Site, docker
 
-BODY = random.Random(5).randbytes(100_000)
-LARGE = random.Random(6).randbytes(4 * 1024**2)
-OUT = {"out": "/out:rw"}
-TOKEN = "tK9-f3qd-77x1-conformance"
-# The server of these tests is on this machine, which a network class refuses unless it says otherwise.
-POLICY = {"networks": {"egress": {"network": "tests", "allow": ["private"]}}}
+HERE = Path(__file__).resolve()
+CONTENT = os.urandom(1024**2)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+NETWORK = "outrider-test-http"  # a network of its own: this class may reach the server on this machine
+POLICY = {"networks": {"egress": {"network": NETWORK, "warm": 0, "allow": ["private"]}}, "warm_none": 0}
+BUILD, READ = {"build": "/build:rw"}, {"build": "/build"}
+SENT = {"url": "https://h/", "from": "/build/k"}
+TOKEN = {"HTTP_TOKEN": "tok-7f3a9c51d2e8"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server on this machine, as containers reach it."""
+
+    site: Site
+    url: str
 
 
 @pytest.fixture(scope="module")
-def step_environment() -> Iterator[str]:
-    """The address of a server that containers reach."""
-    show = ["docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}"]
-    host = subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
-    site = Site(host)
-    site.put("/maps.zip", BODY)
-    site.put("/slow.zip", LARGE, bytes_per_s=256 * 1024)
-    site.pages["/in"] = Page(status=201)
-    yield f"http://{host}:{site.port}"
+def step_environment() -> Iterator[Server]:
+    site = Site("0.0.0.0")
+    site.put("/k", CONTENT)
+    site.put("/slow", CONTENT * 16, bytes_per_s=4 * 1024**2)
+    site.pages["/there"] = Page(status=201, headers={"ETag": '"new"'})
+    site.pages["/form"] = Page(status=303, headers={"Location": "/result"})
+    site.pages["/near"] = Page(status=302, headers={"Location": "http://169.254.169.254/latest/meta-data"})
+    host = docker("network", "inspect", "bridge", "--format={{(index .IPAM.Config 0).Gateway}}")
+    yield Server(site, f"http://{host or '172.17.0.1'}:{site.port}")
     site.close()
+    subprocess.run(["docker", "network", "rm", NETWORK], capture_output=True, check=False)
 
 
-def has_the_body(done: Attempted) -> None:
-    assert (done.volumes["out"] / "maps.zip").read_bytes() == BODY
+def fetched(done: Attempted) -> None:
+    assert (done.volumes["build"] / "deep/k").read_bytes() == CONTENT
+    assert [path.name for path in done.volumes["build"].iterdir()] == ["deep"]
 
 
-def download(path: str, **more: Any) -> Any:
-    return lambda url: {"url": f"{url}{path}", "to": "/out/maps.zip", **more}
+def get(path: str, **more: Any) -> Any:
+    return lambda server: {"url": f"{server.url}{path}", "to": "/build/deep/k", **more}
 
 
-class TestDownload(StepConformance):
+def put(path: str, **more: Any) -> Any:
+    return lambda server: {"url": f"{server.url}{path}", "from": "/build/k", **more}
+
+
+class TestHttpDownload(StepConformance):
     step_type = "http.download"
-    plugin = "outrider_step_http"
+    folder = HERE.parents[1]
     policy = POLICY
     examples = (
         Example(
             "checked",
-            download("/maps.zip", sha256=hashlib.sha256(BODY).hexdigest()),
-            volumes=OUT,
-            secrets={"HTTP_TOKEN": TOKEN},
-            outputs={"bytes": len(BODY), "path": "/out/maps.zip", "sha256": hashlib.sha256(BODY).hexdigest()},
-            check=has_the_body,
+            get("/k", sha256=SHA256),
+            volumes=BUILD,
+            secrets=TOKEN,
+            outputs={"path": "/build/deep/k", "bytes": len(CONTENT), "sha256": SHA256},
+            check=fetched,
         ),
     )
     failing = (
-        Failing("no such page", download("/none"), volumes=OUT, says="404"),
-        Failing("another content", download("/maps.zip", sha256="ab" * 32), volumes=OUT, says="SHA-256"),
+        Failing("nothing there", get("/none"), volumes=BUILD, code="no_such_address", says="404"),
+        Failing("another checksum", get("/k", sha256="0" * 64), volumes=BUILD, code="checksum_mismatch", says=SHA256),
+        Failing("led to the metadata", get("/near"), volumes=BUILD, code="address_refused", says="169.254.169.254"),
+        Failing(
+            "nobody listens",
+            {"url": "http://172.17.0.1:9/k", "to": "/build/k"},
+            volumes=BUILD,
+            code="unreachable",
+            temporary=True,
+        ),
     )
     wrong = (
-        Wrong("another scheme", {"url": "file:///etc/passwd", "to": "/out/x"}, volumes=OUT, says="with.url"),
-        Wrong("relative target", {"url": "https://h/x", "to": "x"}, volumes=OUT, says="with.to"),
+        Wrong("password in the address", {"url": "https://u:p@h/x", "to": "/build/k"}, "with.url", volumes=BUILD),
+        Wrong("target in no volume", {"url": "https://h/x", "to": "/else/k"}, "/else/k", volumes=BUILD),
+        Wrong("target that is read-only", {"url": "https://h/x", "to": "/build/k"}, "/build", volumes=READ),
     )
-    long = Example("slow server", download("/slow.zip", connections=1), volumes=OUT)
-    grace_s = 5.0
+    long = Example("slow", get("/slow"), volumes=BUILD)
 
 
-class TestUpload(StepConformance):
+class TestHttpUpload(StepConformance):
     step_type = "http.upload"
-    plugin = "outrider_step_http"
+    folder = HERE.parents[1]
     policy = POLICY
     examples = (
         Example(
             "put",
-            lambda url: {"url": f"{url}/in", "from": "/in/report"},
-            volumes={"in": "/in"},
-            files={"in/report": BODY},
-            secrets={"HTTP_TOKEN": TOKEN},
-            outputs={"bytes": len(BODY), "status": 201},
+            put("/there", sha256=SHA256),
+            volumes=READ,
+            files={"build/k": CONTENT},
+            secrets=TOKEN,
+            outputs={"bytes": len(CONTENT), "sha256": SHA256, "status": 201, "etag": '"new"'},
+        ),
+        Example(
+            "form",
+            put("/form", form={"file": "upload", "fields": {"kind": "map"}}),
+            volumes=READ,
+            files={"build/k": CONTENT},
+            outputs={"status": 303},
         ),
     )
     failing = (
-        Failing(
-            "no such file", lambda url: {"url": f"{url}/in", "from": "/in/none"}, volumes={"in": "/in"}, says="/in/none"
-        ),
+        Failing("no file", put("/there"), volumes=READ, code="not_found", says="/build/k"),
+        Failing("nobody there", put("/none"), volumes=READ, files={"build/k": "x"}, code="no_such_address"),
     )
     wrong = (
-        Wrong("unknown method", {"url": "https://h/x", "from": "/in/x", "method": "DELETE"}, volumes={"in": "/in"}),
+        Wrong(
+            "form by PUT",
+            {"url": "https://h/", "from": "/build/k", "method": "PUT", "form": {"file": "f"}},
+            "POST",
+            READ,
+        ),
+        Wrong("no method", {"url": "https://h/", "from": "/build/k", "method": "DELETE"}, "with.method", READ),
     )
-    quick = "what is sent here is sent in an instant"
+    long = Example("slow", put("/there", limit_bytes_per_s=1024**2), volumes=READ, files={"build/k": 64 * 1024**2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Callable
@@ -48,6 +49,25 @@ def test_trailing_slash_keeps_the_name_of_the_address(site: Site, program: Progr
         ended = program.run("download", {"url": f"{site.url}{path}", "to": f"{target}/"})
         assert (ended.code, ended.cause) == (1, "no_file_name"), path
     assert len(site.requests) == 1
+
+
+def test_checksums_are_those_that_are_wanted(site: Site, program: Program, target: Path) -> None:
+    site.put("/k", BIG)
+    digests = {name: hashlib.new(name, BIG).hexdigest() for name in ("sha256", "sha512")}
+    params = {"url": f"{site.url}/k", "to": f"{target}/k"}
+    for more, wanted in (
+        ({"digests": []}, set()),
+        ({"digests": ["sha512"]}, {"sha512"}),
+        ({"digests": [], "sha512": digests["sha512"]}, {"sha512"}),
+        ({"sha512": digests["sha512"]}, {"sha256", "sha512"}),
+    ):
+        ended = program.run("download", params | more)
+        assert {name: ended.outputs.get(name) for name in digests if name in ended.outputs} == {
+            name: digests[name] for name in wanted
+        }
+    ended = program.run("download", params | {"sha512": "0" * 128})
+    assert (ended.code, ended.cause) == (1, "checksum_mismatch")
+    assert "SHA-512" in ended.error
 
 
 def test_wrong_checksum_publishes_nothing_and_keeps_what_was_there(site: Site, program: Program, target: Path) -> None:

@@ -33,6 +33,21 @@ BAD: list[tuple[str, type[BaseModel], dict[str, Any]]] = [
     ("header with a bad name", plugin.DownloadParams, GOOD | {"headers": {"X A": "a"}}),
     ("header that is a number", plugin.DownloadParams, GOOD | {"headers": {"X-A": 1}}),
     ("no patience", plugin.DownloadParams, GOOD | {"idle_timeout_s": 0}),
+    ("short SHA-512", plugin.DownloadParams, GOOD | {"sha512": "ab" * 32}),
+    ("no connection", plugin.DownloadParams, GOOD | {"connections": 0}),
+    ("hundreds of connections", plugin.DownloadParams, GOOD | {"connections": 200}),
+    ("unknown digest", plugin.DownloadParams, GOOD | {"digests": ["md5"]}),
+    ("hardly moving", plugin.DownloadParams, GOOD | {"limit_bytes_per_s": 10}),
+    ("proxy with a password", plugin.DownloadParams, GOOD | {"proxy": "http://u:p@proxy:3128"}),
+    ("proxy with a path", plugin.DownloadParams, GOOD | {"proxy": "http://proxy/x"}),
+    ("another kind of proxy", plugin.DownloadParams, GOOD | {"proxy": "socks5://proxy:1080"}),
+    ("credential in the step's own header", plugin.DownloadParams, GOOD | {"auth_header": "Host"}),
+    ("credential in no header", plugin.DownloadParams, GOOD | {"auth_header": "X Key"}),
+    ("relative authority", plugin.DownloadParams, GOOD | {"ca": "ca.pem"}),
+    ("form by PUT", plugin.UploadParams, UPLOAD | {"method": "PUT", "form": {"file": "f"}}),
+    ("form without a file", plugin.UploadParams, UPLOAD | {"form": {"fields": {"a": "b"}}}),
+    ("form with a line break", plugin.UploadParams, UPLOAD | {"form": {"file": "f", "fields": {"a": "b\r\nc"}}}),
+    ("form with a number", plugin.UploadParams, UPLOAD | {"form": {"file": "f", "fields": {"a": 1}}}),
     ("unknown method", plugin.UploadParams, UPLOAD | {"method": "DELETE"}),
     ("upload to a target", plugin.UploadParams, UPLOAD | {"to": "/x"}),
 ]
@@ -46,7 +61,23 @@ def test_schema_alone_refuses_what_the_model_refuses(model: type[BaseModel], par
         jsonschema.validate(params, model.model_json_schema(by_alias=True))
 
 
-@pytest.mark.parametrize(("model", "params"), [(plugin.DownloadParams, GOOD), (plugin.UploadParams, UPLOAD)])
+MORE = {
+    "sha512": "ab" * 64, "auth_header": "X-Api-Key", "proxy": "http://proxy.example:3128", "ca": "/build/ca.pem",
+    "limit_bytes_per_s": 65536,
+}  # fmt: skip
+FORM = {"file": "upload", "filename": "a b", "content_type": "text/plain", "fields": {"kind": "größe", "empty": ""}}
+
+
+@pytest.mark.parametrize(
+    ("model", "params"),
+    [
+        (plugin.DownloadParams, GOOD),
+        (plugin.DownloadParams, GOOD | MORE | {"connections": 16, "digests": ["sha256", "sha512"]}),
+        (plugin.UploadParams, UPLOAD),
+        (plugin.UploadParams, UPLOAD | MORE | {"method": "POST", "form": FORM}),
+        (plugin.UploadParams, UPLOAD | {"form": FORM}),
+    ],
+)
 def test_model_and_schema_agree_on_what_is_right(model: type[BaseModel], params: dict[str, Any]) -> None:
     model.model_validate(params)
     jsonschema.validate(params, model.model_json_schema(by_alias=True))
@@ -63,6 +94,9 @@ def test_plan_asks_for_egress_and_carries_the_parameters_by_their_names() -> Non
     plan = types["http.upload"].resolve(plugin.UploadParams.model_validate(UPLOAD), CONTEXT)
     assert (plan.image, plan.args, plan.network, plan.control) == (plugin.IMAGE, ("upload",), "egress", None)
     assert plan.inputs == UPLOAD | {"connect_timeout_s": 10, "idle_timeout_s": 60, "method": "PUT"}
+    form = types["http.upload"].resolve(plugin.UploadParams.model_validate(UPLOAD | {"form": FORM}), CONTEXT)
+    assert form.inputs is not None
+    assert form.inputs["method"] == "POST"
     assert types["http.download"].idempotent
     assert not types["http.upload"].idempotent, "it may be a POST"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,64 @@ def test_given_content_type_is_used(site: Site, program: Program, source: Path) 
     headers = {"content-type": "application/json"}
     assert program.run("upload", {"url": f"{site.url}/r", "from": str(source), "headers": headers}).code == 0
     assert site.requests[0].headers["content-type"] == "application/json"
+
+
+def test_form_has_the_file_and_the_fields(site: Site, program: Program, source: Path) -> None:
+    site.pages["/r"] = Page(status=200)
+    source.write_bytes(BIG)
+    form = {
+        "file": "upload",
+        "filename": 'my "map".bsp',
+        "content_type": "text/map",
+        "fields": {"kind": "größe"},
+    }
+    ended = program.run("upload", {"url": f"{site.url}/r", "from": str(source), "form": form})
+    assert ended.code == 0, ended.text
+    assert ended.outputs == {
+        "path": str(source), "bytes": len(BIG), "sha256": hashlib.sha256(BIG).hexdigest(), "status": 200,
+    }  # fmt: skip
+    (request,) = site.requests
+    assert request.method == "POST"
+    assert request.headers["content-length"] == str(len(request.body))
+    boundary = request.headers["content-type"].removeprefix("multipart/form-data; boundary=").encode()
+    _, kind, file, end = (b"\r\n" + request.body).split(b"\r\n--" + boundary)
+    assert kind.decode() == '\r\nContent-Disposition: form-data; name="kind"\r\n\r\ngröße'
+    head = 'Content-Disposition: form-data; name="upload"; filename="my %22map%22.bsp"\r\nContent-Type: text/map'
+    assert file == f"\r\n{head}\r\n\r\n".encode() + BIG
+    assert end == b"--\r\n"
+    assert (ended.progress[-1]["done"], ended.progress[-1]["total"]) == (len(BIG), len(BIG))
+
+
+def test_both_checksums_are_compared(site: Site, program: Program, source: Path) -> None:
+    site.pages["/r"] = Page()
+    source.write_bytes(BIG)
+    digests = {name: hashlib.new(name, BIG).hexdigest() for name in ("sha256", "sha512")}
+    ended = program.run("upload", {"url": f"{site.url}/r", "from": str(source), **digests})
+    assert {name: ended.outputs[name] for name in digests} == digests
+    ended = program.run("upload", {"url": f"{site.url}/r", "from": str(source), "sha512": "0" * 128})
+    assert (ended.code, ended.cause) == (1, "checksum_mismatch")
+    assert "SHA-512" in ended.error
+    assert len(site.requests) == 1
+
+
+def test_file_that_changes_on_its_way_is_noticed(
+    site: Site, program: Program, source: Path, wait_for: Callable[[Callable[[], object]], None]
+) -> None:
+    source.write_bytes(BIG)
+    site.pages["/r"] = Page()
+    params = {"url": f"{site.url}/r", "from": str(source), "limit_bytes_per_s": 3 * MIB}
+    process = program.start("upload", params | {"sha256": hashlib.sha256(BIG).hexdigest()}, {})
+    wait_for((program.directory / "outrider-1" / "progress").exists)
+    with source.open("r+b") as file:
+        file.seek(-10, 2)
+        file.write(b"something.")
+    ended = program.end(process)
+    assert (ended.code, ended.cause) == (1, "changed")
+    process = program.start("upload", params, {})
+    wait_for((program.directory / "outrider-2" / "progress").exists)
+    os.truncate(source, MIB)
+    ended = program.end(process)
+    assert (ended.code, ended.cause) == (1, "changed")
 
 
 def test_wrong_checksum_sends_nothing(site: Site, program: Program, source: Path) -> None:

@@ -27,6 +27,7 @@ from http_transfer.ranges import continues, range_header, strong_validator
 
 _CHUNK_BYTES = 1024**2
 _NOTE_BYTES, _NOTE_S = 64 * 1024**2, 2.0
+_WRITE_OUT_BYTES = 16 * 1024**2
 _WAIT_S = 0.5
 _ALONE_S, _WORTH_S = 1.0, 2.0
 
@@ -234,6 +235,9 @@ class _Transfer:
         write_at(self._partial.descriptor, self._buffer[:count], at)
         pieces.arrived(claim, count)
         self._meter.add(count)
+        if (at + count) // _WRITE_OUT_BYTES > at // _WRITE_OUT_BYTES:
+            end = (at + count) // _WRITE_OUT_BYTES * _WRITE_OUT_BYTES
+            self._partial.write_out(end - _WRITE_OUT_BYTES, end)
         self._look_around()
         self._keep_note(_NOTE_BYTES)
         return claim if claim.at < claim.end else pieces.claim(1 + self._helping, at=claim.end)
