@@ -13,7 +13,7 @@ import contextlib
 import ipaddress
 import re
 import shutil
-import tempfile
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,28 +49,25 @@ async def guard_bridge(network_id: str, bridge: str, guard: NetworkGuard) -> Non
     if not _INTERFACE.fullmatch(bridge):
         raise _unable(f"{bridge!r} is no interface of this machine", _HINT)
     script = rules(network_id, bridge, guard, resolvers=resolvers())
-    with tempfile.TemporaryFile() as file:  # a pipe may be closed under the writer, where nft ends at once
-        file.write(script.encode())
-        file.seek(0)
-        process = await asyncio.create_subprocess_exec(
-            nft, "-f", "-", stdin=file, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-        )
+    # In a thread: the event loop's own way to start a process lost its pipes, and died in the child, where nft ends
+    # at once or the service is restricted.
     try:
-        async with asyncio.timeout(_NFT_TIMEOUT_S):
-            _, errors = await process.communicate()
-    except TimeoutError:
+        done = await asyncio.to_thread(_nft, nft, script)
+    except subprocess.TimeoutExpired:
         raise _unable(f"nft did not answer within {_NFT_TIMEOUT_S:.0f} s", _HINT) from None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    if process.returncode:
-        said = errors.decode(errors="replace").strip().splitlines()
+    except OSError as error:
+        raise _unable(f"nft can't be started: {error.strerror}", _HINT) from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
         raise _unable(
-            f"nft failed: {said[0] if said else f'exit code {process.returncode}'}",
+            f"nft failed: {said[0] if said else f'exit code {done.returncode}'}",
             f"the agent needs CAP_NET_ADMIN and a kernel with nf_tables; {_HINT}",
         )
+
+
+def _nft(nft: str, script: str) -> subprocess.CompletedProcess[bytes]:
+    command = [nft, "-f", "-"]
+    return subprocess.run(command, input=script.encode(), capture_output=True, timeout=_NFT_TIMEOUT_S, check=False)
 
 
 def _unable(reason: str, hint: str) -> PolicyViolation:
