@@ -23,7 +23,7 @@ from agent_core.networks import told_to_step
 from agent_core.orders import AttemptOrder, AttemptResult
 from agent_core.outcome import Uncertain, Why, container_gone, engine_stopped, failure, stopped
 from agent_core.room import disk_errors
-from agent_core.runtimes.base import LABEL_BOOT, LABEL_PLAN, ContainerInfo, ContainerSpec, Exit
+from agent_core.runtimes.base import LABEL_PLAN, ContainerInfo, Exit
 from agent_core.services import Services
 from agent_core.state import AttemptRecord, Phase
 from agent_core.stepfiles import MAX_DIRECTORY_BYTES, ProgressLine, StepDirectory
@@ -56,24 +56,21 @@ class _StartUnclear(Exception):
 
 
 class Attempt:
-    """Runs one order. ``begin`` journals the intent, and whether the container was made ahead; ``on_waiting`` hears
-    what it waits for, "" if nothing; ``on_started`` hears that it runs, and which pause container's network it has."""
+    """Runs one order. ``begin`` journals the intent; ``on_waiting`` hears what it waits for, "" if nothing."""
 
     def __init__(
         self,
         services: Services,
         order: AttemptOrder,
         *,
-        begin: Callable[[bool], Coroutine[Any, Any, None]],
+        begin: Callable[[], Coroutine[Any, Any, None]],
         on_waiting: Callable[[str], Coroutine[Any, Any, None]],
-        on_started: Callable[[str], None],
         on_progress: Callable[[ProgressLine], None],
     ) -> None:
         self._services = services
         self._order = order
         self._begin = begin
         self._on_waiting = on_waiting
-        self._on_started = on_started
         self._on_progress = on_progress
         path = services.attempts_dir / order.run_id / order.step / str(order.number) / "outrider"
         self._directory = StepDirectory(path)
@@ -84,10 +81,6 @@ class Attempt:
         self._why: Why | None = None
         self._grace_s = 0.0
         self._pause: str | None = None
-        self._making: asyncio.Task[None] | None = None  # of its container, ahead of its turn
-        self._ahead: ContainerInfo | None = None  # what came of that
-        self._ahead_in = ""  # the pause container that it joins
-        self._asked = False  # the engine was asked to create the container
         self._log: StepLog | None = None
         self._created: Future[None] | None = None
         self._fenced = False  # the container that a former agent left had never run, and was done away with
@@ -147,39 +140,6 @@ class Attempt:
         result.log_bytes = self._log.lengths()
         return result
 
-    def make_ahead(self, pause: str) -> None:
-        """Begin to make the container, in the network of ``pause``. Either `run` comes to use it, or `drop` is called.
-
-        It is no part of the attempt before the intent is journalled: until then it is never started, and a next agent
-        that finds it does away with it.
-        """
-        self._ahead_in = pause
-        self._making = self._services.background.start(self._make_ahead(pause), f"ahead {self._order.container}")
-
-    async def _make_ahead(self, pause: str) -> None:
-        order, services = self._order, self._services
-        try:
-            services.disk.check(f"prepare step {order.step}")
-            with services.removals.held_back():
-                await asyncio.to_thread(self._directory.prepare_ahead, order.inputs, *order.runs_as)
-                image_id = await services.images.before_create(order.plan.image, run=order.run_id)
-                spec = replace(self._spec(pause), image_id=image_id)
-                container = await services.runtime.create(spec)
-        except (OutriderError, OSError) as error:
-            log.debug("a step's container can't be made ahead", container=order.container, error=str(error))
-            return
-        self._ahead = ContainerInfo(container, spec.name, spec.image, "created", labels=spec.labels)
-
-    async def drop(self) -> None:
-        """Remove what was made ahead, or was being made."""
-        if self._making is None:
-            return
-        await asyncio.wait({self._making})
-        self._making = self._ahead = None
-        with suppress(NotFound):
-            await self._services.runtime.remove(self._order.container, force=True)
-        await asyncio.to_thread(self._directory.drop)
-
     async def discard(self) -> None:
         """Remove container and directory; only after the result is on the disk. Its log is synced first."""
         if self._log is not None:
@@ -228,34 +188,15 @@ class Attempt:
             raise self._order.unavailable
         if info is None:
             self._services.disk.check(f"run step {self._order.step}")
-            if (made := await self._take_ahead()) is not None:
-                return made.id, False
             with disk_errors(f"prepare step {self._order.step}"):
                 await asyncio.to_thread(self._directory.prepare, self._order.inputs, *self._order.runs_as)
         await self._serve_control(stack)
         if info is None:
             if former is None:
                 await self._know_the_engine()
-                await self._begin(False)
+                await self._begin()
             info = await self._with_engine(self._create)
         return info.id, info.started_at is not None
-
-    async def _take_ahead(self) -> ContainerInfo | None:
-        """The container that was made ahead, from now on this attempt's; None if there is none that can be used."""
-        if self._making is None:
-            return None
-        await asyncio.wait({self._making})
-        order, services = self._order, self._services
-        made, engine = self._ahead, services.engine
-        if made is not None and engine.ok and made.labels[LABEL_BOOT] == engine.boot:
-            self._pause = await services.netpool.lease(order.run_id, order.plan.network, wanted=self._ahead_in)
-            if self._pause == self._ahead_in:
-                self._asked = True
-                self._directory.take()
-                await self._begin(True)
-                return made
-        await self._with_engine(self.drop)
-        return None
 
     async def _know_the_engine(self) -> None:
         """The intent names the engine: without it, an end by that engine's restart could not be told from another."""
@@ -273,7 +214,15 @@ class Attempt:
         order, services = self._order, self._services
         if self._pause is None:
             self._pause = await services.netpool.lease(order.run_id, order.plan.network)
-        spec, asked, self._asked = self._spec(self._pause), self._asked, True
+        spec = order.spec(
+            node_id=services.config.node_id,
+            directory=self._directory.path,
+            network=f"container:{self._pause}",
+            told=told_to_step(services.policy, order.plan.network),
+            log_max_bytes=services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
+            oci_runtime=services.policy.oci_runtime,
+            engine_boot=services.engine.boot,
+        )
         image_id = await services.images.before_create(order.plan.image, run=order.run_id, tell=self._pulling)
         try:
             container = await services.runtime.create(replace(spec, image_id=image_id))
@@ -283,10 +232,6 @@ class Attempt:
             info = await self._find(fence=False)
             if info is None:  # a create that the engine was hanging on; it is there soon, or its name is free again
                 raise OperationTimeout(f"the container engine holds the name {spec.name} without a container") from None
-            if info.started_at is None and not asked:
-                # A former agent made it ahead, by what it knew then, and never started it.
-                await services.runtime.remove(info.id, force=True)
-                return await self._create(pulled=pulled)
             self._created = self._mark("created")
             return info
         except OutriderError as error:
@@ -298,18 +243,6 @@ class Attempt:
                 return await self._create()
             raise
         return ContainerInfo(id=container, name=spec.name, image=spec.image, state="created", labels=spec.labels)
-
-    def _spec(self, pause: str) -> ContainerSpec:
-        services = self._services
-        return self._order.spec(
-            node_id=services.config.node_id,
-            directory=self._directory.path,
-            network=f"container:{pause}",
-            told=told_to_step(services.policy, self._order.plan.network),
-            log_max_bytes=services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
-            oci_runtime=services.policy.oci_runtime,
-            engine_boot=services.engine.boot,
-        )
 
     def _pulling(self, done: int, total: int, message: str) -> None:
         self._on_progress(ProgressLine(done, total, "bytes", message))
@@ -413,8 +346,6 @@ class Attempt:
                 raise
             self._started.set()
             self._mark("started")
-            if self._pause is not None:
-                self._on_started(self._pause)
             return
 
     async def _namespace_is_gone(self) -> bool:

@@ -76,7 +76,6 @@ class RunExecution:
         self._context: dict[str, Any] = {}
         self._done: dict[str, asyncio.Event] = {}
         self._attempts: dict[str, Attempt] = {}
-        self._ahead: dict[str, StepRunner] = {}  # of steps whose container is made before their turn
         self._cancelled = asyncio.Event()
         self._timed_out = False
         self._envs: asyncio.Task[Envs | OutriderError] | None = None
@@ -220,43 +219,15 @@ class RunExecution:
         for need in graph(self.pipeline)[step.name]:
             await self._done[need].wait()
         status = self.statuses[step.name]
-        ahead = self._ahead.pop(step.name, None)
         try:
             if status.state not in TERMINAL_STEPS and await self._is_to_run(step, status):
-                await (ahead or StepRunner(self, step, status)).run()
+                await StepRunner(self, step, status).run()
         except OutriderError as error:
             await self.fail(status, error)
         except Exception as error:  # a defect of ours must end the step, not hang the run
             log.exception("a step failed in the agent itself", run=self.run_id, step=step.name)
             await self.fail(status, PermanentError(f"step {step.name} failed in the agent: {error}", code="internal"))
         self._done[step.name].set()
-        if ahead is not None:
-            self.services.removals.add(ahead.drop())  # nothing, where the step came to use it
-
-    def look_ahead(self, step: Step, pause: str, network: str) -> None:
-        """``step`` runs, in the network of this pause container: if just one step waits for it and for nothing else,
-        and nothing of that depends on how this one ends but whether it runs, its container is made meanwhile."""
-        waiting = [each for each in self.pipeline.steps if self._open_needs(each) == [step.name]]
-        if len(waiting) != 1 or self._cancelled.is_set() or not (self._envs is None or self._envs.done()):
-            return
-        (after,) = waiting
-        planned = self.plans.get(after.name)
-        if (
-            planned is None
-            or planned.plan.control is not None
-            or planned.plan.network != network
-            or after.if_ is not None
-            or self.statuses[after.name].state != types.STEP_STATE_PENDING
-            or after.name in self.record.attempts
-            or after.name in self._ahead
-            or self.services.plugins.listens("outrider_before_step")  # it is called before there is a container
-        ):
-            return
-        runner = self._ahead[after.name] = StepRunner(self, after, self.statuses[after.name])
-        runner.make_ahead(pause)
-
-    def _open_needs(self, step: Step) -> list[str]:
-        return [need for need in graph(self.pipeline)[step.name] if not self._done[need].is_set()]
 
     async def _is_to_run(self, step: Step, status: types.StepStatus) -> bool:
         if step.name in self.record.attempts:

@@ -122,15 +122,14 @@ class NetPool:
         for network_class in ("none", *self._policy.networks):
             self._refill(network_class, delay_s=0)
 
-    async def lease(self, run_id: str, network_class: str, *, wanted: str = "") -> str:
+    async def lease(self, run_id: str, network_class: str) -> str:
         """The id of a running pause container of this class, for one step of this run; join ``container:<id>``.
 
-        ``wanted``: which one, if that is idle. Hand it to `give_back` when the step is over. PolicyViolation if the
-        node has no such class.
+        Hand it to `give_back` when the step is over. PolicyViolation if the node has no such class.
         """
         self._policy.network_of(network_class)
         held = self._runs[run_id]
-        for container in sorted(held.idle, key=lambda each: each != wanted):
+        for container in held.idle:
             if held.all[container] == network_class:
                 held.idle.remove(container)
                 return container

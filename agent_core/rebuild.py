@@ -50,7 +50,6 @@ from agent_core.runtimes.base import (
 from agent_core.services import Services
 from agent_core.spool import STREAMS
 from agent_core.state import TERMINAL_STEPS, AttemptRecord, Cancellation, Change, Phase
-from agent_core.stepfiles import AHEAD
 from agent_core.transitions import Transition
 from outrider.errors import OutriderError, Unavailable
 from outrider.pipeline import Pipeline, Step, graph, load_pipeline
@@ -179,7 +178,7 @@ class Rebuild:
                 if number.isdecimal():
                     containers.setdefault(info.labels.get(LABEL_STEP, ""), {})[int(number)] = info
         directory = self._services.attempts_dir / command.run_id
-        return find_steps(pipeline, recovered.steps, containers, begun_in(directory), self._is_idempotent)
+        return find_steps(pipeline, recovered.steps, containers, _begun(directory), self._is_idempotent)
 
     def _is_idempotent(self, step: Step) -> bool:
         if step.idempotent is not None:
@@ -275,10 +274,6 @@ def _find_step(
     if status.state in TERMINAL_STEPS and status.state != types.STEP_STATE_UNKNOWN:
         return FoundStep(status, [_over(each) for each in attempts])  # so that what is left of them is removed
     last = max(containers, default=0)
-    if last and not status.attempt and step.name not in (begun or {}) and containers[last].started_at is None:
-        # Made ahead, and never started: when the step's turn comes, it is made anew.
-        status.state, status.reason = types.STEP_STATE_PENDING, ""
-        return FoundStep(status)
     tried = max(status.attempt, (begun or {}).get(step.name, 0))
     if last and last >= tried:
         status.state, status.attempt, status.reason = types.STEP_STATE_RUNNING, last, ""
@@ -315,12 +310,11 @@ def _lost(number: int) -> AttemptRecord:
     return AttemptRecord(number, "", "done", "", 0.0, "")
 
 
-def begun_in(directory: Path) -> dict[str, int] | None:
+def _begun(directory: Path) -> dict[str, int] | None:
     """The steps that were begun, and the greatest number of their attempts.
 
     A run's directory is made before its first step, a step's before its first container, and both stay until the run
-    is over: where the one is there and the other is not, or is marked as made ahead, the step has not begun. (They are
-    not synced by themselves;
+    is over: where the one is there and the other is not, the step has not begun. (They are not synced by themselves;
     the intent, which is, comes after them, and journalling filesystems keep that order.)
     """
     if not directory.is_dir():
@@ -328,7 +322,6 @@ def begun_in(directory: Path) -> dict[str, int] | None:
     return {
         step.name: max((int(each.name) for each in step.iterdir() if each.name.isdecimal()), default=1)
         for step in directory.iterdir()
-        if not step.name.startswith(".") and not (step / AHEAD).exists()
     }
 
 

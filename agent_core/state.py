@@ -357,20 +357,11 @@ class State:
         )
 
     def attempt_intent(
-        self,
-        run_id: str,
-        step: str,
-        attempt: int,
-        container: str,
-        engine_boot: str,
-        *,
-        masked: bool = True,
-        phase: Literal["intended", "created"] = "intended",
+        self, run_id: str, step: str, attempt: int, container: str, engine_boot: str, *, masked: bool = True
     ) -> Change:
-        """The container with this name is about to be made, or, where that was done ahead ("created"), to be started;
-        ``masked``: the secrets of its run are known."""
+        """The container with this name is about to be made; ``masked``: the secrets of its run are known."""
         clock = self.clock
-        row = (run_id, step, attempt, container, phase, clock.boot_id, clock.now(), engine_boot, int(masked))
+        row = (run_id, step, attempt, container, "intended", clock.boot_id, clock.now(), engine_boot, int(masked))
         sql = (
             "INSERT OR IGNORE INTO attempts"
             " (run_id, step, attempt, container, phase, boot_id, boot_clock, engine_boot, masked)"

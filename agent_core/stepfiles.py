@@ -24,9 +24,6 @@ _MAX_PROGRESS_READ = 256 * 1024
 _MAX_LINE = 16 * 1024
 _MAX_ENTRIES = 1000
 
-AHEAD = "ahead"
-"""The mark in a step's directory that it was made ahead, and that the step has not begun."""
-
 
 @dataclass(frozen=True, slots=True)
 class ProgressLine:
@@ -64,10 +61,6 @@ class StepDirectory:
         """
         if self.path.exists():
             shutil.rmtree(self.path)
-        self._fill(inputs, uid, gid)
-        self.take()
-
-    def _fill(self, inputs: bytes, uid: int, gid: int) -> None:
         self.path.mkdir(parents=True)
         directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -88,30 +81,6 @@ class StepDirectory:
             os.fchmod(directory, 0o755)
         finally:
             os.close(directory)
-
-    def prepare_ahead(self, inputs: bytes, uid: int, gid: int) -> None:
-        """`prepare` for an attempt that may never begin: until `take` the step's directory says so.
-
-        FileExistsError if there is a directory of the step already.
-        """
-        step = self.path.parent.parent
-        fresh = step.with_name(f".{step.name}.{AHEAD}")  # no step has such a name
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        (fresh / AHEAD).touch()
-        if step.exists():
-            shutil.rmtree(fresh)
-            raise FileExistsError(step)
-        fresh.rename(step)  # never there without its mark
-        self._fill(inputs, uid, gid)
-
-    def take(self) -> None:
-        """The attempt begins: its intent is about to be journalled."""
-        (self.path.parent.parent / AHEAD).unlink(missing_ok=True)
-
-    def drop(self) -> None:
-        """What was prepared ahead never began."""
-        shutil.rmtree(self.path.parent.parent, ignore_errors=True)
 
     def fence(self) -> None:
         """Rename it, so that a start of its container that is still on its way is refused by the engine."""

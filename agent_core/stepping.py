@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -41,8 +40,6 @@ class StepRunner:
         self._step_type = run.planner.step_type(step)
         self._idempotent = self._step_type.idempotent if step.idempotent is None else step.idempotent
         self._engine_stops = 0
-        self._ahead: Attempt | None = None
-        self._preparing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Until the step is terminal, whatever became of it."""
@@ -70,51 +67,58 @@ class StepRunner:
             number += 1
             status.ClearField("progress")
 
-    def make_ahead(self, pause: str) -> None:
-        """Have the container of the first attempt made in the network of ``pause``, while the step before runs.
-
-        Only for a step that is planned, and whose envs are there. Either `run` or `drop` comes after it.
-        """
-        self._preparing = self._services.background.start(
-            self._make_ahead(pause), f"ahead {self._run.run_id} {self._step.name}"
-        )
-
-    async def _make_ahead(self, pause: str) -> None:
-        run, step = self._run, self._step
-        try:
-            env = await run.step_env(step, self._status)
-        except OutriderError:
-            return  # told when it is its turn
-        planned = run.plans[step.name]
-        order = self._order(1, planned, env, run.secrets, masked=run.secrets_known, timeout_s=self._timeout_s)
-        self._ahead = self._new_attempt(order, planned)
-        self._ahead.make_ahead(pause)
-
-    async def drop(self) -> None:
-        """Do away with what was made ahead and `run` did not come to use."""
-        if attempt := await self._made_ahead():
-            await attempt.drop()
-
-    async def _made_ahead(self) -> Attempt | None:
-        if self._preparing is not None:
-            await asyncio.wait({self._preparing})
-        attempt, self._ahead = self._ahead, None
-        return attempt
-
     async def _attempt(
         self, number: int, planned: PlannedStep, adopted: AttemptRecord | None
     ) -> tuple[AttemptResult, Attempt]:
         run, step, services = self._run, self._step, self._services
+        timeout_s = step.timeout_s or services.config.step_timeout_s
+        asked_at = services.state.clock.now()
+        env: dict[str, str] = {}
+        secrets: tuple[str, ...] = ()
         unavailable: OutriderError | None = None
-        attempt = await self._made_ahead()
-        if adopted is not None:
-            order = await self._adopt(number, planned, adopted)
-            unavailable = order.unavailable
-            attempt = self._new_attempt(order, planned)
-        elif attempt is None:
-            env = await run.step_env(step, self._status)
-            order = self._order(number, planned, env, run.secrets, masked=run.secrets_known, timeout_s=self._timeout_s)
-            attempt = self._new_attempt(order, planned)
+        if adopted is None:
+            env, secrets = await run.step_env(step, self._status), run.secrets
+        else:
+            timeout_s = max(
+                0.0, timeout_s - adopted.spent_s - services.state.clock.since(adopted.boot_id, adopted.boot_clock)
+            )
+            try:
+                env = await run.step_env(step, self._status, within_s=timeout_s, secrets=adopted.masked)
+                secrets = run.secrets if adopted.masked else ()
+            except OutriderError as error:
+                # Its container is stopped in order, or seen to its end, all the same.
+                unavailable = error
+            if self._status.reason:
+                await run.waiting(self._status, "")
+            timeout_s -= services.state.clock.now() - asked_at
+        order = AttemptOrder(
+            run_id=run.run_id,
+            lease_id=run.lease_id,
+            step=step.name,
+            number=number,
+            plan=planned.plan,
+            plan_sha256=planned.sha256,
+            inputs=planned.inputs,
+            env=env,
+            secrets=secrets,
+            masked=run.secrets_known if adopted is None else adopted.masked,
+            unavailable=unavailable,
+            volumes={name: (run.volumes[name], each.path, each.writable) for name, each in step.volumes.items()},
+            uid=run.uid,
+            gid=run.gid,
+            resources=planned.resources,
+            object_ref=run.object_ref,
+            timeout_s=max(0.0, timeout_s),
+            engine_boot=adopted.engine_boot if adopted is not None else "",
+        )
+
+        async def begin() -> None:
+            await self._begin(order, planned)
+
+        async def waiting(reason: str) -> None:
+            await run.waiting(self._status, reason)
+
+        attempt = Attempt(services, order, begin=begin, on_waiting=waiting, on_progress=self._progress)
         if adopted is None and services.plugins.listens("outrider_before_step"):
             await asyncio.to_thread(services.plugins.before_step, step.uses, planned.context, planned.plan)
         run.running(step.name, attempt)
@@ -132,79 +136,8 @@ class StepRunner:
         await self._hooks(planned, result)
         return result, attempt
 
-    @property
-    def _timeout_s(self) -> float:
-        return self._step.timeout_s or self._services.config.step_timeout_s
-
-    async def _adopt(self, number: int, planned: PlannedStep, former: AttemptRecord) -> AttemptOrder:
-        """The order of an attempt that a former agent began, with what is left of its time."""
-        run, clock = self._run, self._services.state.clock
-        asked_at = clock.now()
-        left_s = max(0.0, self._timeout_s - former.spent_s - clock.since(former.boot_id, former.boot_clock))
-        env: dict[str, str] = {}
-        secrets: tuple[str, ...] = ()
-        unavailable: OutriderError | None = None
-        try:
-            env = await run.step_env(self._step, self._status, within_s=left_s, secrets=former.masked)
-            secrets = run.secrets if former.masked else ()
-        except OutriderError as error:
-            # Its container is stopped in order, or seen to its end, all the same.
-            unavailable = error
-        if self._status.reason:
-            await run.waiting(self._status, "")
-        order = self._order(
-            number, planned, env, secrets, masked=former.masked, timeout_s=left_s - (clock.now() - asked_at)
-        )
-        return replace(order, unavailable=unavailable, engine_boot=former.engine_boot)
-
-    def _order(
-        self,
-        number: int,
-        planned: PlannedStep,
-        env: dict[str, str],
-        secrets: tuple[str, ...],
-        *,
-        masked: bool,
-        timeout_s: float,
-    ) -> AttemptOrder:
-        run, step = self._run, self._step
-        return AttemptOrder(
-            run_id=run.run_id,
-            lease_id=run.lease_id,
-            step=step.name,
-            number=number,
-            plan=planned.plan,
-            plan_sha256=planned.sha256,
-            inputs=planned.inputs,
-            env=env,
-            secrets=secrets,
-            masked=masked,
-            volumes={name: (run.volumes[name], each.path, each.writable) for name, each in step.volumes.items()},
-            uid=run.uid,
-            gid=run.gid,
-            resources=planned.resources,
-            object_ref=run.object_ref,
-            timeout_s=max(0.0, timeout_s),
-        )
-
-    def _new_attempt(self, order: AttemptOrder, planned: PlannedStep) -> Attempt:
-        run, step = self._run, self._step
-
-        async def begin(made_ahead: bool) -> None:
-            await self._begin(order, planned, "created" if made_ahead else "intended")
-
-        async def waiting(reason: str) -> None:
-            await run.waiting(self._status, reason)
-
-        def started(pause: str) -> None:
-            run.look_ahead(step, pause, order.plan.network)
-
-        return Attempt(
-            self._services, order, begin=begin, on_waiting=waiting, on_started=started, on_progress=self._progress
-        )
-
-    async def _begin(self, order: AttemptOrder, planned: PlannedStep, phase: Literal["intended", "created"]) -> None:
-        """The intent, on the disk before anything is created, or before what was made ahead is started."""
+    async def _begin(self, order: AttemptOrder, planned: PlannedStep) -> None:
+        """The intent, on the disk before anything is created."""
         status, state = self._status, self._services.state
         status.state, status.attempt, status.reason = types.STEP_STATE_RUNNING, order.number, ""
         status.image = order.plan.image
@@ -216,9 +149,7 @@ class StepRunner:
             Transition.ATTEMPT_INTENDED,
             status,
             state.step_plan(order.run_id, order.step, planned.plan_json, planned.params_json),
-            state.attempt_intent(
-                order.run_id, order.step, order.number, order.container, boot, masked=order.masked, phase=phase
-            ),
+            state.attempt_intent(order.run_id, order.step, order.number, order.container, boot, masked=order.masked),
         )
 
     async def _hooks(self, planned: PlannedStep, result: AttemptResult) -> None:

@@ -57,6 +57,10 @@ def resolve_control(params: ShellParams, _context: StepContext) -> StepPlan:
 class ShellPlugin:
     """Step types for tests: any script in any image."""
 
+    def __init__(self) -> None:
+        self.before: list[str] = []
+        self.after: list[bool] = []
+
     @hookimpl
     def outrider_step_types(self) -> list[StepType]:
         return [
@@ -65,14 +69,6 @@ class ShellPlugin:
             StepType(name="test.word", params=ShellParams, outputs=WordOutputs, resolve=resolve_shell),
             StepType(name="test.control", params=ShellParams, outputs=AnyOutputs, resolve=resolve_control),
         ]
-
-
-class HookedPlugin(ShellPlugin):
-    """The same, and hears of every attempt."""
-
-    def __init__(self) -> None:
-        self.before: list[str] = []
-        self.after: list[bool] = []
 
     @hookimpl
     def outrider_before_step(self, step_type: str) -> None:
@@ -100,10 +96,11 @@ class FakeLink:
 class Rig:
     """One agent's engine, started. ``reports`` has what the server would have been told."""
 
-    def __init__(self, agent: Agent, services: Services, link: FakeLink) -> None:
+    def __init__(self, agent: Agent, services: Services, link: FakeLink, plugin: ShellPlugin) -> None:
         self.services = services
         self.runs: RunEngine = agent._runs
         self.link = link
+        self.plugin = plugin
         self.progress: list[pb.RunReport] = []
 
     async def start(self, yaml: str, *, run_id: str = "", timeout_s: float = 0, **fields: Any) -> str:
@@ -182,7 +179,6 @@ async def rig(
     node_id: str = "",
     policy: NodePolicy | None = None,
     connected: bool = True,
-    plugin: ShellPlugin | None = None,
     **config: Any,
 ) -> AsyncIterator[Rig]:
     """A run engine on ``state_dir``. Leaving it is what the end of an agent's process is to its containers.
@@ -197,13 +193,13 @@ async def rig(
     state_dir.mkdir(parents=True, exist_ok=True)
     policy = policy or NodePolicy(warm_none=0, networks={})
     async with agent._parts(policy) as services:
-        link, plugin = FakeLink(), plugin or ShellPlugin()
+        link, plugin = FakeLink(), ShellPlugin()
         if not connected:
             link.connected.clear()
         services.envs = link
         report = services.plugins.register(plugin, name="shell", distribution="test-shell", version="1")
         assert report.ok, report.error
-        rig = Rig(agent, services, link)
+        rig = Rig(agent, services, link, plugin)
         services.live = rig.progress.append
         watch = asyncio.create_task(services.engine.run())
         agent._runs.resume()

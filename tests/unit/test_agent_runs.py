@@ -15,7 +15,7 @@ from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.state import Cancellation
 from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput
-from tests.agent_rig import BASE_IMAGE, HookedPlugin, Rig, rig
+from tests.agent_rig import BASE_IMAGE, Rig, rig
 
 
 def outrider_of(process: FakeProcess) -> Path:
@@ -312,12 +312,10 @@ async def test_the_last_progress_is_told(agent: Rig) -> None:
     assert (last.done, last.total) == (3, 4)
 
 
-async def test_hooks_hear_of_every_attempt(tmp_path: Path, runtime: FakeRuntime) -> None:
-    plugin = HookedPlugin()
-    async with rig(tmp_path / "state", runtime, node_id="n1", plugin=plugin) as agent:
-        await agent.run(pipeline({"name": "a", "do": {"exit": [75, 0]}, "retry": {"max": 1, "first_wait": "1ms"}}))
-    assert plugin.before == ["test.shell", "test.shell"]
-    assert plugin.after == [False, True]
+async def test_hooks_hear_of_every_attempt(agent: Rig) -> None:
+    await agent.run(pipeline({"name": "a", "do": {"exit": [75, 0]}, "retry": {"max": 1, "first_wait": "1ms"}}))
+    assert agent.plugin.before == ["test.shell", "test.shell"]
+    assert agent.plugin.after == [False, True]
 
 
 async def test_a_missing_engine_is_waited_for(agent: Rig, runtime: FakeRuntime) -> None:

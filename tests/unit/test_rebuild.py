@@ -12,10 +12,9 @@ import pytest
 
 from agent_core.damage import REBUILD, open_journal
 from agent_core.journal import distrust_file
-from agent_core.rebuild import begun_in, find_steps
+from agent_core.rebuild import find_steps
 from agent_core.runtimes.base import ContainerInfo
 from agent_core.state import Clock, State, migrations
-from agent_core.stepfiles import StepDirectory
 from agent_core.transitions import Transition
 from outrider.errors import InvalidInput
 from outrider.pipeline import Step, load_pipeline
@@ -152,26 +151,6 @@ def test_what_is_over_stays_over_and_its_leftovers_are_known_as_such() -> None:
 def test_a_container_is_adopted_and_one_that_never_started_is_fenced_like_any_other() -> None:
     result = found({"a": (RUNNING, 1), "b": (PENDING, 0)}, {"a": {1: container("a", 1, started=False)}}, {"a": 1})
     assert result == {"a": (RUNNING, [(1, "intended")]), "b": (PENDING, [])}
-
-
-@pytest.mark.parametrize("begun", [{"a": 1}, None])
-def test_what_was_made_ahead_for_a_step_that_had_not_begun_says_nothing_of_it(begun: dict[str, int] | None) -> None:
-    containers = {"a": {1: container("a", 1)}, "b": {1: container("b", 1, started=False)}}
-    result = found({"a": (RUNNING, 1), "b": (PENDING, 0)}, containers, begun)
-    assert result == {"a": (RUNNING, [(1, "started")]), "b": (PENDING, [])}
-
-
-def test_a_directory_that_was_made_ahead_is_not_that_of_a_step_that_has_begun(tmp_path: Path) -> None:
-    begun, ahead = (StepDirectory(tmp_path / "r" / step / "1" / "outrider") for step in ("a", "b"))
-    begun.prepare(b"{}", os.getuid(), os.getgid())
-    ahead.prepare_ahead(b"{}", os.getuid(), os.getgid())
-    assert begun_in(tmp_path / "r") == {"a": 1}
-    with pytest.raises(FileExistsError):
-        begun.prepare_ahead(b"{}", os.getuid(), os.getgid())
-    ahead.take()
-    assert begun_in(tmp_path / "r") == {"a": 1, "b": 1}
-    ahead.drop()
-    assert begun_in(tmp_path / "r") == {"a": 1}
 
 
 def test_a_step_of_a_run_that_the_server_gave_up_is_adopted_again() -> None:
