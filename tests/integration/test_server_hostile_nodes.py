@@ -81,7 +81,8 @@ async def test_an_old_session_can_call_nothing_but_register(rig: Rig, agent: Fak
     for identity in (old, tls.Identity(agent.token, "n1"), tls.Identity(agent.token, "n1", old.session_id, 10**30)):
         async with tls.open_channel(rig.address, ca=rig.ca, identity=identity) as channel:
             for method in NODE.methods:
-                if method.name != "Register":
+                # A node's own role is asked for by a command beside the agent, which has no session.
+                if method.name not in ("Register", "GetOwnRole"):
                     assert (await outcome(channel, NODE, method)).code == "session_superseded", method.name
 
 

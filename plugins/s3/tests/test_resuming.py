@@ -103,7 +103,8 @@ def test_killed_upload_sends_only_the_parts_that_are_missing(
     ended = program.run("upload", params, store.env)
     assert ended.code == 0, ended.text
     sent = [re.findall(r"partNumber=(\d)", path) for method, path, _ in proxy.requests if method == "PUT"]
-    assert sent == [["3"]]
+    assert ["3"] in sent
+    assert ["1"] not in sent  # the second may have been on its way when the program was killed
     assert store.get("k") == LARGE
     assert ended.outputs["sha256"] == hashlib.sha256(LARGE).hexdigest()
 
