@@ -53,6 +53,7 @@ def failure(run: types.Run, step: str) -> types.Failure:
     return next(each.failure for each in run.steps if each.name == step)
 
 
+@pytest.mark.long
 def test_a_step_that_fills_the_disk_fails_and_the_agent_does_not(launcher: Launcher, engine: str) -> None:
     with node_on_a_small_disk(launcher, engine) as (rig, disk):
         pid = rig.agent.pid

@@ -159,6 +159,7 @@ def test_silent_store_is_given_up_and_asked_again(store: Store, proxy: Proxy, pr
     assert (target / "k").read_bytes() == BIG[: 5 * MIB]
 
 
+@pytest.mark.long
 def test_object_replaced_meanwhile_is_never_mixed(store: Store, proxy: Proxy, program: Program, target: Path) -> None:
     store.put("k", BIG)
 
