@@ -464,6 +464,7 @@ class Agent:
                 "ok": services.engine.ok,
                 "error": services.engine.error,
                 "version": services.engine.info.version if services.engine.info else "",
+                "oci_runtime": services.netpool.oci_runtime,
                 "stuck": dict(services.engine.stuck),
             },
             "disk": services.disk.describe(),

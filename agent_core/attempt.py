@@ -220,7 +220,7 @@ class Attempt:
             network=f"container:{self._pause}",
             told=told_to_step(services.policy, order.plan.network),
             log_max_bytes=services.policy.limits.step_log_bytes * _ENGINE_LOG_FACTOR,
-            oci_runtime=services.policy.oci_runtime,
+            oci_runtime=services.netpool.oci_runtime,
             engine_boot=services.engine.boot,
         )
         image_id = await services.images.before_create(order.plan.image, run=order.run_id, tell=self._pulling)

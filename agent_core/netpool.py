@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from agent_core.images import Images
 from agent_core.journal import Journal
 from agent_core.networks import ready_network
-from agent_core.policy import NodePolicy
+from agent_core.policy import AUTO_RUNTIME, NodePolicy
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, LABEL_POOL, ContainerSpec, Runtime
 from agent_core.transitions import Transition
 from outrider.errors import NotFound, OutriderError
@@ -35,6 +35,7 @@ CREATE TABLE network_leases (
 """
 
 PAUSE_IMAGE = "outrider/pause:1"
+_QUICK_RUNTIME = "crun"
 # Refilling takes the engine's time; a short run is over before it starts.
 _REFILL_DELAY_S = 3.0
 _READY_FOR_S = 15.0
@@ -85,12 +86,23 @@ class NetPool:
         self._ready_until: dict[str, float] = {}  # by network class, in the loop's time
         self._making: set[str] = set()  # names of those that are being created and started just now
         self._closed = False
+        self._oci_runtime = "" if policy.oci_runtime == AUTO_RUNTIME else policy.oci_runtime
+        self._chosen = False
+
+    @property
+    def oci_runtime(self) -> str:
+        """What the engine carries steps out with, by its name for it; "" is its default.
+
+        Who has a namespace from `lease` can rely on it: the pause container was started with the same.
+        """
+        return self._oci_runtime
 
     async def start(self) -> None:
         """Find what a former agent left, give up what nobody uses, and begin to fill the pool.
 
         Raises EngineUnavailable; call it again when the engine is back (or has been restarted).
         """
+        await self._choose_oci_runtime()
         known = {str(row["container_id"]): row for row in await self._journal.query("SELECT * FROM network_leases")}
         mine = self._all()
         found = await self._runtime.list(labels={LABEL_NODE: self._node_id, LABEL_KIND: "pause"})
@@ -205,7 +217,7 @@ class NetPool:
             memory_bytes=32 * 1024**2,
             pids=16,
             log_max_bytes=1024**2,
-            oci_runtime=self._policy.oci_runtime,
+            oci_runtime=self._oci_runtime,
         )
         making = asyncio.create_task(self._create_and_start(spec))
         self._making.add(spec.name)
@@ -215,11 +227,16 @@ class NetPool:
             # The engine makes it all the same: nobody would know of it.
             self._background(self._discard_when_made(making))
             raise
-        except OutriderError:
-            self._ready_until.pop(network_class, None)
-            raise
+        except OutriderError as error:
+            if error.code != "cannot_start" or self._policy.oci_runtime != AUTO_RUNTIME or not spec.oci_runtime:
+                self._ready_until.pop(network_class, None)
+                raise
+            # It is offered by name alone: whether it is there, and likes this machine, shows when it starts something.
+            self._oci_runtime = ""
+            log.warning("steps run with the engine's default, as %s starts nothing here: %s", spec.oci_runtime, error)
         finally:
             self._making.discard(spec.name)
+        return await self._make(network_class)
 
     async def _create_and_start(self, spec: ContainerSpec) -> str:
         try:
@@ -239,6 +256,17 @@ class NetPool:
     async def _discard_when_made(self, making: asyncio.Task[str]) -> None:
         with suppress(OutriderError):
             await self._discard(await making)
+
+    async def _choose_oci_runtime(self) -> None:
+        if self._policy.oci_runtime != AUTO_RUNTIME:
+            return
+        offered = _QUICK_RUNTIME in (await self._runtime.info()).oci_runtimes
+        if not offered:
+            self._oci_runtime = ""
+        elif not self._chosen:
+            # Once: the namespaces that wait would not tell whether one that comes later works.
+            self._oci_runtime = _QUICK_RUNTIME
+        self._chosen = True
 
     def _all(self) -> set[str]:
         warm = {container for containers in self._warm.values() for container in containers}

@@ -21,6 +21,8 @@ from outrider.errors import InvalidInput, PolicyViolation, Problem
 from outrider.steps import Resources, StepPlan
 
 DEFAULT_NETWORK = "outrider"
+AUTO_RUNTIME = "auto"
+"""``oci_runtime``: crun where the engine offers it and it works, otherwise its default (docs/decisions/0015)."""
 PRIVATE_RANGES = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 """What ``allow: [private]`` means: RFC 1918, RFC 6598 (carriers, and the overlay networks that borrow it), RFC 4193."""
 PRIVATE_PREFIX = 27
@@ -154,7 +156,7 @@ class NodePolicy(_Section):
     control_foreign: bool = False  # whether containers that Outrider did not start may be stopped and the like
     limits: LimitPolicy = LimitPolicy()
     # What the engine carries steps out with, by its name for it, such as crun or runsc; "": the engine's default.
-    oci_runtime: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = ""
+    oci_runtime: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = AUTO_RUNTIME
     disk_reserve_bytes: Annotated[int, Field(ge=0)] = 1024**3
 
     @field_validator("networks")

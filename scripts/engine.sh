@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A container engine for this machine.
+# A container engine for this machine, and the packet filter's command, which agents guard networks with.
 #
-#   engine.sh start     make sure that one answers; installs Debian's docker.io where there is none at all
+#   engine.sh start     make sure that both are there; installs docker.io and nftables where they are missing
 #   engine.sh stop      end the engine that `start` started; any other is left alone
 #   engine.sh status    say what there is
 #
@@ -58,22 +58,56 @@ wait_until_it_answers() {
   return 1
 }
 
-install_engine() {
-  command -v apt-get >/dev/null || die "no container engine here, and no apt-get to install one: install Docker Engine 20.10 or later"
-  say "installing docker.io from this distribution's packages"
-  local packages=(docker.io iptables ca-certificates) out
+# apt_install PACKAGE… -- OPTIONAL…: from this distribution's packages; of the optional ones, those that it has.
+apt_install() {
+  local packages=() out each
+  while [ "$1" != -- ]; do packages+=("$1"); shift; done
+  shift
+  say "installing ${packages[0]} from this distribution's packages"
   out=$(mktemp)
   export DEBIAN_FRONTEND=noninteractive
   if ! { apt-get update -q && {
-    # Newer releases have the command in a package of its own, which docker.io merely recommends.
-    apt-cache show docker-cli >/dev/null 2>&1 && packages+=(docker-cli)
+    for each; do
+      if apt-cache show "$each" >/dev/null 2>&1; then packages+=("$each"); fi
+    done
     apt-get install -yq --no-install-recommends "${packages[@]}"
   }; } >"$out" 2>&1; then
     tail -n 15 "$out" >&2
     rm -f "$out"
-    die "docker.io could not be installed; the reason stands above"
+    die "${packages[0]} could not be installed; the reason stands above"
   fi
   rm -f "$out"
+}
+
+install_engine() {
+  command -v apt-get >/dev/null || die "no container engine here, and no apt-get to install one: install Docker Engine 20.10 or later"
+  # crun starts what steps need in less time than the engine's default; an agent takes it where the engine offers it.
+  # An engine that is a service starts as soon as it is installed, so it has to be told beforehand.
+  if has_systemd && [ ! -e /etc/docker/daemon.json ]; then
+    mkdir -p /etc/docker
+    echo '{"runtimes": {"crun": {"path": "/usr/bin/crun"}}}' >/etc/docker/daemon.json
+  fi
+  # Newer releases have the docker command in a package of its own, which docker.io merely recommends.
+  apt_install docker.io iptables ca-certificates -- docker-cli crun
+}
+
+# Agents guard the networks of their containers with nft, whichever engine there is.
+install_packet_filter() {
+  PATH=$PATH:/usr/sbin nft --version >/dev/null 2>&1 && return 0
+  apt-get --version >/dev/null 2>&1 || { say "nft is missing: install nftables, or agents start nothing on a network"; return 0; }
+  need_root "installing nftables" start
+  apt_install nftables --
+}
+
+# Where the controllers are mounted one by one, crun refuses machines that have left some to version 2.
+unite_control_groups() {
+  local controller
+  [ -r /sys/fs/cgroup/unified/cgroup.controllers ] || return 0
+  for controller in $(cat /sys/fs/cgroup/unified/cgroup.controllers); do
+    mkdir -p "/sys/fs/cgroup/$controller"
+    mount -t cgroup -o "$controller" "$controller" "/sys/fs/cgroup/$controller" 2>/dev/null ||
+      rmdir "/sys/fs/cgroup/$controller" 2>/dev/null || true
+  done
 }
 
 start_dockerd() {
@@ -81,8 +115,13 @@ start_dockerd() {
     mount -t cgroup2 cgroup2 /sys/fs/cgroup || die "control groups are not mounted on /sys/fs/cgroup, and they could not be"
   fi
   rm -f "$pidfile"
+  local runtimes=()
+  if command -v crun >/dev/null && ! grep -qs '"runtimes"' /etc/docker/daemon.json; then
+    runtimes=(--add-runtime "crun=$(command -v crun)")
+    unite_control_groups
+  fi
   # A session of its own: the engine and the containers outlive this terminal.
-  setsid dockerd --data-root "$dir/data" --exec-root /run/outrider-engine --pidfile "$pidfile" >"$log" 2>&1 </dev/null &
+  setsid dockerd --data-root "$dir/data" --exec-root /run/outrider-engine --pidfile "$pidfile" "${runtimes[@]}" >"$log" 2>&1 </dev/null &
   local started=$! i
   for ((i = 0; i < 40; i++)); do
     [ -s "$pidfile" ] && break
@@ -92,6 +131,7 @@ start_dockerd() {
 }
 
 start() {
+  install_packet_filter
   if answers; then
     say "Docker Engine $(version) answers; nothing to do"
     return 0
@@ -171,7 +211,7 @@ case ${1:-} in
   stop) stop ;;
   status) status ;;
   *)
-    sed -n '3,5s/^# *//p' "$0" >&2
+    sed -n '4,6s/^# *//p' "$0" >&2
     exit 2
     ;;
 esac

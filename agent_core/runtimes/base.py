@@ -167,6 +167,7 @@ class EngineInfo:
     boot: str  # changes when the engine restarts
     root: str
     storage_driver: str
+    oci_runtimes: tuple[str, ...] = ()  # the names of those that it can carry containers out with
 
 
 @dataclass(frozen=True, slots=True)

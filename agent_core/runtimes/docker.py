@@ -72,6 +72,7 @@ class DockerRuntime:
             boot=await self._boot_identity(),
             root=str(answer.get("DockerRootDir", "")),
             storage_driver=str(answer.get("Driver", "")),
+            oci_runtimes=tuple(answer.get("Runtimes") or ()),
         )
 
     async def find_image(self, image: str) -> ImageInfo:

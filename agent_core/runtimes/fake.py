@@ -33,7 +33,7 @@ from agent_core.runtimes.base import (
     StreamName,
     secrets_in,
 )
-from outrider.errors import Conflict, EngineUnavailable, NotFound, OperationTimeout
+from outrider.errors import Conflict, EngineUnavailable, NotFound, OperationTimeout, PermanentError
 
 
 @dataclass
@@ -96,6 +96,8 @@ class FakeRuntime:
         self.images = images
         self.registry: set[str] = set()  # what can be pulled beside them
         self.tags: dict[str, str] = {}  # further names of images
+        self.oci_runtimes: tuple[str, ...] = ()
+        self.failing_oci_runtimes: set[str] = set()  # what is started with one of these can't be started
         self.networks: set[str] = set()
         self.guards: dict[str, NetworkGuard] = {}
         self.calls: list[tuple[str, str]] = []
@@ -132,7 +134,7 @@ class FakeRuntime:
 
     async def info(self) -> EngineInfo:
         self._call("info", "")
-        return EngineInfo("fake", "1", "fake-engine", f"boot-{self._boot}", "/fake", "memory")
+        return EngineInfo("fake", "1", "fake-engine", f"boot-{self._boot}", "/fake", "memory", self.oci_runtimes)
 
     async def find_image(self, image: str) -> ImageInfo:
         self._call("find_image", image)
@@ -212,6 +214,8 @@ class FakeRuntime:
         if found.info.state == "running":
             return
         former = found.process
+        if former.spec.oci_runtime in self.failing_oci_runtimes:
+            raise PermanentError(f"{container} can't be started", code="cannot_start")
         found.process = FakeProcess(former.spec, log=former.log)
         found.ended.clear()
         found.engine_stopped = False

@@ -54,6 +54,33 @@ def test_starts_finds_and_stops_its_own_engine(tmp_path: Path) -> None:
     assert "nothing to do" in ended.stderr
 
 
+@pytest.mark.skipif(shutil.which("crun") is None, reason="crun comes with the engine that the script installs")
+def test_its_engine_offers_a_crun_that_works_and_one_that_is_configured_keeps_its_runtimes(tmp_path: Path) -> None:
+    configured = tmp_path / "etc"
+    configured.mkdir()
+    (configured / "daemon.json").write_text('{"runtimes": {"other": {"path": "/usr/bin/other"}}}')
+    ended = alone(
+        tmp_path,
+        f"""
+        unset DOCKER_HOST
+        show() {{ docker info --format '{{{{range $name, $_ := .Runtimes}}}}{{{{$name}}}} {{{{end}}}}'; }}
+        $engine start && show && $engine stop
+        mkdir -p /etc/docker && mount --bind {configured} /etc/docker
+        $engine start && show && $engine stop
+        """,
+    )
+    first, second = (line.split() for line in ended.stdout.splitlines())
+    assert ("crun" in first, "other" in first) == (True, False), ended.stderr
+    assert ("crun" in second, "other" in second) == (False, True), ended.stderr
+
+
+def test_a_missing_packet_filter_is_told_where_it_can_not_be_installed(tmp_path: Path) -> None:
+    hide = 'for each in $(type -ap nft apt-get | xargs realpath | sort -u); do mount --bind /dev/null "$each"; done\n'
+    ended = alone(tmp_path, hide + "unset DOCKER_HOST; $engine start && $engine stop; echo $?")
+    assert ended.stdout == "0\n", ended.stderr
+    assert "nft is missing: install nftables" in ended.stderr
+
+
 def test_leaves_a_strangers_engine_alone(tmp_path: Path) -> None:
     ended = alone(
         tmp_path,

@@ -11,7 +11,7 @@ from agent_core.journal import Journal
 from agent_core.netpool import MIGRATION, NetPool
 from agent_core.policy import NodePolicy
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
-from outrider.errors import PolicyViolation
+from outrider.errors import PermanentError, PolicyViolation
 
 
 async def pause(process: FakeProcess) -> int:
@@ -172,6 +172,42 @@ async def test_what_a_run_gets_while_the_pool_looks_around_is_kept(
     assert leased in {info.id for info in await real["list"]() if info.state == "running"}
     pool.give_back("r1", leased)
     assert await pool.lease("r1", "none") == leased, "the pool still knows it as this run's"
+    await pool.aclose()
+
+
+async def test_steps_run_with_crun_where_the_engine_offers_it(runtime: FakeRuntime, journal: Journal) -> None:
+    runtime.oci_runtimes = ("runc", "crun")
+    pool = NetPool(runtime, NodePolicy(warm_none=1, networks={}), "n1", journal)
+    await pool.start()
+    assert runtime.spec_of(await pool.lease("r1", "none")).oci_runtime == pool.oci_runtime == "crun"
+    runtime.oci_runtimes = ("runc",)
+    await pool.start()  # as after a restart of the engine
+    assert pool.oci_runtime == ""
+    await pool.aclose()
+
+
+async def test_a_crun_that_starts_nothing_here_is_left_for_the_engines_default(
+    runtime: FakeRuntime, journal: Journal
+) -> None:
+    runtime.oci_runtimes, runtime.failing_oci_runtimes = ("runc", "crun"), {"crun"}
+    pool = NetPool(runtime, NodePolicy(warm_none=2, networks={}), "n1", journal)
+    await pool.start()
+    leased = await pool.lease("r1", "none")
+    assert runtime.spec_of(leased).oci_runtime == pool.oci_runtime == ""
+    await pool.start()  # as after a restart of the engine: the namespaces that wait prove nothing about crun
+    assert pool.oci_runtime == ""
+    await pool.settle()
+    assert {info.state for info in await runtime.list()} == {"running"}, "what could not be started is removed"
+    await pool.aclose()
+
+
+async def test_a_runtime_that_the_policy_names_is_never_exchanged(runtime: FakeRuntime, journal: Journal) -> None:
+    runtime.oci_runtimes, runtime.failing_oci_runtimes = ("runc", "runsc"), {"runsc"}
+    pool = NetPool(runtime, NodePolicy(warm_none=0, networks={}, oci_runtime="runsc"), "n1", journal)
+    await pool.start()
+    with pytest.raises(PermanentError):
+        await pool.lease("r1", "none")
+    assert pool.oci_runtime == "runsc"
     await pool.aclose()
 
 
