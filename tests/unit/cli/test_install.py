@@ -259,6 +259,9 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> Non
     command = [OUTRIDER, "agent", "install", "--dry-run", "--token-file", tmp_path / "token"]
     command += ["--command", COMMAND, "--server", "s.example:8443", "--node-id", "n7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if beneath(OUTRIDER, _install.HIDDEN_BY_TMP):  # a checkout that no service could see
+        assert "lies where other programs put what is temporary" in done.stderr
+        return
     assert done.returncode == 0, done.stderr
     assert "would write /etc/systemd/system/outrider-agent.service" in done.stdout
     assert "--initial /usr/bin/env -- agent run\n" in done.stdout
