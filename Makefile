@@ -31,7 +31,7 @@ test: images ## all tests
 	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile)
 
 faults: images ## every fault test, the long forms too
-	@$(call WITH_ENGINE,$(PY) -m pytest -q -m "long or not long" tests/faults)
+	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadgroup -m "long or not long" tests/faults)
 
 soak: images ## kills, cuts and restarts at random under load, for MINUTES=n
 	@$(call WITH_ENGINE,$(PY) -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)))

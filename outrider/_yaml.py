@@ -138,6 +138,9 @@ class _Composer:
             mark = error.problem_mark or error.context_mark
             line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
             said = error.problem or error.context or "it can't be parsed"
+            if "maximum nesting depth" in said:
+                # The scanner looks far ahead, and newer ones have a limit of their own that it meets before ours.
+                raise _refuse(f"nested deeper than {MAX_DEPTH} levels", line, column, code="too_deep") from error
             context = f" {error.context}" if error.context and error.problem else ""
             raise _refuse(f"not valid YAML: {said}{context}", line, column) from error
         except (yaml.YAMLError, UnicodeError) as error:
