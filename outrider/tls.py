@@ -7,8 +7,10 @@ its clients send cuts them off with ``too_many_pings``.
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -88,12 +90,60 @@ class Identity:
         return f"Identity(node_id={self.node_id!r}, session_id={self.session_id!r}, epoch={self.epoch})"
 
 
-class _IdentityPlugin(grpc.AuthMetadataPlugin):
-    def __init__(self, identity: Identity) -> None:
+class _IdentifiedCalls:
+    """A method of a channel, each call of which carries the identity of that moment."""
+
+    def __init__(self, method: Callable[..., Any], identity: Identity) -> None:
+        self._method = method
         self._identity = identity
 
-    def __call__(self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
-        callback(self._identity.metadata(), None)
+    def __call__(self, *args: Any, metadata: Sequence[tuple[str, str]] | None = None, **options: Any) -> Any:
+        return self._method(*args, metadata=(*self._identity.metadata(), *(metadata or ())), **options)
+
+
+class _IdentifiedChannel(grpc.aio.Channel):
+    """A channel that adds an identity to all of its calls.
+
+    Not with call credentials: gRPC asks for those from threads of its own, which wait for the interpreter's lock while
+    they hold one that the interpreter's thread may be waiting for, in the middle of a cancellation or of a server's
+    stop. Seen: a process that stood still for ever. Nor with interceptors, whose calls behave differently.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, identity: Identity) -> None:
+        self._channel = channel
+        self._identity = identity
+
+    async def __aenter__(self) -> _IdentifiedChannel:
+        await self._channel.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._channel.__aexit__(*error)
+
+    async def close(self, grace: float | None = None) -> None:
+        await self._channel.close(grace)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._channel.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self._channel.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self._channel.channel_ready()
+
+    # Any: what gRPC's generated stubs hand over and take back differs from version to version, and is theirs alone.
+    def unary_unary(self, *args: Any, **options: Any) -> Any:
+        return _IdentifiedCalls(self._channel.unary_unary(*args, **options), self._identity)
+
+    def unary_stream(self, *args: Any, **options: Any) -> Any:
+        return _IdentifiedCalls(self._channel.unary_stream(*args, **options), self._identity)
+
+    def stream_unary(self, *args: Any, **options: Any) -> Any:
+        return _IdentifiedCalls(self._channel.stream_unary(*args, **options), self._identity)
+
+    def stream_stream(self, *args: Any, **options: Any) -> Any:
+        return _IdentifiedCalls(self._channel.stream_stream(*args, **options), self._identity)
 
 
 def open_channel(
@@ -106,18 +156,18 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """A TLS channel to ``server`` ("host:port"); nothing is sent before the first call.
 
-    ``ca``: PEM of the CAs to trust, None for those of the system. ``identity`` goes with every call, as call
-    credentials, which gRPC sends over TLS alone. ``server_name``: the name that the certificate must have,
+    ``ca``: PEM of the CAs to trust, None for those of the system. ``identity`` goes with every call.
+    ``server_name``: the name that the certificate must have,
     where it is not the host of ``server``. Raises InvalidInput if ``server`` or a token is malformed.
     """
     host, port = parse_server(server)
     credentials = grpc.ssl_channel_credentials(root_certificates=ca)
     if identity is not None:
         check_token(identity.token)
-        call = grpc.metadata_call_credentials(_IdentityPlugin(identity), name="outrider")
-        credentials = grpc.composite_channel_credentials(credentials, call)
     extra: Options = (("grpc.ssl_target_name_override", server_name),) if server_name else ()
-    return grpc.aio.secure_channel(join_address(host, port), credentials, options=[*CLIENT_OPTIONS, *extra, *options])
+    every = [*CLIENT_OPTIONS, *extra, *options]
+    channel = grpc.aio.secure_channel(join_address(host, port), credentials, options=every)
+    return channel if identity is None else _IdentifiedChannel(channel, identity)
 
 
 def read_ca(path: Path) -> bytes:
