@@ -10,8 +10,8 @@ from outrider.errors import InvalidInput
 from outrider.expressions import Reference, compile_condition, reference_paths
 
 _STEP_MEMBERS = ("outcome", "outputs")
-_OBJECT_MEMBERS = ("attributes", "kind", "name", "version")
-_RUN_MEMBERS = ("id", "key", "pipeline", "sequence")
+OBJECT_MEMBERS = ("attributes", "kind", "name", "version")
+RUN_MEMBERS = ("id", "pipeline", "sequence")
 
 
 def check_references(
@@ -85,10 +85,10 @@ def _problem(values: Mapping[str, Any], reference: Reference, step: str, before:
         return f"the pipeline has no volume {second}", _dashed("volumes", second, volumes)
     if root == "volumes" and third not in (None, "host_path"):
         return f"a volume has no {third}", "it has host_path"
-    if root == "object" and second not in _OBJECT_MEMBERS:
+    if root == "object" and second not in OBJECT_MEMBERS:
         return f"an object has no {second}", f"its attributes are read as object.attributes.{second}"
-    if root == "run" and second not in _RUN_MEMBERS:
-        return f"a run has no {second}", did_you_mean(second, _RUN_MEMBERS, otherwise=f"it has {listing(_RUN_MEMBERS)}")
+    if root == "run" and second not in RUN_MEMBERS:
+        return f"a run has no {second}", did_you_mean(second, RUN_MEMBERS, otherwise=f"it has {listing(RUN_MEMBERS)}")
     return "", ""
 
 

@@ -14,7 +14,9 @@ from agent_core.policy import NodePolicy
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.state import Cancellation
 from agent_core.transitions import Transition
+from outrider._pipeline_refs import OBJECT_MEMBERS, RUN_MEMBERS
 from outrider.errors import Conflict, InvalidInput
+from outrider.v1 import types_pb2 as types
 from tests.agent_rig import BASE_IMAGE, Rig, rig
 
 
@@ -82,6 +84,17 @@ async def test_steps_run_in_order_and_hand_on_outputs(agent: Rig) -> None:
     assert run.state == "succeeded", run.failure
     assert run.outputs == {"a": {"n": 42}, "b": {"seen": 42}}
     assert run.written == {"n": 42}
+
+
+@pytest.mark.parametrize(("root", "members"), [("run", RUN_MEMBERS), ("object", OBJECT_MEMBERS)])
+async def test_whatever_the_loader_lets_through_has_a_value_on_the_node(
+    agent: Rig, root: str, members: tuple[str, ...]
+) -> None:
+    entries = [{"attribute": member, "value": f"${{{{ {root}.{member} }}}}"} for member in members]
+    thing = types.Object(ref=types.ObjectRef(kind="game", name="a"), attributes_json=b"{}", version=1)
+    run = await agent.run(pipeline({"name": "a"}, writeback=entries), object=thing, sequence=7)
+    assert run.state == "succeeded", run.failure
+    assert sorted(run.written) == sorted(members)
 
 
 async def test_what_was_written_back_is_told_before_the_end(agent: Rig) -> None:
