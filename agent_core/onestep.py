@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,22 @@ def plan_step(request: StepRequest, plugins: PluginHost, policy: NodePolicy | No
 
     Raises an OutriderError that says what is wrong with it, as the agent would.
     """
-    pipeline = request.pipeline()
-    planner = Planner(pipeline, "trial", plugins, policy or NodePolicy(), machine_facts(), _object_of(request))
-    planner.check()
+    try:
+        pipeline = request.pipeline()
+        planner = Planner(pipeline, "trial", plugins, policy or NodePolicy(), machine_facts(), _object_of(request))
+        planner.check()
+    except InvalidInput as error:
+        raise _about_the_step(request, error) from error
     return planner.plan(pipeline.step(request.step), {"args": {}, "node": {}, "run": {}, "volumes": {}, "steps": {}})
+
+
+def _about_the_step(request: StepRequest, error: InvalidInput) -> InvalidInput:
+    """``error`` without lines and paths of the pipeline that the step was put into: nobody has written that one."""
+    if not error.problems:
+        return error
+    problems = [replace(each, path=each.path.removeprefix("steps[0]."), line=0, column=0) for each in error.problems]
+    told = "; ".join(map(str, problems))
+    return InvalidInput(f"a step {request.uses} can't be made of this: {told}", problems, code=error.code)
 
 
 def _object_of(request: StepRequest) -> ObjectContext | None:

@@ -84,6 +84,18 @@ def test_wrong_parameters_are_one_sentence(
     assert "Traceback" not in done.err
 
 
+def test_wrong_parameters_are_named_as_they_stand_in_the_file(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "with.yaml"
+    file.write_text("to: /build/x\n\nurl: https://h/x\ncolour: red\nconnections: many")
+    done = cli("plugin", "resolve", "http.download", "--with", file)
+    assert done.code == 4
+    assert done.err.startswith("error: a step http.download can't be made of this: with.colour: unknown parameter")
+    assert "; with.connections: must be a whole number" in done.err
+    # Of the pipeline that carries the step, which is not the author's, nothing is said.
+    assert "steps[0]" not in done.err
+    assert "line " not in done.err
+
+
 def test_unknown_step_type_names_the_near_one(cli: Cli) -> None:
     done = cli("plugin", "resolve", "http.downlaod")
     assert done.code == 4
