@@ -224,6 +224,7 @@ def _share(part: int, whole: int) -> str:
 def drain(app: App, node_id: str, deadline: float | None, reason: str, undo: bool, detach: bool, as_json: bool) -> int:
     """Let a node take no new runs, and wait until those that it has are over. Its managed containers go on."""
     from outrider.cli._client import request_id
+    from outrider.errors import Conflict
     from outrider.v1 import control_service_pb2 as pb
     from outrider.wire import duration
 
@@ -240,6 +241,13 @@ def drain(app: App, node_id: str, deadline: float | None, reason: str, undo: boo
             except KeyboardInterrupt:
                 note(f"the drain goes on; `outrider node drain {node_id} --undo` ends it")
                 return INTERRUPTED
+            if not node.HasField("drain"):
+                # Whoever waits for this goes on to switch the machine off.
+                raise Conflict(
+                    f"node {node_id} is not drained: somebody has undone the drain meanwhile",
+                    code="drain_undone",
+                    hint="it takes runs again; `outrider audit list` says who it was",
+                )
     if as_json:
         emit_json(node)
     elif undo:

@@ -97,6 +97,16 @@ def test_drain_waits_until_it_is_true(cli: Cli) -> None:
     assert cli("node", "drain", "n1", "--undo", "--reason", "x").returncode == 2
 
 
+def test_a_drain_that_is_undone_meanwhile_is_not_called_done(cli: Cli) -> None:
+    waiting = types.Node(node_id="n1", online=True, drain=types.Drain(waits_for="it has run r1"))
+    cli.script["DrainNode"] = lambda _request: waiting
+    cli.script["GetNode"] = lambda _request: types.Node(node_id="n1", online=True)
+    for arguments in ((), ("-o", "json")):
+        done = cli("node", "drain", "n1", *arguments)
+        assert done.returncode == 1
+        assert "error: node n1 is not drained: somebody has undone the drain" in done.stderr
+
+
 def test_audit_lists_decisions_and_a_broken_chain_is_a_failure(cli: Cli) -> None:
     entry = pb.AuditEntry(
         number=7, actor="operator:admin", verb="resolve", resource="runs", subject="r1", reason="looked",
