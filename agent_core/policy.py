@@ -13,11 +13,11 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agent_core.image_policy import ImagePolicy
 from outrider.errors import InvalidInput, PolicyViolation, Problem
+from outrider.settings import read_document
 from outrider.steps import Resources, StepPlan
 
 DEFAULT_NETWORK = "outrider"
@@ -178,15 +178,13 @@ class NodePolicy(_Section):
         if path is None:
             return cls()
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            document = read_document(path, f"the policy file {path}")
         except FileNotFoundError as error:
             raise InvalidInput(
                 f"the policy file {path} does not exist",
                 code="file_missing",
                 hint="write it, or leave the setting policy_file out for the default policy",
             ) from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InvalidInput(f"the policy file {path} can't be read: {error}") from error
         if document is None:
             return cls()
         if not isinstance(document, dict):

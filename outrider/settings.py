@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from outrider._yaml import compose, plain
 from outrider.errors import InvalidInput, Problem
 
 M = TypeVar("M", bound=BaseModel)
@@ -63,17 +63,33 @@ def load(
 
 
 def _read_file(file: Path) -> dict[str, Any]:
+    what = f"the configuration file {file}"
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        document = read_document(file, what)
     except FileNotFoundError as error:
-        raise InvalidInput(f"the configuration file {file} does not exist", code="file_missing") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidInput(f"the configuration file {file} can't be read: {error}") from error
+        raise InvalidInput(f"{what} does not exist", code="file_missing") from error
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise InvalidInput(f"the configuration file {file} must be a mapping of settings to values")
-    return {str(name): value for name, value in document.items()}
+        raise InvalidInput(f"{what} must be a mapping of settings to values")
+    return document
+
+
+def read_document(file: Path, what: str) -> Any:
+    """The value of a YAML file, read as strictly as a pipeline: a key that stands twice is refused.
+
+    Of two that say different things the last would win in silence, and the first is what somebody reads and relies on.
+    ``what`` names the file in errors. Raises FileNotFoundError, and InvalidInput with every problem.
+    """
+    try:
+        root, problems = compose(file.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, InvalidInput) as error:
+        raise InvalidInput(f"{what} can't be read: {error}") from error
+    if problems:
+        raise InvalidInput(f"{what} can't be read: {'; '.join(map(str, problems))}", problems)
+    return None if root is None else plain(root)
 
 
 def _from_env(text: str) -> Any:

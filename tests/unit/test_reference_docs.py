@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import BaseModel
 
 import outrider.steps
@@ -21,6 +20,7 @@ from agent_core.config import AgentConfig
 from agent_core.policy import NodePolicy
 from outrider import schema
 from outrider._plugin_hooks import MAX_FACTS_BYTES, hook_names
+from outrider._yaml import compose, plain
 from outrider.plugin_host import LIMIT_S, StepPlugins
 from outrider.steps import (
     CONTRACT,
@@ -167,7 +167,10 @@ def policy() -> dict[str, Any]:
     text = OPERATIONS[OPERATIONS.index("### The node's policy") :]
     block = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert block is not None
-    return dict(yaml.safe_load(block[1].replace("sha256:…", "sha256:" + 64 * "0")))
+    root, problems = compose(block[1].replace("sha256:…", "sha256:" + 64 * "0"))
+    assert root is not None
+    assert problems == []
+    return dict(plain(root))
 
 
 def test_the_policy_in_the_documentation_is_one() -> None:

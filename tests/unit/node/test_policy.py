@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from agent_core.config import AgentConfig
 from agent_core.policy import NodePolicy
+from outrider import settings
 from outrider.errors import InvalidInput, PolicyViolation
 from outrider.steps import Resources, StepPlan
 
@@ -50,6 +52,20 @@ def test_what_is_allowed_by_name_is_allowed(tmp_path: Path) -> None:
     check(policy, capabilities=("NET_ADMIN",), devices=("/dev/kvm",), user="0:0")
     with pytest.raises(PolicyViolation, match="capability SYS_ADMIN"):
         check(policy, capabilities=("SYS_ADMIN",))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"policy\.yaml can't be read: line 2: the key 'managed' stands twice"):
+        load(tmp_path, "managed: {host_network: false}\nmanaged: {host_network: true}")
+    file = tmp_path / "agent.yaml"
+    file.write_text("node_id: n1\nserver: a:1\nserver: b:1")
+    with pytest.raises(InvalidInput, match=r"agent\.yaml can't be read: line 3: the key 'server' stands twice"):
+        settings.load(AgentConfig, env_prefix="X_", environ={}, file=file)
+
+
+def test_users_need_no_quotes(tmp_path: Path) -> None:
+    # YAML 1.1 reads 1000:50 as a number to the base of 60.
+    check(load(tmp_path, "managed: {users: [1000:50]}"), user="1000:50")
 
 
 def test_limits_are_filled_in_and_held(tmp_path: Path) -> None:
