@@ -23,6 +23,8 @@ from s3_transfer.partial import Partials, partials
 from s3_transfer.settings import Settings
 from s3_transfer.workers import Workers
 
+_AT_FIRST = 2
+"""Connections until it shows that the store, or the way to it, is what is waited for."""
 _NOTHING_PUBLISHED = "nothing was published"
 
 
@@ -55,7 +57,7 @@ class _Download:
                 f"{target} is a directory: name the file, or end 'to' with a slash to keep the object's name",
                 code="is_a_directory",
             )
-        with Workers(self._connections) as workers:
+        with Workers(self._connections, at_first=_AT_FIRST) as workers:
             versions: list[Version] = []
             workers.persist(lambda: versions.append(self._look(key)), lambda: len(versions))
             version = versions[0]
@@ -86,7 +88,7 @@ class _Download:
         if target.exists() and not target.is_dir():
             raise StepFailure(f"{target} is a file: a prefix needs a directory", code="not_a_directory")
         chosen = Selection(self._params.get("include", ()), self._params.get("exclude", ()))
-        with Workers(self._connections) as workers:
+        with Workers(self._connections, at_first=_AT_FIRST) as workers:
             jobs: list[Job] = []
 
             def look() -> None:

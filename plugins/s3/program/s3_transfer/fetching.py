@@ -19,11 +19,11 @@ from s3_transfer.api import Api, Version
 from s3_transfer.checks import Verifier
 from s3_transfer.disk import begin_writing
 from s3_transfer.partial import Partials
-from s3_transfer.transport import CHUNK_BYTES
 from s3_transfer.workers import Workers
 
 PART_BYTES = 16 * 1024**2
-_HASHED_BYTES = 256 * 1024
+_READ_BYTES = _HASHED_BYTES = 256 * 1024
+"""Small enough to stay in the processor's cache between two looks at the same bytes."""
 _NOTE_BYTES = 8 * 1024**2
 """How much of a range is fetched again at most after a kill."""
 
@@ -84,7 +84,6 @@ class Fetcher:
         """``window`` is how many requests are prepared ahead; ``service``: the store's checksums are compared, too."""
         self._api, self._partials, self._workers, self._meter = api, partials, workers, meter
         self._window, self._service = window, service
-        # Small enough to stay in the processor's cache between the copy and the hashing.
         self._buffer = memoryview(bytearray(_HASHED_BYTES))
 
     def fetch(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, str]]:
@@ -95,7 +94,7 @@ class Fetcher:
 
         def settle() -> tuple[Job, str] | None:
             job, file, piece, future = under_way.popleft()
-            digest = future.result()
+            digest = self._workers.result(future)
             if file is None:
                 return job, str(digest)
             self._hash(file, piece)
@@ -160,7 +159,7 @@ class Fetcher:
                     known = found if found.checksums or not job.version.checksums else job.version
                     small.verifier = self._verifier(job, known)
                 while small.done < size:
-                    chunk = answer.read(min(CHUNK_BYTES, size - small.done))
+                    chunk = answer.read(min(_READ_BYTES, size - small.done))
                     if not chunk:
                         raise ConnectionError
                     self._workers.check()
@@ -205,7 +204,7 @@ class Fetcher:
             with closing(self._api.get(job.key, job.version.version_id, start=start, end=end, etag=etag)) as answer:
                 self._same_range(job, answer, start, end)
                 while piece.done < piece.length:
-                    chunk = answer.read(min(CHUNK_BYTES, piece.length - piece.done))
+                    chunk = answer.read(min(_READ_BYTES, piece.length - piece.done))
                     if not chunk:
                         raise ConnectionError
                     self._workers.check()
