@@ -34,8 +34,7 @@ class Workers:
     """Runs what is submitted on ``count`` threads; leaving the context stops what still runs or waits.
 
     ``at_first`` begins with so many, and ``result`` adds to them for as long as the process mostly waits. Where the
-    link is faster than the interpreter, more threads only take its lock from each other: eight need half as much
-    processor time again as two for the same bytes.
+    link is faster than the interpreter, more threads only take its lock from each other (docs/benchmarks.md).
     """
 
     def __init__(self, count: int, *, at_first: int | None = None) -> None:
