@@ -157,8 +157,8 @@ def open_channel(
     """A TLS channel to ``server`` ("host:port"); nothing is sent before the first call.
 
     ``ca``: PEM of the CAs to trust, None for those of the system. ``identity`` goes with every call.
-    ``server_name``: the name that the certificate must have,
-    where it is not the host of ``server``. Raises InvalidInput if ``server`` or a token is malformed.
+    ``server_name``: the name that the certificate must have, where it is not the host of ``server``.
+    Raises InvalidInput if ``server`` or a token is malformed.
     """
     host, port = parse_server(server)
     credentials = grpc.ssl_channel_credentials(root_certificates=ca)
