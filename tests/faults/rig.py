@@ -113,6 +113,8 @@ class Operator:
         self._address, self._ca = address, ca
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._channel: grpc.Channel | None = None
+        self.says: Callable[[], str] = str
+        """What is worth knowing when a call fails."""
 
     def call(self, method: str, request: Any, *, within_s: float = PATIENCE_S, timeout_s: float = 10.0) -> Any:
         """One unary call, repeated while the server is away. Raises grpc.RpcError for what it refuses."""
@@ -130,6 +132,7 @@ class Operator:
                     grpc.StatusCode.CANCELLED,
                 )
                 if not away or time.monotonic() > deadline:
+                    error.add_note(f"{method}\n{self.says()}")
                     raise
                 self.close()  # a channel of its own waits longer and longer before it looks again
                 time.sleep(0.1)
@@ -240,6 +243,7 @@ class Rig:
         rig = None
         try:
             rig = cls._prepare(folder, launcher, engine, agent or {}, policy or {})
+            rig.operator.says = rig.situation
             if running:
                 rig.start_server()
                 rig.start_agent()
@@ -468,6 +472,11 @@ class Rig:
     def output(self) -> str:
         """The end of what both processes said."""
         return (self.folder / "output.log").read_text(errors="replace")[-12000:]
+
+    def situation(self) -> str:
+        """How both processes ended, if they did, and the end of what they said."""
+        ends = {name: child.poll() for name in ("agent", "server") if (child := getattr(self, name, None)) is not None}
+        return f"ended with: {ends}\n{self.output()}"
 
     def close(self) -> None:
         """Kill both, and remove every container of this node."""

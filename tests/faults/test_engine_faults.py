@@ -4,13 +4,13 @@ live-restore, a kill, a removal, memory running out, and an engine that hangs on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,7 @@ async def runtime(engine: Engine, node_id: str) -> AsyncIterator[DockerRuntime]:
     await driver.aclose()
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def agent_on(state_dir: Path, engine: Engine, node_id: str) -> AsyncIterator[Rig]:
     """An agent with a driver of its own, as after a restart of its process."""
     driver = DockerRuntime(engine.socket, call_timeout_s=4)
@@ -225,7 +225,8 @@ async def test_an_engine_that_hangs_on_one_container_blocks_neither_the_others_n
             assert second.log(stuck, "a") == b"before\n"
             await second.until(lambda: container not in second.services.engine.stuck)
     finally:
-        os.kill(shim, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # it has ended with its container
+            os.kill(shim, signal.SIGCONT)
 
 
 def shim_of(container_id: str) -> int:
