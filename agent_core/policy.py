@@ -16,8 +16,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agent_core.image_policy import ImagePolicy
+from outrider._yaml import read_document
 from outrider.errors import InvalidInput, PolicyViolation, Problem
-from outrider.settings import read_document
 from outrider.steps import Resources, StepPlan
 
 DEFAULT_NETWORK = "outrider"

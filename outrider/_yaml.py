@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -310,3 +311,20 @@ class _Open:
     anchor: str | None
     key: Node | None = None
     has_key: bool = False
+
+
+def read_document(file: Path, what: str) -> Any:
+    """The value of a YAML file, read as strictly as a pipeline: a key that stands twice is refused.
+
+    Of two that say different things the last would win in silence, and the first is what somebody reads and relies on.
+    ``what`` names the file in errors. Raises FileNotFoundError, and InvalidInput with every problem.
+    """
+    try:
+        root, problems = compose(file.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, InvalidInput) as error:
+        raise InvalidInput(f"{what} can't be read: {error}") from error
+    if problems:
+        raise InvalidInput(f"{what} can't be read: {'; '.join(map(str, problems))}", problems)
+    return None if root is None else plain(root)

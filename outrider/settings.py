@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from outrider._yaml import compose, plain
+from outrider._yaml import read_document
 from outrider.errors import InvalidInput, Problem
 
 M = TypeVar("M", bound=BaseModel)
@@ -73,23 +73,6 @@ def _read_file(file: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InvalidInput(f"{what} must be a mapping of settings to values")
     return document
-
-
-def read_document(file: Path, what: str) -> Any:
-    """The value of a YAML file, read as strictly as a pipeline: a key that stands twice is refused.
-
-    Of two that say different things the last would win in silence, and the first is what somebody reads and relies on.
-    ``what`` names the file in errors. Raises FileNotFoundError, and InvalidInput with every problem.
-    """
-    try:
-        root, problems = compose(file.read_bytes())
-    except FileNotFoundError:
-        raise
-    except (OSError, InvalidInput) as error:
-        raise InvalidInput(f"{what} can't be read: {error}") from error
-    if problems:
-        raise InvalidInput(f"{what} can't be read: {'; '.join(map(str, problems))}", problems)
-    return None if root is None else plain(root)
 
 
 def _from_env(text: str) -> Any:

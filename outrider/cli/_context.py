@@ -56,20 +56,12 @@ class ContextFile:
         self._read()
 
     def _read(self) -> None:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise InvalidInput(f"the context file {self.path} can't be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise InvalidInput(f"the context file {self.path} is not YAML") from error
-        import yaml
+        from outrider._yaml import read_document
 
         try:
-            document = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InvalidInput(f"the context file {self.path} is not YAML") from error
+            document = read_document(self.path, f"the context file {self.path}")
+        except FileNotFoundError:
+            return
         if document is None:
             return
         contexts = document.get("contexts") if isinstance(document, dict) else None

@@ -16,7 +16,8 @@ OWN = frozenset(
         "run.accepted", "run.resolved", "run.retried", "run.finished", "run.cancel_requested", "run.unrecognised",
         "run.report_refused", "run.reconciled",
         "node.draining", "node.drained", "node.drain_ended",
-        "node.online", "node.offline", "node.added", "node.removed",
+        "node.online", "node.offline", "node.added", "node.removed", "node.role_changed",
+        "node_role.changed", "node_role.removed",
         "object.changed", "object.removed", "env.changed", "env.removed",
         "store.retired", "store.restored",
     }

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from agent_core.agent import _EVENTS
+from agent_core.diskwatch import Level
 from outrider.pipeline import load_pipeline
+from server_core.store.events import OWN
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -31,6 +35,22 @@ def test_the_architecture_page_names_files_that_exist() -> None:
     named = set(re.findall(r"\b((?:agent_core|server_core|outrider|tests)/[\w/]+\.(?:py|proto))\b", text))
     assert len(named) > 20
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_event_is_explained_and_no_node_can_forge_one_of_the_servers() -> None:
+    of_the_server = _strings(r"events\.add\([^\"]*\"([a-z_]+\.[a-z_]+)\"", "server_core")
+    of_the_server |= _strings(r"\"(node\.(?:online|offline|draining|drain_ended))\"", "server_core")
+    of_agents = _strings(r"(?:emit|\.event)\(\s*f?\"([a-z_]+\.[a-z_]+)\"", "agent_core")
+    of_agents |= {f"disk.{level}" for level in get_args(Level)} | set(_EVENTS.values())
+    text = (ROOT / "docs/operations.md").read_text()
+    rows = re.findall(r"^\| (`[a-z_.`, ]+`) \|", text[text.index("| event | it says |") :].partition("\n\n")[0], re.M)
+    explained = set(re.findall(r"`([a-z_.]+)`", " ".join(rows)))
+    assert explained == of_the_server | of_agents
+    assert of_the_server == OWN
+
+
+def _strings(pattern: str, package: str) -> set[str]:
+    return {found for file in (ROOT / package).rglob("*.py") for found in re.findall(pattern, file.read_text())}
 
 
 @pytest.mark.parametrize("page", ["README.md"])

@@ -65,7 +65,9 @@ def test_a_name_or_a_file(environ: dict[str, str]) -> None:
     assert locate({"HOME": "/home/a"}, None) == (Path("/home/a/.config/outrider/context.yaml"), None)
 
 
-@pytest.mark.parametrize("text", ["[", "a: 1", "contexts: [1]", "contexts: {a: 1}", "\x00", "- x"])
+@pytest.mark.parametrize(
+    "text", ["[", "a: 1", "contexts: [1]", "contexts: {a: 1}", "\x00", "- x", "contexts: {a: {}, a: {}}"]
+)
 def test_a_file_that_is_none_is_said_to_be_none(tmp_path: Path, text: str) -> None:
     file = tmp_path / "context.yaml"
     file.write_text(text)
