@@ -93,7 +93,7 @@ class Volume(Model):
 class StepRetry(Model):
     """How often a step is tried again after a temporary failure."""
 
-    max: int = 0
+    max: int = 5
     first_wait_s: float = 0.1
 
 

@@ -34,6 +34,8 @@ class Attack:
         self._fired = 0
         self.deaths: list[int] = []
         """How the server ended each time; negative: by that signal."""
+        self.said = ""
+        """What server and agent wrote meanwhile."""
 
     def __enter__(self) -> Attack:
         self._read = self._output.stat().st_size
@@ -94,6 +96,7 @@ class Attack:
             file.seek(self._read)
             text = file.read().decode(errors="replace")
         whole = text.rfind("\n") + 1
+        self.said += text[:whole]
         self._read += len(text[:whole].encode(errors="replace"))
         for point in _FIRED.findall(text[:whole]):
             if point in self._left:

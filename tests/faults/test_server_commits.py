@@ -389,7 +389,7 @@ def test_server_killed_at_one_commit_after_another_loses_and_repeats_nothing(
 ) -> None:
     armed = points(*SCENARIOS[scenario])
     attack = attacked(rig, launcher, scenario, armed, "kill")
-    assert attack.deaths == [-signal.SIGKILL] * len(armed)
+    assert attack.deaths == [-signal.SIGKILL] * len(armed), attack.said
 
 
 @pytest.mark.parametrize(
