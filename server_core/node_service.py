@@ -59,9 +59,10 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         for info in request.step_types:
             wire.load_json_object(info.params_schema_json, f"params_schema_json of step type {info.name}")
             wire.load_json_object(info.outputs_schema_json, f"outputs_schema_json of step type {info.name}")
-        new_id = "s" + secrets.token_hex(16)
+        # Now: gRPC takes the call from under its context when the caller goes, whoever still asks it something.
+        new_id, peer = "s" + secrets.token_hex(16), context.peer()
         session = await self._s.db.write(
-            Commit.SESSION_BEGIN, lambda c: nodes.begin_session(c, node_id, request, new_id, context.peer())
+            Commit.SESSION_BEGIN, lambda c: nodes.begin_session(c, node_id, request, new_id, peer)
         )
         self._s.fleet.began_session(node_id, session)
         self._s.bus.publish(NODES)
