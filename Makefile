@@ -28,10 +28,10 @@ demo: images ## the main job on real input: a game server deployed, played, back
 	@$(call WITH_ENGINE,$(PY) examples/arena/demo.py)
 
 test: images ## all tests
-	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile)
+	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder)
 
 faults: images ## every fault test, the long forms too
-	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadgroup -m "long or not long" tests/faults)
+	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder -m "long or not long" tests/faults)
 
 soak: images ## kills, cuts and restarts at random under load, for MINUTES=n
 	@$(call WITH_ENGINE,$(PY) -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)))

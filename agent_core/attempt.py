@@ -107,7 +107,7 @@ class Attempt:
         grace_s = services.config.cancel_grace_s
         timer = asyncio.get_running_loop().call_later(order.timeout_s, self.stop, "timeout", grace_s)
         result = AttemptResult()
-        drained = True
+        drained, unseen = True, False
         try:
             async with AsyncExitStack() as stack:
                 if former is not None and former.exit_code is not None:
@@ -124,6 +124,7 @@ class Attempt:
                         container, running = await (obtaining if found else self._interruptible(obtaining))
                     drained = False
                     end, drained = await self._see_through(container, running)
+                unseen = end.unseen
                 result.exit_code = end.exit_code
                 self._judge(end, result)
                 self._over = True
@@ -136,7 +137,7 @@ class Attempt:
             if self._pause is not None:
                 services.netpool.give_back(order.run_id, self._pause)
         result.cancelled = self._why == "cancelled" and result.error is not None
-        result.changes = await self._log.finish(drained, lambda: services.runtime.logs(order.container))
+        result.changes = await self._log.finish(drained, lambda: services.runtime.logs(order.container), lacking=unseen)
         result.log_bytes = self._log.lengths()
         return result
 
@@ -168,8 +169,10 @@ class Attempt:
         """The end that a former agent saw; its output is fetched from the engine's log, if the container is there."""
         with suppress(NotFound):
             await self._interruptible(self._with_engine(lambda: self._services.runtime.inspect(former.container)))
+        await self._interruptible(self._services.engine.available())
         assert former.exit_code is not None
-        return Exit(former.container, former.exit_code, former.oom_killed)
+        unseen = former.engine_boot not in ("", self._services.engine.boot)
+        return Exit(former.container, former.exit_code, former.oom_killed, unseen=unseen)
 
     async def _recover(self, phase: Phase) -> ContainerInfo | None:
         """What a former agent left of this attempt, if it was started. Waits for the engine as long as it takes."""

@@ -80,12 +80,12 @@ class StepLog:
         """Whether all that was pumped is in the spool."""
         return all(each.position <= each.file.accepted for each in self._streams.values())
 
-    async def finish(self, ended: bool, engine_log: Callable[[], Chunks]) -> list[Change]:
+    async def finish(self, ended: bool, engine_log: Callable[[], Chunks], *, lacking: bool = False) -> list[Change]:
         """Close both logs; ``ended``: the reader came to the end. Fetches what is missing from the engine's log.
 
-        Returns changes for `State.commit`.
+        ``lacking``: nobody knows whether the engine's log is whole. Returns changes for `State.commit`.
         """
-        unknown = self._withheld
+        unknown = self._withheld or lacking
         if ended:
             await self._flush()
         await self._spool.flush()

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -78,6 +79,7 @@ class Exits:
         self._subscribers: set[asyncio.Queue[EngineEvent]] = set()
         self._generation = 0
         self._up = asyncio.Event()
+        self._back = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._current_boot = ""
         self._survives = False
@@ -98,6 +100,11 @@ class Exits:
         """A container was just created: as long as the stream stands, its end can't be missed."""
         if self._up.is_set():
             _remember(self._watched, container, self._generation)
+
+    def engine_answers(self) -> None:
+        """Something else found the engine there: an end that is not heard has to be looked for, so listen at once."""
+        if not self._up.is_set():
+            self._back.set()
 
     async def wait(self, container: str, boot: str) -> Exit:
         """The end of a container, by id. Waits through any absence of the engine."""
@@ -148,8 +155,11 @@ class Exits:
                 # Once: it is tried again for as long as it takes.
                 log.log(logging.WARNING if retry == 0 else logging.DEBUG, "no events from the engine: %s", error)
             self._up.clear()
+            self._back.clear()
             retry += 1
-            await asyncio.sleep(self._retry.wait_s(retry))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._retry.wait_s(retry)):
+                    await self._back.wait()
 
     async def _stands(self) -> None:
         boot, survives = await self._boot()
@@ -201,9 +211,14 @@ class Exits:
                     return
             end = Exit(info.id, info.exit_code or 0, info.oom_killed)
             for waiter in self._waiters.get(container, ()):
-                self._answer(waiter, replace(end, engine_stopped=self._stopped_since(waiter.boot)))
+                unseen = waiter.boot not in ("", self._current_boot)
+                self._answer(waiter, replace(end, engine_stopped=self._stopped_since(waiter.boot), unseen=unseen))
         elif self._up.is_set():
             _remember(self._watched, container, self._generation)
+            if info.state == "running":
+                # It has survived what was before: from here on this engine has its output and sees its end.
+                for waiter in self._waiters.get(container, ()):
+                    waiter.boot = self._current_boot
 
     def _stopped_since(self, boot: str) -> bool:
         """Whether what was started by the engine of that identity can have been stopped with it."""

@@ -135,7 +135,8 @@ class Exit:
     ``oom_killed``: a process of it was killed for want of memory. ``engine_stopped``: the engine restarted under it,
     the code says nothing. ``removed``: it was killed by somebody who removed it. ``signalled``: somebody had the engine
     send it a signal. ``gap``: while it was waited for, the engine was away; what else was read from the engine
-    meanwhile may lack something, too.
+    meanwhile may lack something, too. ``unseen``: the engine was restarted and had not seen this end; what the
+    container wrote while no engine was there to take it is in no log.
     """
 
     container_id: str
@@ -145,6 +146,7 @@ class Exit:
     removed: bool = False
     signalled: bool = False
     gap: bool = False
+    unseen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class DockerRuntime:
 
     async def info(self) -> EngineInfo:
         answer = await self._info()
+        self._exits.engine_answers()
         return EngineInfo(
             name="docker",
             version=str(answer.get("ServerVersion", "")),

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.launcher import Launcher
 from tests.faults.rig import Rig
 
-HERE = Path(__file__).parent
 SPREAD = ("test_agent_kills.py", "test_server_commits.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make faults` spreads single tests over workers; those that share something costly stay together."""
-    for item in items:
-        if item.path.parent == HERE and item.path.name not in SPREAD:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """`make faults` spreads single tests over workers; those of a file that share something costly stay together."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(SPREAD) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -146,6 +146,7 @@ async def test_what_survives_the_engines_restart_goes_on_and_not_a_byte_of_its_l
         run = await agent.end(run_id)
         assert run.state == "succeeded", run.failure
         assert (run.steps["a"].attempt, agent.log(run_id, "a")) == (1, b"before\nmeanwhile\nafter\n")
+        assert not gaps(agent, run_id)
 
 
 @pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -181,17 +182,53 @@ async def test_an_engine_that_restarted_while_no_agent_was_there(
     async with agent_on(state_dir, engine, node_id) as first:
         run_id = await first.start(pipeline({"name": "a", "sh": WAITS, **VOLUME}, volumes={"v": {}}))
         await first.until(lambda: first.log(run_id, "a") == b"before\n")
-    for name in ("go1", "go2")[: 1 + survives]:
-        (volume(state_dir, run_id) / name).touch()
+    (volume(state_dir, run_id) / "go1").touch()
     await restart(engine)
     async with agent_on(state_dir, engine, node_id) as second:
+        if survives:
+            await second.until(lambda: second.log(run_id, "a") == b"before\nmeanwhile\n")
+            (volume(state_dir, run_id) / "go2").touch()
         run = await second.end(run_id)
         assert run.steps["a"].attempt == 1
         if survives:
             assert run.state == "succeeded", run.failure
             assert second.log(run_id, "a") == b"before\nmeanwhile\nafter\n"
+            assert not gaps(second, run_id)
         else:
             assert (run.state, code(run, "a")) == ("unknown", "engine_stopped")
+
+
+@pytest.mark.parametrize("agent_stays", [True, False])
+async def test_what_is_written_while_no_engine_is_there_to_take_it_is_told_as_a_gap(
+    engine: Engine, runtime: DockerRuntime, state_dir: Path, node_id: str, agent_stays: bool
+) -> None:
+    await live_restore(engine, True)
+    async with contextlib.AsyncExitStack() as stack:
+        agent = await stack.enter_async_context(agent_on(state_dir, engine, node_id))
+        run_id = await agent.start(pipeline({"name": "a", "sh": WAITS, **VOLUME}, volumes={"v": {}}))
+        await agent.until(lambda: agent.log(run_id, "a") == b"before\n")
+        pid = await asyncio.to_thread(engine.docker, "inspect", "-f", "{{.State.Pid}}", f"outrider-{run_id}-a-1")
+        if not agent_stays:
+            await stack.aclose()
+        await asyncio.to_thread(engine.stop)
+        for name in ("go1", "go2"):
+            (volume(state_dir, run_id) / name).touch()
+        async with asyncio.timeout(20):
+            while Path("/proc", pid.strip()).exists():
+                await asyncio.sleep(0.02)
+        await asyncio.to_thread(engine.start)
+        if not agent_stays:
+            agent = await stack.enter_async_context(agent_on(state_dir, engine, node_id))
+        run = await agent.end(run_id)
+        assert run.state == "succeeded", run.failure
+        whole = b"before\nmeanwhile\nafter\n"
+        assert whole.startswith(agent.log(run_id, "a"))
+        assert gaps(agent, run_id) == {"stdout": -1, "stderr": -1}
+
+
+def gaps(agent: Rig, run_id: str) -> dict[str, int]:
+    """The bytes that logs lack at their end, by stream; -1: nobody knows how many."""
+    return {log.key.stream: log.gap for log in agent.services.spool.pending() if log.key.run_id == run_id and log.gap}
 
 
 async def test_an_engine_that_hangs_on_one_container_blocks_neither_the_others_nor_the_agents_start(

@@ -46,7 +46,6 @@ def server(box: Box) -> Box:
     box.ok("outrider", "server", "install", "--name", "box.example")
     box.ok("outrider", "server", "init", "--write-context", "box")
     box.ok("systemctl", "start", SERVER)
-    box.ok("sed", "-i", "1i current: box", "/root/.config/outrider/context.yaml")
     return box
 
 
