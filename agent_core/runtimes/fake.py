@@ -225,6 +225,8 @@ class FakeRuntime:
         former.notify()
         self._publish("start", found)
         found.task = asyncio.create_task(self._run(found))
+        # One that is cancelled before it has begun ends its container nowhere else.
+        found.task.add_done_callback(lambda task: self._end(found, 137) if task.cancelled() else None)
         self._answer("start", container)
 
     async def stop(self, container: str, *, grace_s: float) -> None:
@@ -250,7 +252,6 @@ class FakeRuntime:
         if signal != "SIGKILL":
             found.process.signalled.set()
             return
-        await asyncio.sleep(0)  # a task that is cancelled before it has begun never ends its container
         if found.task is not None:
             found.task.cancel()
         await found.ended.wait()
@@ -374,6 +375,9 @@ class FakeRuntime:
         except Exception as error:  # a program that breaks is a program that fails
             container.process.write(f"{type(error).__name__}: {error}\n".encode(), "stderr")
             code = 1
+        self._end(container, code)
+
+    def _end(self, container: _Container, code: int) -> None:
         container.info = replace(container.info, state="exited", exit_code=code, finished_at=datetime.now(UTC))
         container.ended.set()
         container.process.notify()
