@@ -36,60 +36,51 @@ def command(tmp_path: Path, script: str, *options: object, network: str = "none"
     return [str(OUTRIDER), "plugin", "try", "container.run", "--with", str(file), *map(str, options)]
 
 
-def left_over(kind: str) -> set[str]:
-    """What there is of the trials' containers or networks."""
-    listed = {"container": ["ps", "--all"], "network": ["network", "ls"]}[kind]
-    found = subprocess.run(
-        [
-            "docker",
-            *listed,
-            "--filter",
-            f"label={LABEL_NODE}",
-            "--format",
-            f'{{{{.Label "{LABEL_NODE}"}}}} {{{{.ID}}}}',
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {line for line in found.stdout.splitlines() if line.startswith("trial-")}
+def listed(*arguments: str) -> list[str]:
+    """The words of what the engine's own command lists."""
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.split()
 
 
-def all_gone(kind: str, before: set[str]) -> bool:
-    """Whether nothing is left over but what was there before. Others of this time go by themselves."""
-    new = left_over(kind) - before
+def node_of(volume: Path) -> str:
+    """The node that the trial is which runs a step with this volume, once it does."""
     deadline = time.monotonic() + 60
-    while new and time.monotonic() < deadline:
-        time.sleep(0.2)
-        new &= left_over(kind)
-    return not new
+    while time.monotonic() < deadline:
+        label = f'{{{{.Label "{LABEL_NODE}"}}}}'
+        if found := listed("ps", "--filter", f"volume={volume}", "--format", label):
+            return found[0]
+        time.sleep(0.05)
+    raise AssertionError(f"no step has {volume}")
 
 
 def test_step_runs_as_the_owner_of_its_volume_and_its_log_is_masked(tmp_path: Path) -> None:
-    before = left_over("container"), left_over("network")
     mine = tmp_path / "mine"
     mine.mkdir()
     os.chown(mine, UID, UID)
     script = (
+        "until [ -e /out/go ]; do sleep 0.05; done; "
         "id -u; echo $TOKEN; touch /out/made /etc/made; grep CapEff /proc/self/status; ip addr 2>/dev/null; exit 75"
     )
     options = ("--volume", f"out={mine}:/out:rw", "--secret", "TOKEN", "-o", "json")
-    done = subprocess.run(
+    with subprocess.Popen(
         command(tmp_path, script, *options, network="egress"),
         env={**os.environ, "TOKEN": "hunter2-hunter2"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    )
-    told = json.loads(done.stdout)
-    assert done.returncode == 1
+    ) as process:
+        node = node_of(mine)
+        (mine / "go").touch()
+        out, err = process.communicate(timeout=60)
+    told = json.loads(out)
+    assert process.returncode == 1
     assert (told["state"], told["exit_code"], told["error_class"]) == ("failed", 75, "temporary")
-    assert f"{UID}\n***\n" in done.stderr
-    assert "Read-only file system" in done.stderr
-    assert "CapEff:\t0000000000000000" in done.stderr.replace(" ", "\t")
-    assert "hunter2" not in done.stdout + done.stderr
+    assert f"{UID}\n***\n" in err
+    assert "Read-only file system" in err
+    assert "CapEff:\t0000000000000000" in err.replace(" ", "\t")
+    assert "hunter2" not in out + err
     assert (mine / "made").stat().st_uid == UID
-    assert all_gone("container", before[0])
-    assert all_gone("network", before[1])
+    assert listed("ps", "--all", "--quiet", "--filter", f"label={LABEL_NODE}={node}") == []
+    assert listed("network", "ls", "--quiet", "--filter", f"label={LABEL_NODE}={node}") == []
 
 
 def test_directory_of_root_is_refused_before_anything_runs(tmp_path: Path) -> None:
