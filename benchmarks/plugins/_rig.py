@@ -15,6 +15,7 @@ import random
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 MIB, GIB = 1024**2, 1024**3
 ROUNDS = 5
+PYTHON = (sys.executable, "-S")
+"""Without `site`: an image has none of the hooks that a development environment runs at every start. What is installed
+is found by PYTHONPATH."""
+
+_LIBRARIES = sysconfig.get_path("purelib")
 _LAUNCH = Path(__file__).with_name("_launch.py")
 HEADER = "| work | against | rate | aim | wall | processor | peak memory |\n| --- | --- | --- | --- | --- | --- | --- |"
 
@@ -119,8 +125,9 @@ def run_step(plugin: str, action: str | None, params: Mapping[str, Any], env: Ma
     with tempfile.TemporaryDirectory(prefix="outrider-bench-") as folder:
         (Path(folder) / "inputs.json").write_text(json.dumps(params))
         program = REPOSITORY / "plugins" / plugin / "program"
-        command = [sys.executable, str(program), *([action] if action else [])]
-        known = {"OUTRIDER_DIRECTORY": folder, "PYTHONPATH": str(REPOSITORY / "stepkit"), "OUTRIDER_CONTRACT": "1"}
+        command = [*PYTHON, str(program), *([action] if action else [])]
+        path = os.pathsep.join([str(REPOSITORY / "stepkit"), _LIBRARIES])
+        known = {"OUTRIDER_DIRECTORY": folder, "PYTHONPATH": path, "OUTRIDER_CONTRACT": "1"}
         return run(command, known | dict(env or {}))
 
 
@@ -222,4 +229,4 @@ def version_of(command: Sequence[str]) -> str:
 
 def _environment() -> dict[str, str]:
     kept = ("PATH", "HOME", "LANG", "TMPDIR")
-    return {name: os.environ[name] for name in kept if name in os.environ}
+    return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONPATH": _LIBRARIES}

@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from benchmarks.plugins._rig import (
     GIB,
     MIB,
+    PYTHON,
     ROUNDS,
     Comparison,
     Row,
@@ -96,7 +96,7 @@ def _many(folder: Path) -> Iterator[Row]:
     bench.theirs_create("tar.zst", f"tar -I 'zstd -T0' -cf {{archive}} -C {bench.tree} .")()
     name = "archive.extract tar.zst, 20,000 files"
     yield Row(name, "GNU tar", bench.extract("tar.zst", "tar -I zstd -xf {archive} -C {out}"), at_least=1.0)
-    reader = f"{shlex.quote(sys.executable)} -c {shlex.quote(TARFILE)} {{archive}} {{out}}"
+    reader = f"{shlex.join(PYTHON)} -c {shlex.quote(TARFILE)} {{archive}} {{out}}"
     yield Row(name, "Python's tarfile", bench.extract("tar.zst", reader, rounds=3), at_least=4)
 
 

