@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import sys
 from collections import Counter
@@ -57,6 +56,7 @@ from agent_core.volumes import Volumes
 from outrider import __version__
 from outrider._plugin_discovery import installed
 from outrider.errors import Conflict, EngineUnavailable, InvalidInput, OutriderError
+from outrider.locking import take_lock
 from outrider.reports import held_digest
 from outrider.retry import OperationCounts
 from outrider.tls import read_ca
@@ -518,7 +518,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
         ) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(descriptor)
         except OSError as error:
             raise Conflict(
                 f"another agent runs on the state directory {state_dir}",

@@ -48,7 +48,7 @@ from agent_core.runtimes.base import (
     StreamName,
 )
 from agent_core.volumes import Volumes
-from outrider.errors import Conflict, NotFound, OutriderError, PermissionDenied, PolicyViolation
+from outrider.errors import Conflict, NotFound, OutriderError, PermissionDenied, PolicyViolation, TemporaryError
 from outrider.masking import Masker
 
 Owner = Literal["managed", "step", "pause", "foreign"]
@@ -254,6 +254,9 @@ class Containers:
             await wait_ready(self._runtime, container_id, spec, ports)
         except OutriderError as error:
             await self._give_up(name, error)
+            if error.code == "port_taken" and all(port.host is None for port in spec.ports):
+                # It was free when it was chosen: at the next try another one is.
+                raise TemporaryError(error.message, code=error.code, hint=error.hint) from error
             raise
         return await self._is_ready(order, name, container_id, ports)
 

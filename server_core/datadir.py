@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
 from outrider.errors import Conflict, InvalidInput
+from outrider.locking import take_lock
 
 
 class DataDirLock:
@@ -22,7 +22,7 @@ class DataDirLock:
             if self._make:
                 self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._descriptor = os.open(self._data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(self._descriptor)
         except BlockingIOError as error:
             os.close(self._descriptor)
             raise Conflict(

@@ -277,7 +277,7 @@ class Rig:
             "warm_none": 1,
             "networks": {"egress": {"network": "outrider", "warm": 0}},
             "disk_reserve_bytes": 0,
-            "ports": {"range": "28700-28799"},
+            "ports": {"range": f"{_first_port()}-{_first_port() + 99}"},
         }
         (folder / "policy.yaml").write_text(json.dumps(rules | dict(policy)))
         settings: dict[str, Any] = {
@@ -490,6 +490,12 @@ class Rig:
         with contextlib.suppress(AssertionError):  # an engine of the test's own may be gone
             while found := self.docker("ps", "-aq", "--filter", f"label=outrider.node={self.node_id}").split():
                 self.docker("rm", "-fv", *found)
+
+
+def _first_port() -> int:
+    """Of the node's range. Rigs of other workers are other nodes on this one machine."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    return 27000 + 100 * (int(worker) % 15)
 
 
 def free_port() -> int:

@@ -57,7 +57,10 @@ def failure(run: types.Run, step: str) -> types.Failure:
 def test_a_step_that_fills_the_disk_fails_and_the_agent_does_not(launcher: Launcher, engine: str) -> None:
     with node_on_a_small_disk(launcher, engine) as (rig, disk):
         pid = rig.agent.pid
-        hog = shell("hog", "cat /dev/zero > /v/fill", volumes={"v": "/v:rw"}, needs=[])
+        # Not before the other has left its mark, which needs room as well.
+        begin = "until [ -s /marks/ran-$OUTRIDER_RUN_ID-beside ]; do sleep 0.05; done; "
+        mounts = {"v": "/v:rw", "marks": "/marks"}
+        hog = shell("hog", f"{begin}cat /dev/zero > /v/fill", volumes=mounts, needs=[])
         run = rig.execute(pipeline(step_of("beside", held=True, needs=[]), hog, volumes={"v": {}}))
         rig.until_running(run, "beside")
         rig.until(lambda: rig.step_state(run, "hog") == types.STEP_STATE_FAILED, what="the hog's end")

@@ -43,4 +43,4 @@ async def test_a_fleet_that_was_cut_off_at_once_comes_back_by_turns(how: signal.
 async def test_five_hundred_agents_that_were_cut_off_at_once_make_no_storm(how: signal.Signals) -> None:
     result = await measured(500, 100.0, how)
     no_storm(result, 100.0)
-    assert result.peak_asked <= 250
+    assert result.peak_asked <= 300  # where the backoff alone has 355 to 389 of them come on a machine that is idle

@@ -20,7 +20,16 @@ from agent_core.runtimes.base import (
     ContainerSpec,
 )
 from agent_core.transitions import Transition
-from outrider.errors import Conflict, EngineUnavailable, InvalidInput, NotFound, PermanentError, PolicyViolation
+from outrider.errors import (
+    Conflict,
+    EngineUnavailable,
+    ErrorClass,
+    InvalidInput,
+    NotFound,
+    OutriderError,
+    PermanentError,
+    PolicyViolation,
+)
 
 if TYPE_CHECKING:
     from conftest import Parts
@@ -75,6 +84,22 @@ async def test_failed_start_leaves_nothing_behind(parts: Parts) -> None:
     assert await parts.runtime.list() == []
     for table in ("port_leases", "volume_uses", "managed"):
         assert await parts.journal.query(f"SELECT * FROM {table}") == []
+
+
+@pytest.mark.parametrize(("port", "kind"), [({}, ErrorClass.TEMPORARY), ({"host": 28750}, ErrorClass.PERMANENT)])
+async def test_port_that_somebody_took_before_the_start_may_be_another_one_the_next_time(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, port: dict[str, int], kind: ErrorClass
+) -> None:
+    async def start(container: str) -> None:
+        raise Conflict("the port is taken on this node", code="port_taken")
+
+    monkeypatch.setattr(parts.runtime, "start", start)
+    with pytest.raises(OutriderError, match="is taken on this node") as refused:
+        await parts.containers.start(spec(ports=[{"name": "game", "protocol": "udp", **port}]), parts.scope)
+    assert (refused.value.code, refused.value.error_class) == ("port_taken", kind)
+    monkeypatch.undo()
+    started = await parts.containers.start(spec(ports=[{"name": "game", "protocol": "udp", **port}]), parts.scope)
+    assert started.ports["game"] == port.get("host", 28701)
 
 
 async def test_game_that_was_ready_once_is_not_removed_for_failing_to_start_again(parts: Parts) -> None:
