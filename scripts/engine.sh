@@ -53,6 +53,7 @@ wait_until_it_answers() {
   for ((i = 0; i < wait_s * 4; i++)); do
     answers && return 0
     if [ "$1" = dockerd ] && ! our_dockerd >/dev/null; then return 1; fi
+    if [ "$1" = other ] && ! a_dockerd_runs; then return 1; fi
     sleep 0.25
   done
   return 1
@@ -142,10 +143,10 @@ start() {
   esac
   need_root "starting an engine" start
   if a_dockerd_runs && ! our_dockerd >/dev/null; then
-    # Perhaps it is still starting. It is not ours: wait, and change nothing.
+    # Perhaps it is still starting, or it is ending. It is not ours: wait, and change nothing.
     say "a dockerd that is not ours is running; waiting for it to answer"
-    wait_until_it_answers other || die "the dockerd that runs here does not answer on /var/run/docker.sock: look at its log"
-    return 0
+    if wait_until_it_answers other; then return 0; fi
+    if a_dockerd_runs; then die "the dockerd that runs here does not answer on /var/run/docker.sock: look at its log"; fi
   fi
   mkdir -p "$dir"
   command -v dockerd >/dev/null && command -v docker >/dev/null || install_engine

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.launcher import Launcher
-from tests.faults.rig import Rig
+from tests.faults.rig import TALLY, Rig
 
 SPREAD = ("test_agent_kills.py", "test_server_commits.py")
 
@@ -26,6 +31,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             return nodeid if file.endswith(SPREAD) else file
 
     return Scheduling(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # workers inherit it
+        os.environ[TALLY] = tempfile.mkstemp(prefix="outrider-faults-")[1]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was done to all servers and agents; lost or done twice would have failed the test that found it."""
+    if hasattr(config, "workerinput"):
+        return
+    tally = Path(os.environ[TALLY])
+    total: Counter[str] = Counter()
+    for line in tally.read_text().splitlines():
+        total.update(json.loads(line))
+    tally.unlink()
+    if total:
+        terminalreporter.write_line(f"{total['kills']} kills of servers and agents, {total['runs']} runs accepted")
 
 
 @pytest.fixture(scope="session")

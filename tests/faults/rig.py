@@ -48,6 +48,9 @@ TERMINAL = (
     types.RUN_STATE_UNKNOWN,
 )
 PATIENCE_S = 60.0
+TALLY = "OUTRIDER_TEST_TALLY"
+"""In the environment: a file that gets a line of JSON for each rig, with its kills and its runs."""
+
 _HELD = """
 n=0
 until [ -e "/marks/go-{name}" ] || [ $n -gt 1200 ]; do n=$((n+1)); sleep 0.05; done
@@ -487,6 +490,9 @@ class Rig:
                 child.kill()
         self.operator.close()
         self.record.close()
+        if tally := os.environ.get(TALLY):
+            with open(tally, "a") as file:
+                file.write(json.dumps({"kills": self.kills, "runs": len(self.accepted)}) + "\n")
         with contextlib.suppress(AssertionError):  # an engine of the test's own may be gone
             while found := self.docker("ps", "-aq", "--filter", f"label=outrider.node={self.node_id}").split():
                 self.docker("rm", "-fv", *found)
