@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import zstandard
 
 from agent_core.replacing import base_of
@@ -229,8 +230,13 @@ def collect(
     """Everything, as it is now."""
     runs = {}
     listed = rig.operator.call("ListRuns", cs.ListRunsRequest(node_id=rig.node_id, limit=1000)).runs
-    for each in listed:
-        runs[each.run_id] = rig.run(each.run_id)
+    # A list has the newest only; those that a caller was told of are asked for one by one.
+    for run_id in dict.fromkeys([*(each.run_id for each in listed), *rig.accepted]):
+        try:
+            runs[run_id] = rig.run(run_id)
+        except grpc.RpcError as error:
+            if not (isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.NOT_FOUND):
+                raise
     logs: dict[LogOf, Log] = {}
     for run_id in runs:
         logs |= read_logs(rig, run_id)
