@@ -30,7 +30,8 @@ need_root() { [ "$(id -u)" = 0 ] || die "$1 needs root: sudo scripts/engine.sh $
 a_dockerd_runs() {
   local name
   for name in /proc/[0-9]*/comm; do
-    [ "$(cat "$name" 2>/dev/null)" = dockerd ] && return 0
+    # One that has ended and was not waited for yet has no command line any more.
+    [ "$(cat "$name" 2>/dev/null)" = dockerd ] && grep -qs . "${name%comm}cmdline" && return 0
   done
   return 1
 }
