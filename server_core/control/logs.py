@@ -16,14 +16,18 @@ from server_core.store import logs, runs
 from server_core.store.nodes import listing
 
 _LAST_BYTES_WITHIN_S = 10.0
-"""How long to wait for what a finished run's node has not delivered yet, counted from the last byte that came."""
+"""How long to wait for what a finished run's node has not delivered yet; where the log is followed, counted from the
+last byte that came."""
 
 
 class Logs(Part):
     async def StreamRunLogs(
         self, request: pb.StreamRunLogsRequest, context: Context
     ) -> AsyncIterator[types_pb2.RunLogChunk]:
-        """What is stored, in the order in which it came; with ``follow`` also what comes, until the run is over."""
+        """What is stored, in the order in which it came; with ``follow`` also what comes, until the run is over.
+
+        Of a run that is over it is the whole log: the last bytes may still be on their way when its end is known.
+        """
         run = await self._s.db.read(lambda c: runs.get(c, request.run_id))
         names = [step.name for step in run.steps]
         if request.step and request.step not in names:
@@ -32,6 +36,8 @@ class Logs(Part):
                 code="unknown_step",
                 hint=listing("its steps are", names),
             )
+        if not request.follow:
+            await self._last_bytes(run)
         after = 0
         if request.tail > 0:
             chunks, after = await self._s.db.read(
@@ -51,6 +57,15 @@ class Logs(Part):
                 if not request.follow or (over and complete):
                     return
                 if not await self._more(subscription, over, heard_at):
+                    return
+
+    async def _last_bytes(self, run: types_pb2.Run) -> None:
+        """Wait for what the log of a run that is over still lacks, if its node is there to deliver it."""
+        began_at = time.monotonic()
+        with self._s.bus.subscribe(log_topic(run.run_id)) as subscription:
+            while self._s.fleet.is_online(run.node_id):
+                over, complete = await self._s.db.read(lambda c: _state(c, run.run_id))
+                if not over or complete or not await self._more(subscription, over, began_at):
                     return
 
     async def _page(

@@ -299,20 +299,36 @@ async def test_log_of_a_run_that_the_server_does_not_know_holds_up_no_other(
     assert b"".join(p.data for p in await logs_of(control, order)) == b"abc"
 
 
-async def test_followed_log_ends_after_the_last_byte_even_if_the_run_ended_before_it_came(
-    rig: Rig, control: cgrpc.ControlServiceStub, agent: FakeAgent
+@pytest.mark.parametrize("how", [{"follow": True}, {}, {"tail": 1}], ids=["followed", "read", "tail"])
+async def test_log_ends_with_its_last_byte_even_if_the_run_ended_before_it_came(
+    rig: Rig, control: cgrpc.ControlServiceStub, agent: FakeAgent, how: dict[str, Any]
 ) -> None:
     order = await started(rig, control, agent)
-    following = asyncio.create_task(logs_of(control, order, follow=True))
     await send_logs(agent, chunk(order, 0, b"early\n"))
     done = step(tpb.STEP_STATE_SUCCEEDED, stdout_bytes=11)
     sequence = await agent.report(order, tpb.RUN_STATE_SUCCEEDED, done)
     await agent.until(lambda: sequence in agent.acks)
+    reading = asyncio.create_task(logs_of(control, order, **how))
     await asyncio.sleep(0.2)
-    assert not following.done()
+    assert not reading.done()
     await send_logs(agent, chunk(order, 6, b"late\n"))
     async with asyncio.timeout(2):
-        assert b"".join(piece.data for piece in await following) == b"early\nlate\n"
+        assert b"".join(piece.data for piece in await reading) == (b"late\n" if "tail" in how else b"early\nlate\n")
+
+
+async def test_log_that_lacks_its_end_is_not_waited_for_while_its_node_is_away(
+    rig: Rig, control: cgrpc.ControlServiceStub, agent: FakeAgent
+) -> None:
+    order = await started(rig, control, agent)
+    await send_logs(agent, chunk(order, 0, b"early\n"))
+    sequence = await agent.report(order, tpb.RUN_STATE_SUCCEEDED, step(tpb.STEP_STATE_SUCCEEDED, stdout_bytes=11))
+    await agent.until(lambda: sequence in agent.acks)
+    await agent.cut()
+    async with asyncio.timeout(TIMEOUT):
+        while (await control.GetNode(cpb.GetNodeRequest(node_id="n1"), timeout=TIMEOUT)).online:
+            await asyncio.sleep(0.05)
+    async with asyncio.timeout(2):
+        assert b"".join(piece.data for piece in await logs_of(control, order)) == b"early\n"
 
 
 # -- containers --------------------------------------------------------------------------------------------
