@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from outrider.cli._context import ContextFile
 from outrider.cli._output import note
 from outrider.errors import Conflict, InvalidInput
+from outrider.locking import take_lock
 
 
 def default_folder() -> Path:
@@ -30,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise InvalidInput(f"the data directory {folder} can't be used: {error.strerror}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file.fileno())
         except BlockingIOError as error:
             raise Conflict(
                 f"another `outrider dev` runs on {folder}", hint="stop it, or give another --data-dir"

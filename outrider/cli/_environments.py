@@ -6,7 +6,6 @@ What is made is never changed afterwards; see `outrider.launcher` for the direct
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -26,6 +25,7 @@ from typing import Any
 from outrider import launcher
 from outrider.cli._output import note
 from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, PermissionDenied, Unavailable
+from outrider.locking import take_lock
 from outrider.roles import AGENT, Installed, Role, compare, read_lock
 
 _MAKING = ".being-made"
@@ -85,7 +85,7 @@ class Environments:
             ) from error
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take_lock(descriptor)
             except BlockingIOError as error:
                 raise Conflict(f"somebody else makes environments in {self.home} now", code="sync_running") from error
             yield
