@@ -4,7 +4,7 @@ PY := .venv/bin/python
 TEST_WORKERS ?= 3
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help venv engine images locks demo test faults soak model unit lint types protos protos-check bench bench-plugins clean
+.PHONY: help venv engine images locks demo test-tools test faults soak model unit lint types protos protos-check bench bench-plugins clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,10 +27,13 @@ WITH_ENGINE = trap '$(SUDO) scripts/engine.sh stop 2>/dev/null' EXIT; $(SUDO) $(
 demo: images ## the main job on real input: a game server deployed, played, backed up and stopped
 	@$(call WITH_ENGINE,$(PY) examples/arena/demo.py)
 
-test: images ## all tests
+test-tools: # what some tests need beside the engine
+	@$(SUDO) scripts/test-tools.sh
+
+test: images test-tools ## all tests
 	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder)
 
-faults: images ## every fault test, the long forms too
+faults: images test-tools ## every fault test, the long forms too
 	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder -m "long or not long" tests/faults)
 
 soak: images ## kills, cuts and restarts at random under load, for MINUTES=n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec, Port
 
 if TYPE_CHECKING:
     from conftest import Node
+
+pytestmark = pytest.mark.skipif(shutil.which("ip") is None, reason="ip (Debian: iproute2) is not installed here")
 
 BASE = "outrider/base:1"
 PORT = 8099

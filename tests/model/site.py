@@ -41,13 +41,19 @@ TIMEOUT_S = 10.0
 MOMENT_S = 1.0
 UNWIND_S = 60.0
 _SHM = Path("/dev/shm")
+_ROOM_BYTES = 512 * 1024**2
+
+
+def _memory() -> Path | None:
+    """A folder in memory, which is quicker to sync; None where it has too little room, as in many containers."""
+    return _SHM if _SHM.is_dir() and shutil.disk_usage(_SHM).free > _ROOM_BYTES else None
 
 
 class Site:
     """``with Site() as site``; everything in it is synchronous for who uses it."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="outrider-model-", dir=_SHM if _SHM.is_dir() else None))
+        self.folder = Path(tempfile.mkdtemp(prefix="outrider-model-", dir=_memory()))
         self.loop = VirtualLoop()
         self.clocks = Clocks(self.loop)
         self.link = Link()
@@ -62,6 +68,14 @@ class Site:
         self.kills = 0
 
     def __enter__(self) -> Self:
+        try:
+            self._set_up()
+        except BaseException:
+            self._tear_down()
+            raise
+        return self
+
+    def _set_up(self) -> None:
         self._stack.enter_context(one_thread(self.loop, self.clocks))
         self._stack.enter_context(_repeatable_chance())
         self._stack.enter_context(mock.patch.object(Clock, "of_this_boot", self._clock))
@@ -73,16 +87,18 @@ class Site:
         self._stack.callback(structlog.reset_defaults)
         asyncio.set_event_loop(self.loop)
         self.loop.run_until_complete(self._begin())
-        return self
 
     def __exit__(self, *_: object) -> None:
         try:
             self.loop.run_until_complete(self._end())
         finally:
-            self._stack.close()
-            asyncio.set_event_loop(None)
-            self.loop.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._tear_down()
+
+    def _tear_down(self) -> None:
+        self._stack.close()
+        asyncio.set_event_loop(None)
+        self.loop.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _begin(self) -> None:
         self.engine = Engine()
