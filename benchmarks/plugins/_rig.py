@@ -179,6 +179,11 @@ def scratch(need_bytes: int) -> Iterator[Path]:
         yield Path(folder)
 
 
+def settle() -> None:
+    """Have on the disk what a former side has written, so that its writing does not go on beside the next one."""
+    os.sync()
+
+
 def random_file(path: Path, size: int, seed: int = 1) -> Path:
     """``size`` bytes that don't compress, the same for the same seed."""
     source = random.Random(seed)

