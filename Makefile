@@ -4,7 +4,7 @@ PY := .venv/bin/python
 TEST_WORKERS ?= 3
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help venv engine images locks demo test-tools test faults soak model unit lint types protos protos-check bench bench-plugins clean
+.PHONY: help venv engine images locks demo test-tools test faults long soak model unit lint types protos protos-check bench bench-plugins clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ test: images test-tools ## all tests
 
 faults: images test-tools ## every fault test, the long forms too
 	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder -m "long or not long" tests/faults)
+
+long: images test-tools ## the long forms of all other tests
+	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m long --ignore tests/faults)
 
 soak: images ## kills, cuts and restarts at random under load, for MINUTES=n
 	@$(call WITH_ENGINE,$(PY) -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)))
