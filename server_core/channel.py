@@ -35,6 +35,8 @@ class ControlChannel:
         """Whether the agent has said what it holds; until then no run is sent."""
         self.sent: set[str] = set()
         """Ids of run commands that went down this channel."""
+        self.leases: dict[str, str] = {}
+        """By run: the lease under which it went down this channel."""
         self.acknowledged: set[str] = set()
         """Runs that were acknowledged on this channel."""
         self._outgoing: asyncio.Queue[node_service_pb2.ServerMessage] = asyncio.Queue(_QUEUED_MESSAGES)

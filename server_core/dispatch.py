@@ -118,6 +118,7 @@ class Dispatcher:
             return
         if command_id.startswith(_RUN):
             message = command(command_id, run_pipeline=runs.pipeline_command(row))
+            channel.leases[row.run_id] = row.lease_id
         else:
             message = command(command_id, cancel_run=runs.cancel_command(row))
         channel.sent.add(command_id)
@@ -132,7 +133,11 @@ class Dispatcher:
             return
         run_id = ack.command_id.removeprefix(_RUN)
         if ack.HasField("refused"):
-            await self._settle(channel.node_id, run_id, runs.FAILED, ack.refused)
+            # A refusal is of the run as it went down this channel. Of any other it says nothing, and what it is about
+            # is sent again where it is still due.
+            lease_id = channel.leases.get(run_id)
+            if lease_id is not None:
+                await self._settle(channel.node_id, run_id, runs.FAILED, ack.refused, lease_id=lease_id)
             return
         channel.acknowledged.add(run_id)
         await self._db.write(Commit.RUN_ACKNOWLEDGED, lambda c: runs.mark_acknowledged(c, run_id, channel.node_id))
@@ -154,6 +159,7 @@ class Dispatcher:
             if applied.refused:
                 data = {"reason": applied.refused, "lease_id": report.lease_id}
                 events.add(connection, "run.report_refused", report.run_id, node_id=node_id, data=data)
+            if applied.foreign:
                 return applied, None
             if report.logs_gone:
                 logs.mark_lost(connection, report)
@@ -168,8 +174,8 @@ class Dispatcher:
         if applied.refused:
             log.warning("a report was refused", run=report.run_id, node=node_id, reason=applied.refused)
             self._bus.publish(EVENTS)
-            return
-        self._changed(report.run_id, ref, finished=applied.finished)
+        if not applied.foreign:
+            self._changed(report.run_id, ref, finished=applied.finished)
 
     async def reconcile(self, channel: ControlChannel, report: types_pb2.FullReport) -> None:
         """Settle each difference between what the node holds and what the store says, then send what is due."""
@@ -262,10 +268,16 @@ class Dispatcher:
             settle = functools.partial(self._settle, channel.node_id, run_id, runs.UNKNOWN, failure)
             await FOREVER.run(settle)
 
-    async def _settle(self, node_id: str, run_id: str, state: int, failure: types_pb2.Failure) -> None:
+    async def _settle(
+        self, node_id: str, run_id: str, state: int, failure: types_pb2.Failure, *, lease_id: str | None = None
+    ) -> None:
+        """End the run by a decision made here; with ``lease_id`` only while it has that lease."""
+
         def settle(connection: Connection) -> tuple[bool, types_pb2.ObjectRef | None]:
             row = runs.row_of(connection, run_id)
-            if row is None or row.node_id != node_id or not runs.settle(connection, run_id, state, failure):
+            if row is None or row.node_id != node_id or row.lease_id != (lease_id or row.lease_id):
+                return False, None
+            if not runs.settle(connection, run_id, state, failure):
                 return False, None
             return True, finished(connection, run_id)
 

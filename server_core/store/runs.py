@@ -61,10 +61,12 @@ class NewRun:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What a report changed. ``refused`` says why it was not recorded; such a report is acknowledged all the same."""
+    """What a report changed. ``refused`` says why it, or a part of it, was not recorded; it is acknowledged all the
+    same. ``foreign``: the sender has no say in this run."""
 
     finished: bool = False
     refused: str = ""
+    foreign: bool = False
 
 
 def is_over(state: int) -> bool:
@@ -260,16 +262,17 @@ def settle(connection: Connection, run_id: str, state: int, failure: types_pb2.F
 
 
 def apply_report(connection: Connection, node_id: str, report: node_service_pb2.RunReport) -> Applied:
-    """Record what a node says of a run, by compare-and-set on its lease; replays and stragglers change nothing."""
+    """Record what a node says of a run, by compare-and-set on its lease and the attempts of its steps; replays and
+    stragglers change nothing."""
     row = row_of(connection, report.run_id)
     if row is None:
-        return Applied(refused="there is no such run")
+        return Applied(refused="there is no such run", foreign=True)
     if row.node_id != node_id or row.lease_id != report.lease_id:
-        return Applied(refused="it has another lease")
+        return Applied(refused="it has another lease", foreign=True)
     if row.state in SETTLED:
-        return Applied()
-    for status in report.steps:
-        _merge_step(connection, report.run_id, status)
+        differs = report.state in SETTLED and report.state != row.state
+        return Applied(refused=f"the run is over: {_word(types_pb2.RunState, row.state)}" if differs else "")
+    refusals = [_merge_step(connection, report.run_id, status) for status in report.steps]
     if report.state == UNKNOWN:
         _end_open_steps(connection, report.run_id, types_pb2.STEP_STATE_UNKNOWN)
     values: dict[str, Any] = {}
@@ -287,7 +290,7 @@ def apply_report(connection: Connection, node_id: str, report: node_service_pb2.
     if values:
         connection.execute(update(schema.runs).where(_RUNS.run_id == report.run_id).values(reason="", **values))
     state = values.get("state", row.state)
-    return Applied(finished=is_over(state) and not is_over(row.state))
+    return Applied(finished=is_over(state) and not is_over(row.state), refused="; ".join(filter(None, refusals)))
 
 
 def retried_by(connection: Connection, run_id: str) -> str | None:
@@ -330,21 +333,29 @@ def cancel_command(row: RunRow) -> node_service_pb2.CancelRun:
     return body
 
 
-def _merge_step(connection: Connection, run_id: str, status: types_pb2.StepStatus) -> None:
+def _merge_step(connection: Connection, run_id: str, status: types_pb2.StepStatus) -> str:
+    """Record ``status``, unless it is of the past. Returns why not, if it contradicts what is recorded."""
     known = connection.execute(
         select(_STEPS.state, _STEPS.attempt, _STEPS.status).where(_STEPS.run_id == run_id, _STEPS.name == status.name)
     ).first()
     if known is None or status.attempt < known.attempt:
-        return
-    settled = known.state in _STEP_SETTLED and known.attempt == status.attempt
-    if settled and status.state not in _STEP_SETTLED:
-        return
+        return ""
+    told = f"told to be {_word(types_pb2.StepState, status.state)}"
+    if status.attempt > known.attempt and known.state == types_pb2.STEP_STATE_SUCCEEDED:
+        return f"step {status.name} succeeded in attempt {known.attempt}, and is {told} in attempt {status.attempt}"
+    if status.attempt == known.attempt and known.state in _STEP_SETTLED:
+        # The first word counts, also where a second one agrees with it.
+        if status.state not in _STEP_SETTLED or status.state == known.state:
+            return ""
+        recorded = _word(types_pb2.StepState, known.state)
+        return f"attempt {known.attempt} of step {status.name} is {recorded}, and is {told}"
     stored = types_pb2.StepStatus.FromString(known.status)
     # What never changes within a run is the server's; agents leave it out of their differences.
     status.uses = status.uses or stored.uses
     if not status.needs:
         status.needs.extend(stored.needs)
     save_step(connection, run_id, status)
+    return ""
 
 
 def _end_open_steps(connection: Connection, run_id: str, state: types_pb2.StepState.ValueType) -> None:
@@ -354,6 +365,11 @@ def _end_open_steps(connection: Connection, run_id: str, state: types_pb2.StepSt
         status = types_pb2.StepStatus.FromString(step.status)
         status.state = state
         save_step(connection, run_id, status)
+
+
+def _word(enum: Any, state: int) -> str:
+    """A state as people write it. ``enum``: RunState or StepState, whose wrappers have no type in common."""
+    return str(enum.Name(state)).partition("_STATE_")[2].lower()
 
 
 def _finished_steps(finished: Sequence[types_pb2.StepStatus]) -> bytes | None:

@@ -180,6 +180,21 @@ async def test_a_result_of_a_lease_that_was_taken_away_never_counts(rig: Rig, ag
     assert not (await run_of(rig, run_id)).writeback_json.strip(b"{}")
 
 
+async def test_a_refusal_of_a_run_under_another_lease_does_not_end_it(rig: Rig, agent: FakeAgent) -> None:
+    agent.acknowledges = False
+    run_id = await execute(rig)
+    await agent.runs()
+    table = schema.runs
+    await rig.server._services.db.write(
+        Commit.RUN_SETTLED,
+        lambda c: c.execute(update(table).where(table.c.run_id == run_id).values(lease_id="another")),
+    )
+    await agent.send(command_ack=npb.CommandAck(command_id=f"run-{run_id}", refused=tpb.Failure(message="no")))
+    await agent.heartbeat()  # answered after it, on the same stream
+    await agent.until(lambda: len(agent.heartbeats) >= 2)
+    assert (await run_of(rig, run_id)).state == tpb.RUN_STATE_QUEUED
+
+
 async def test_a_server_that_stops_says_how_long(rig: Rig) -> None:
     agents = [await (await add_node(rig, f"m{number}")).start() for number in range(20)]
     await rig.server.stop(0)
