@@ -420,8 +420,8 @@ class Agent:
         return brief
 
     async def full_report(self) -> types.FullReport:
-        """Everything that the node holds."""
-        report = types.FullReport(runs=self.held_runs(), brief=await self.brief())
+        """Everything that the node holds but its runs: those are looked up as it is sent."""
+        report = types.FullReport(brief=await self.brief())
         if self._services.engine.ok:
             with contextlib.suppress(OutriderError, TimeoutError):
                 async with asyncio.timeout(_ENGINE_ANSWERS_S):

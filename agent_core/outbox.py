@@ -30,6 +30,11 @@ CREATE INDEX outbox_kind ON outbox (kind, sequence);
 CREATE INDEX outbox_run ON outbox (run_id);
 """
 
+IDENTITY = """
+INSERT INTO meta (key, value) VALUES ('outbox_id', lower(hex(randomblob(12))));
+"""
+"""Numbers are only comparable within one outbox: a journal that was lost takes its numbers with it."""
+
 Kind = Literal["run_report", "write_back", "event"]
 MAX_EVENTS = 20_000
 """Events kept while the server is away; beyond them the oldest go. Run reports and write-backs are never dropped."""
@@ -48,6 +53,7 @@ class Outbox:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self.id = str(journal.query_now("SELECT value FROM meta WHERE key = 'outbox_id'")[0]["value"])
         self._changed = asyncio.Event()
         self.urgent = False
         """Whether something urgent was told since whoever sends last looked, and reset it."""

@@ -313,9 +313,9 @@ class Session:
             full = tasks.create_task(self._host.full_report())
             await asyncio.wait({full}, timeout=FIRST_REPORT_S)
             if not full.done():
-                self._send(pb.AgentMessage(full_report=types.FullReport(runs=self._host.held_runs())))
+                self._send_account(types.FullReport())
             tasks.create_task(self._uplink.run(stub, self._send, self._has_room))
-            self._send(pb.AgentMessage(full_report=await full))
+            self._send_account(await full)
             tasks.create_task(self._report_when_asked())
 
     async def _report_when_asked(self) -> None:
@@ -325,7 +325,13 @@ class Session:
 
     async def _report(self) -> None:
         self._report_wanted.clear()
-        self._send(pb.AgentMessage(full_report=await self._host.full_report()))
+        self._send_account(await self._host.full_report())
+
+    def _send_account(self, report: types.FullReport) -> None:
+        # An engine may be slow to say what it has. Behind the report of a run's end a list of runs from before it would
+        # have the run go on.
+        report.runs.extend(self._host.held_runs())
+        self._send(pb.AgentMessage(full_report=report))
 
     async def _write(self, call: Any) -> None:
         # InvalidStateError is grpc.aio's word for writing to a call that has ended; the reader hears why it has.

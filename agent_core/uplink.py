@@ -142,6 +142,7 @@ class Uplink:
         for report, sequences in differences.take():
             if len(sequences) > 1:
                 self._merged[report.sequence] = sequences
+            report.outbox_id = self._outbox.id
             send(pb.AgentMessage(run_report=report))
 
     async def _write_back(self, stub: pb_grpc.NodeServiceAsyncStub, item: Item) -> None:

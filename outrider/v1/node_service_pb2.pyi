@@ -338,6 +338,7 @@ class RunReport(google.protobuf.message.Message):
     STARTED_AT_FIELD_NUMBER: builtins.int
     FINISHED_AT_FIELD_NUMBER: builtins.int
     LOGS_GONE_FIELD_NUMBER: builtins.int
+    OUTBOX_ID_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """the agent's outbox number"""
     run_id: builtins.str
@@ -345,6 +346,8 @@ class RunReport(google.protobuf.message.Message):
     state: outrider.v1.types_pb2.RunState.ValueType
     logs_gone: builtins.bool
     """reported once more, and all of its logs were acknowledged: what is not stored is lost"""
+    outbox_id: builtins.str
+    """in which `sequence` counts; an agent that lost its journal begins another one"""
     @property
     def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.StepStatus]: ...
     @property
@@ -365,9 +368,10 @@ class RunReport(google.protobuf.message.Message):
         started_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         finished_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         logs_gone: builtins.bool = ...,
+        outbox_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure", "finished_at", b"finished_at", "started_at", b"started_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "finished_at", b"finished_at", "lease_id", b"lease_id", "logs_gone", b"logs_gone", "run_id", b"run_id", "sequence", b"sequence", "started_at", b"started_at", "state", b"state", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "finished_at", b"finished_at", "lease_id", b"lease_id", "logs_gone", b"logs_gone", "outbox_id", b"outbox_id", "run_id", b"run_id", "sequence", b"sequence", "started_at", b"started_at", "state", b"state", "steps", b"steps"]) -> None: ...
 
 global___RunReport = RunReport
 

@@ -272,10 +272,14 @@ def apply_report(connection: Connection, node_id: str, report: node_service_pb2.
     if row.state in SETTLED:
         differs = report.state in SETTLED and report.state != row.state
         return Applied(refused=f"the run is over: {_word(types_pb2.RunState, row.state)}" if differs else "")
+    if _is_stale(row, report):
+        return Applied()
     refusals = [_merge_step(connection, report.run_id, status) for status in report.steps]
     if report.state == UNKNOWN:
         _end_open_steps(connection, report.run_id, types_pb2.STEP_STATE_UNKNOWN)
     values: dict[str, Any] = {}
+    if report.outbox_id:
+        values |= {"outbox_id": report.outbox_id, "outbox_sequence": report.sequence}
     # States only go forward; the numbers are in that order. UNKNOWN may turn out to be anything.
     if report.state > row.state or row.state == UNKNOWN:
         values["state"] = report.state
@@ -291,6 +295,16 @@ def apply_report(connection: Connection, node_id: str, report: node_service_pb2.
         connection.execute(update(schema.runs).where(_RUNS.run_id == report.run_id).values(reason="", **values))
     state = values.get("state", row.state)
     return Applied(finished=is_over(state) and not is_over(row.state), refused="; ".join(filter(None, refusals)))
+
+
+def _is_stale(row: RunRow, report: node_service_pb2.RunReport) -> bool:
+    """Whether a later report is recorded already: where acknowledgements were lost, earlier ones come again, too."""
+    if not report.outbox_id or report.outbox_id != row.outbox_id or report.sequence > row.outbox_sequence:
+        return False
+    # A node whose disk was set back to a former state numbers from there again. What went on in between may be
+    # missed for that, but not an end, or nobody would ever hear of it.
+    tells_an_end = report.state in (*SETTLED, UNKNOWN) and report.state != row.state
+    return not tells_an_end
 
 
 def retried_by(connection: Connection, run_id: str) -> str | None:

@@ -160,6 +160,8 @@ runs = Table(
     Column("finished_at", BigInteger),
     Column("retry_of", String),  # the run that this one goes on from
     Column("finished_steps", LargeBinary),  # a RunPipeline message with nothing but the steps taken over from it
+    Column("outbox_id", String),  # of the last report that was recorded, and its number there
+    Column("outbox_sequence", BigInteger),
     UniqueConstraint("caller", "key"),
     Index(None, "node_id", "state"),
     Index(None, "object_kind", "object_name", "sequence"),

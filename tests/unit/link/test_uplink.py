@@ -157,6 +157,19 @@ async def test_a_write_back_outlives_a_session_and_a_credential_that_are_refused
     await end(session)
 
 
+async def test_reports_name_the_outbox_that_numbers_them(tmp_path: Path, node: Node) -> None:
+    await node.add("r1")
+    session = node.connect()
+    await until(lambda: node.sent)
+    await end(session)
+    assert node.sent[0].outbox_id == node.outbox.id
+    assert Outbox(node.journal).id == node.outbox.id  # the next agent's
+    rebuilt = Node(tmp_path / "rebuilt")
+    assert rebuilt.outbox.id not in ("", node.outbox.id)
+    rebuilt.spool.close()
+    rebuilt.journal.close()
+
+
 async def test_a_write_back_that_is_refused_for_itself_holds_up_no_other(node: Node) -> None:
     await node.add("r1", "r2")
     node.server.refusals = [NotFound("no such run", code="unknown_run")]

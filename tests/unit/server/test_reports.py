@@ -30,9 +30,11 @@ class Store:
     def _do(self, work: Any) -> Any:
         return self.db.write_now(Commit.RUN_REPORT, work)
 
-    def report(self, state: str, a: str = "", *, attempt: int = 1) -> runs.Applied:
+    def report(self, state: str, a: str = "", *, attempt: int = 1, outbox: str = "", sequence: int = 0) -> runs.Applied:
         steps = [types_pb2.StepStatus(name="a", state=STEP[a], attempt=attempt)] if a else []
-        report = node_service_pb2.RunReport(run_id="r", lease_id="l", state=RUN[state], steps=steps)
+        report = node_service_pb2.RunReport(
+            run_id="r", lease_id="l", state=RUN[state], steps=steps, outbox_id=outbox, sequence=sequence
+        )
         applied: runs.Applied = self._do(lambda c: runs.apply_report(c, "n", report))
         return applied
 
@@ -91,3 +93,33 @@ def test_a_step_that_failed_may_be_tried_again_and_what_was_unknown_may_turn_out
     applied = store.report("succeeded", "succeeded", attempt=2)
     assert (applied.finished, applied.refused) == (False, "")
     assert store.now() == ("succeeded", "succeeded", 2)
+
+
+def test_reports_that_come_again_take_nothing_back_and_tell_no_end_twice(store: Store) -> None:
+    told = []
+    for _ in range(2):
+        told.append(store.report("running", "running", outbox="o", sequence=5).finished)
+        told.append(store.report("unknown", "unknown", outbox="o", sequence=6).finished)
+        assert store.now() == ("unknown", "unknown", 1)
+    assert told == [False, True, False, False]
+    store.report("running", "running", outbox="o", sequence=5)
+    assert store.now() == ("unknown", "unknown", 1)
+
+
+def test_an_agent_that_lost_its_journal_counts_anew_and_is_heard(store: Store) -> None:
+    store.report("unknown", "unknown", outbox="o", sequence=900)
+    store.report("running", "running", outbox="another", sequence=1)
+    assert store.now() == ("running", "running", 1)
+    assert store.report("succeeded", "succeeded", outbox="another", sequence=2).finished
+
+
+def test_the_end_of_a_run_counts_though_the_nodes_disk_was_set_back(store: Store) -> None:
+    store.report("running", "running", outbox="o", sequence=900)
+    assert store.report("succeeded", "succeeded", outbox="o", sequence=20).finished
+    assert store.now() == ("succeeded", "succeeded", 1)
+
+
+def test_an_agent_of_before_that_names_no_outbox_is_heard_as_ever(store: Store) -> None:
+    store.report("running", "running", sequence=5)
+    store.report("succeeded", "succeeded", sequence=2)
+    assert store.now() == ("succeeded", "succeeded", 1)
