@@ -407,7 +407,9 @@ class Command(google.protobuf.message.Message):
     STOP_STREAM_FIELD_NUMBER: builtins.int
     command_id: builtins.str
     digest: builtins.bytes
-    """SHA-256 of the serialised body; the same id with another digest is refused"""
+    """SHA-256 of the serialised body; the same id with another digest is refused, but for a run that is held under the
+    same lease: a server of another version may write it in another way.
+    """
     @property
     def deadline(self) -> google.protobuf.duration_pb2.Duration:
         """from its arrival; the server gives up after it. 0: none (durable commands)"""

@@ -1,0 +1,61 @@
+"""Commands that come again, as the agent takes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent_core.commands import Commands
+from agent_core.remote import RemoteContainers
+from agent_core.runtimes.fake import FakeProcess, FakeRuntime
+from outrider.v1 import node_service_pb2 as pb
+from tests.agent_rig import BASE_IMAGE, Rig, rig
+
+TEXT = json.dumps({"name": "p", "steps": [{"name": "a", "uses": "test.shell"}]})
+
+
+async def hold(process: FakeProcess) -> int:
+    await process.signalled.wait()
+    return 0
+
+
+def commands(agent: Rig, send: Callable[[pb.CommandResult], None] = lambda _: None) -> Commands:
+    services = agent.services
+    remote = RemoteContainers(services.containers)
+    return Commands(
+        services.state,
+        agent.runs,
+        remote,
+        services.background,
+        cancel_grace_s=1,
+        send_result=send,
+        stub=lambda: None,
+    )
+
+
+@pytest.mark.parametrize(("lease", "code"), [("lease-1", ""), ("lease-2", "lease_mismatch")])
+async def test_a_run_that_is_written_in_another_way_is_the_same_run_under_its_lease(
+    tmp_path: Path, lease: str, code: str
+) -> None:
+    async with rig(tmp_path, FakeRuntime({BASE_IMAGE: hold})) as agent:
+        run_id = await agent.start(TEXT)
+        held = agent.services.state.find(run_id)
+        assert held is not None
+        held.command.lease_id = lease
+        ack = await commands(agent).handle(
+            pb.Command(command_id=f"c-{run_id}", digest=b"another", run_pipeline=held.command)
+        )
+        assert (ack.duplicate, ack.refused.code) == (not code, code)
+        assert run_id in agent.runs.active
+
+
+async def test_another_command_under_the_same_id_is_refused(tmp_path: Path) -> None:
+    async with rig(tmp_path, FakeRuntime({BASE_IMAGE: hold})) as agent:
+        run_id = await agent.start(TEXT)
+        cancel = pb.CancelRun(run_id=run_id)
+        ack = await commands(agent).handle(pb.Command(command_id=f"c-{run_id}", digest=b"another", cancel_run=cancel))
+        assert ack.refused.code == "digest_mismatch"
+        assert run_id in agent.runs.active
