@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import structlog
 
@@ -95,7 +93,9 @@ class Cleanup:
         await services.containers.forget_missing(found, older_than_s=ages.missing_s, active=self._runs.active)
         mounted = {mount.source for info in found for mount in info.mounts}
         await services.volumes.remove_unknown_runs(
-            keep=self._runs.active, mounted=mounted, older_than_s=ages.unknown_volume_s
+            keep=self._runs.active,
+            mounted=mounted,
+            before=services.state.steady.stamped_before(ages.unknown_volume_s),
         )
         return {info.labels.get(LABEL_RUN, "") for info in found}
 
@@ -116,7 +116,7 @@ class Cleanup:
 
     async def _forget(self, *, keep: set[str]) -> None:
         # Only what has no container any more, as the engine has just said: nobody would know whose it is.
-        now = time.time()
+        now = self._services.state.steady.now()
         await self._services.state.forget(
             commands_before=now - _KEEP_COMMANDS_S, runs_before=now - _KEEP_RUNS_S, keep_runs=_KEEP_RUNS, keep=keep
         )
@@ -145,7 +145,8 @@ class Cleanup:
             return not (known[0]["state"] == types.RUN_STATE_UNKNOWN and info.state == "running")
         # The journal was lost, which is no reason to kill somebody's work; or it is of another agent on this engine,
         # whose node has the same name under another server, and which is about to look at its end.
-        old = info.created_at is not None and (datetime.now(UTC) - info.created_at).total_seconds() > ages.stray_s
+        before = self._services.state.steady.stamped_before(ages.stray_s)
+        old = info.created_at is not None and info.created_at.timestamp() < before
         return old and info.state not in ("running", "paused", "restarting")
 
     def _directories(self, active: set[str]) -> None:

@@ -7,14 +7,13 @@ acknowledged; the same command again gets the same answer and does nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
 
 import structlog
 
 from agent_core.remote import RemoteContainers
 from agent_core.runner import RunEngine
 from agent_core.services import Background
-from agent_core.state import Cancellation, State
+from agent_core.state import Cancellation, CommandRecord, State
 from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, OutriderError
 from outrider.v1 import node_service_pb2 as pb
@@ -82,7 +81,7 @@ class Commands:
             if known.result is not None:
                 self._send_result(known.result)
             elif kind == "container" and command.command_id not in self._in_hand:
-                self._act(command, begun_at=known.received_at)  # the agent was killed in the middle of it
+                self._act(command, known)  # the agent was killed in the middle of it
             return True
         match kind:
             case "run_pipeline":
@@ -103,12 +102,19 @@ class Commands:
                 raise InvalidInput(f"this agent does not know the command {kind!r}", code="unknown_command")
         return False
 
-    def _act(self, command: pb.Command, *, begun_at: datetime | None = None) -> None:
+    def _act(self, command: pb.Command, known: CommandRecord | None = None) -> None:
         self._in_hand.add(command.command_id)
-        self._background.start(self._answer(command, begun_at), "command container")
+        self._background.start(self._answer(command, known), "command container")
 
-    async def _answer(self, command: pb.Command, begun_at: datetime | None = None) -> None:
-        result = await self._containers.carry_out(command, begun_at=begun_at)
+    async def _answer(self, command: pb.Command, known: CommandRecord | None = None) -> None:
+        async def restarting(former: str) -> None:
+            change = self._state.restart_intended(command.command_id, former)
+            await self._state.commit(Transition.RESTART_INTENDED, change)
+
+        former = known.former if known is not None else None
+        result = await self._containers.carry_out(
+            command, again=known is not None, former=former, restarting=restarting
+        )
         if command.command_id in self._in_hand:
             await self._state.commit(Transition.COMMAND_ANSWERED, self._state.command_answered(result))
             self._in_hand.discard(command.command_id)

@@ -44,7 +44,6 @@ CREATE TABLE execs (
 
 _KEPT_BYTES = 256 * 1024  # of the output of each
 _KEPT_OVER = 64  # that have ended
-_KEPT_S = 7 * 24 * 3600.0
 _SETTLE_S = 0.05
 _SETTLES = 100
 _LOOK_S = 0.5
@@ -271,16 +270,10 @@ class Execs:
             await asyncio.sleep(_SETTLE_S if looks < _SETTLES else _LOOK_S)
 
     async def _note(self, key: str, digest: str, container_id: str, execution: str) -> None:
-        now = time.time()
-
-        def write(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM execs WHERE noted_at < ?", (now - _KEPT_S,))
-            db.execute(
-                "INSERT OR REPLACE INTO execs (key, digest, container_id, execution, noted_at) VALUES (?, ?, ?, ?, ?)",
-                (key, digest, container_id, execution, now),
-            )
-
-        await self._journal.write(Transition.EXEC_INTENDED, write)
+        # It goes with its attempt, whose end may be long in coming, and by no age.
+        sql = "INSERT OR REPLACE INTO execs (key, digest, container_id, execution, noted_at) VALUES (?, ?, ?, ?, ?)"
+        row = (key, digest, container_id, execution, time.time())
+        await self._journal.execute(Transition.EXEC_INTENDED, sql, row)
 
     def _known(self, key: str) -> sqlite3.Row | None:
         rows = self._journal.query_now("SELECT * FROM execs WHERE key = ?", (key,))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime
 from typing import Any
 
@@ -32,6 +32,7 @@ from outrider.wire import failure_of, seconds, timestamp
 log = structlog.get_logger(__name__)
 
 LOG_PIECE_BYTES = 128 * 1024
+Restarting = Callable[[str], Awaitable[None]]
 _STREAMS = {"stdout": types.LOG_STREAM_STDOUT, "stderr": types.LOG_STREAM_STDERR}
 
 
@@ -42,17 +43,25 @@ class RemoteContainers:
         self._containers = containers
         self._streams: dict[str, asyncio.Task[None]] = {}
 
-    async def carry_out(self, command: pb.Command, *, begun_at: datetime | None = None) -> pb.CommandResult:
+    async def carry_out(
+        self,
+        command: pb.Command,
+        *,
+        again: bool = False,
+        former: str | None = None,
+        restarting: Restarting | None = None,
+    ) -> pb.CommandResult:
         """Do what a container command asks; what goes wrong is in the result.
 
-        ``begun_at``: when a former agent took it on, which died before it could say what came of it. What that agent
-        did is not done a second time: a container is restarted once, and one that was removed is no error.
+        ``again``: a former agent took it on, and died before it could say what came of it. What that agent did is not
+        done a second time: one that was removed is no error, and a container is restarted once. For that
+        ``restarting`` is told, before a restart, since when the container has run; as ``former`` it comes back.
         """
         result = pb.CommandResult(command_id=command.command_id)
         try:
             match command.WhichOneof("body"):
                 case "container":
-                    result.containers.extend(await self._act(command.container, begun_at))
+                    result.containers.extend(await self._act(command.container, again, former, restarting))
                 case "list_containers":
                     result.containers.extend(await self._list(command.list_containers.all))
                 case "inspect_container":
@@ -64,7 +73,9 @@ class RemoteContainers:
             result.failure.CopyFrom(failure_of(error))
         return result
 
-    async def _act(self, command: pb.ContainerCommand, begun_at: datetime | None) -> list[types.Container]:
+    async def _act(
+        self, command: pb.ContainerCommand, again: bool, former: str | None, restarting: Restarting | None
+    ) -> list[types.Container]:
         grace = seconds(command.grace) if command.HasField("grace") else None
         match command.action:
             case types.CONTAINER_ACTION_START:
@@ -72,16 +83,19 @@ class RemoteContainers:
             case types.CONTAINER_ACTION_STOP:
                 return [self.describe(await self._containers.stop(command.name, grace_s=grace))]
             case types.CONTAINER_ACTION_RESTART:
-                if begun_at is not None:
-                    info = await self._containers.inspect(command.name)
-                    if info.state == "running" and info.started_at is not None and info.started_at > begun_at:
-                        return [self.describe(info)]
+                info = await self._containers.inspect(command.name)
+                since = info.started_at.isoformat() if info.started_at is not None else ""
+                # By the engine's own word at both times: no clock says what came before what.
+                if former is not None and info.state == "running" and since != former:
+                    return [self.describe(info)]
+                if former is None and restarting is not None:
+                    await restarting(since)
                 return [self.describe(await self._containers.restart(command.name, grace_s=grace))]
             case types.CONTAINER_ACTION_REMOVE:
                 try:
                     await self._containers.remove(command.name, force=command.force)
                 except NotFound:
-                    if begun_at is None:
+                    if not again:
                         raise
                 return []
         raise InvalidInput(f"this agent does not know the container action {command.action}", code="unknown_command")

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from agent_core import outbox, spool
 from agent_core.journal import Journal
+from agent_core.steady import SteadyClock
 from agent_core.transitions import Transition
 from outrider.reports import TERMINAL
 from outrider.v1 import node_service_pb2 as pb
@@ -83,6 +83,10 @@ ALTER TABLE attempts ADD COLUMN spent_s REAL NOT NULL DEFAULT 0;   -- of its tim
 ALTER TABLE runs ADD COLUMN spent_s REAL NOT NULL DEFAULT 0;
 """
 
+RESTARTED = """
+ALTER TABLE commands ADD COLUMN former TEXT; -- of a restart: since when the container ran before it; NULL: not begun
+"""
+
 MASKED = """
 ALTER TABLE attempts ADD COLUMN masked INTEGER NOT NULL DEFAULT 1; -- its log is masked with the secrets of its run
 """
@@ -107,6 +111,7 @@ def migrations() -> list[str]:
         managed_rows.SUPERVISION,
         execs.MIGRATION,
         outbox.IDENTITY,
+        RESTARTED,
     ]
 
 
@@ -161,11 +166,12 @@ class Cancellation:
 
 @dataclass(frozen=True, slots=True)
 class CommandRecord:
-    """A command that was received; ``result``: what came of it, None while that is not known."""
+    """A command that was received; ``result``: what came of it, None while that is not known; ``former``: of a
+    restart, since when the container had run before, None where it was not begun."""
 
     digest: bytes
     result: pb.CommandResult | None
-    received_at: datetime
+    former: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +222,7 @@ class State:
     def __init__(self, journal: Journal, clock: Clock | None = None) -> None:
         self.journal = journal
         self.clock = clock or Clock.of_this_boot()
+        self.steady = SteadyClock(journal, self.clock)
 
     async def commit(self, transition: Transition, *changes: Change) -> None:
         """Apply all changes in one transaction; returns when it is on the disk."""
@@ -309,7 +316,7 @@ class State:
 
     def accept_run(self, command: pb.RunPipeline, steps: Sequence[types.StepStatus]) -> Change:
         """A run is taken on: from here it is never lost."""
-        blob, now, boot_clock = command.SerializeToString(), time.time(), self.clock.now()
+        blob, now, boot_clock = command.SerializeToString(), self.steady.now(), self.clock.now()
         rows = [(command.run_id, each.name, i, each.SerializeToString()) for i, each in enumerate(steps)]
 
         def change(db: sqlite3.Connection) -> None:
@@ -394,8 +401,10 @@ class State:
         spent = "spent_s = spent_s + CASE WHEN boot_id = ? THEN max(0, ? - boot_clock) ELSE 0 END"
         row = (boot_id, now, boot_id, now)
         marks = ",".join(str(each) for each in sorted(TERMINAL))
+        note = self.steady.note()
 
         def work(db: sqlite3.Connection) -> None:
+            note(db)
             db.execute(
                 f"UPDATE runs SET {spent}, boot_id = ?, boot_clock = ? WHERE state NOT IN ({marks})",  # noqa: S608
                 row,
@@ -425,11 +434,15 @@ class State:
         return lambda db: db.execute("UPDATE runs SET cancel = ? WHERE run_id = ? AND cancel IS NULL", (text, run_id))
 
     def command_received(self, command_id: str, digest: bytes) -> Change:
-        now = time.time()
+        now = self.steady.now()
         return lambda db: db.execute(
             "INSERT OR IGNORE INTO commands (command_id, digest, received_at) VALUES (?, ?, ?)",
             (command_id, digest, now),
         )
+
+    def restart_intended(self, command_id: str, former: str) -> Change:
+        """A container that has run since ``former`` is about to be restarted."""
+        return lambda db: db.execute("UPDATE commands SET former = ? WHERE command_id = ?", (former, command_id))
 
     def command_answered(self, result: pb.CommandResult) -> Change:
         blob = result.SerializeToString()
@@ -444,7 +457,7 @@ class State:
         return CommandRecord(
             digest=bytes(rows[0]["digest"]),
             result=pb.CommandResult.FromString(blob) if blob is not None else None,
-            received_at=datetime.fromtimestamp(rows[0]["received_at"], UTC),
+            former=rows[0]["former"],
         )
 
     def ends(self, run_ids: Iterable[str]) -> list[pb.RunReport]:
@@ -479,14 +492,17 @@ class State:
         keep_runs: int = 0,
         keep: Collection[str] = (),
     ) -> list[str]:
-        """Drop what nobody needs any more; returns the runs dropped.
+        """Drop what nobody needs any more; returns the runs dropped. Times are those of ``steady``.
 
         A run goes when it is terminal, the server has acknowledged all that was reported of it and its logs, it is not
         in ``keep``, and it was accepted before ``runs_before`` or is not among the ``keep_runs`` newest; a command when
         it is so old that it can't come again.
         """
 
+        note = self.steady.note()
+
         def work(db: sqlite3.Connection) -> list[str]:
+            note(db)
             db.execute("DELETE FROM commands WHERE received_at < ?", (commands_before,))
             rows = db.execute(
                 f"SELECT run_id FROM runs WHERE {_ALL_TOLD} AND (accepted_at < ?"  # noqa: S608 - our own numbers

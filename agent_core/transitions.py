@@ -21,6 +21,7 @@ class Transition(Enum):
     RUN_GIVEN_UP = "run_given_up"  # the agent failed at it itself: unknown
     RUN_RETOLD = "run_retold"  # the end of runs, reported once more because the server asked
     COMMAND_RECEIVED = "command_received"
+    RESTART_INTENDED = "restart_intended"  # a container is about to be restarted from afar, and since when it has run
     COMMAND_ANSWERED = "command_answered"
     FORGOTTEN = "forgotten"  # what nobody needs any more is dropped: runs, commands
     SESSION_KEPT = "session_kept"  # the session to offer when the link is down

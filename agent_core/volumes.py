@@ -20,7 +20,6 @@ import shutil
 import sqlite3
 import stat
 import struct
-import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -202,17 +201,15 @@ class Volumes:
         await asyncio.to_thread(self._empty_trash)
         return len(rows)
 
-    async def remove_unknown_runs(
-        self, *, keep: Collection[str], mounted: Collection[str], older_than_s: float
-    ) -> list[str]:
+    async def remove_unknown_runs(self, *, keep: Collection[str], mounted: Collection[str], before: float) -> list[str]:
         """Remove volumes of runs that the journal knows nothing of, as after its loss; returns those runs.
 
-        Those of the runs ``keep`` stay, and those with a path that a container has ``mounted``. The age is that of the
-        run's last change to its volumes' directories.
+        Those of the runs ``keep`` stay, those with a path that a container has ``mounted``, and those of which one of
+        the directories was last changed after ``before``, in seconds since 1970.
         """
         known = {str(row["owner"]) for row in await self._journal.query("SELECT owner FROM volumes WHERE scope='run'")}
         gone = []
-        for run_id in await asyncio.to_thread(self._runs_on_disk, older_than_s):
+        for run_id in await asyncio.to_thread(self._runs_on_disk, before):
             prefix = str(self._root / "run" / run_id)
             in_use = any(path == prefix or path.startswith(f"{prefix}/") for path in mounted)
             if run_id not in known and run_id not in keep and not in_use:
@@ -252,10 +249,9 @@ class Volumes:
                 hint="free some space below the agent's state directory",
             )
 
-    def _runs_on_disk(self, older_than_s: float) -> list[str]:
-        """Runs with directories of which none was changed for so long."""
+    def _runs_on_disk(self, before: float) -> list[str]:
+        """Runs with directories of which none was changed since then."""
         found = []
-        before = time.time() - older_than_s
         with ExitStack() as stack, suppress(FileNotFoundError):
             runs = self._descend(stack, ["run"], create=False)
             for run_id in os.listdir(runs):

@@ -32,7 +32,8 @@ class Housekeeping:
 
     async def once(self) -> None:
         """Everything that is due now, in small transactions. Raises the store's errors; what is done stays done."""
-        await self._db.write(Commit.REQUESTS_FORGOTTEN, requests.forget_old)
+        answered_before = self._ago_us(requests.KEPT_DAYS)
+        await self._db.write(Commit.REQUESTS_FORGOTTEN, lambda c: requests.forget_old(c, answered_before))
         gone = await self._retire_events()
         retired = await self._retire_old_logs()
         retired += await self._retire_logs_for_room()

@@ -11,7 +11,7 @@ from outrider.errors import Conflict
 from server_core.store import schema
 from server_core.store.common import now_us
 
-KEPT_US = 7 * 24 * 3600 * 1_000_000
+KEPT_DAYS = 7
 
 
 def answer_of(connection: Connection, caller: str, request_id: str, digest: bytes) -> bytes | None:
@@ -39,5 +39,6 @@ def keep(connection: Connection, caller: str, request_id: str, digest: bytes, se
     )
 
 
-def forget_old(connection: Connection) -> int:
-    return connection.execute(delete(schema.requests).where(schema.requests.c.created_at < now_us() - KEPT_US)).rowcount
+def forget_old(connection: Connection, before_us: int) -> int:
+    """Forget the answers that were given before then; returns how many."""
+    return connection.execute(delete(schema.requests).where(schema.requests.c.created_at < before_us)).rowcount

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 
 from agent_core.cleanup import UNDER_PRESSURE, Ages, Cleanup
 from agent_core.container_spec import ContainerScope, GrantedVolume, ManagedSpec
+from agent_core.journal import Journal
 from agent_core.policy import NetworkClass, NodePolicy
 from agent_core.runtimes.base import (
     LABEL_ATTEMPT,
@@ -26,6 +27,9 @@ from agent_core.runtimes.base import (
 )
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.services import Removals
+from agent_core.state import migrations
+from agent_core.steady import SteadyClock
+from agent_core.transitions import Transition
 from tests.agent_rig import BASE_IMAGE, Rig, rig
 
 DAY_S = 24 * 3600.0
@@ -139,6 +143,53 @@ async def test_volumes_of_runs_that_nobody_knows_go_by_age_and_never_while_a_con
     await cleanup(agent).relieve()
     assert [each.exists() for each in (hours, fresh, mounted, object_volume)] == [False, True, True, True]
     assert not list((agent.services.config.state_dir / "volumes" / ".trash").iterdir())
+
+
+@pytest.mark.parametrize("jump_s", [8 * DAY_S, -8 * DAY_S])
+async def test_a_wall_clock_that_is_set_makes_nothing_old(
+    agent: Rig, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    state, real = agent.services.state, time.time
+    before = volume(agent, "before", age_s=1)
+    await container(runtime, "stray", age_s=1, labels=labels("gone"))
+    await state.commit(Transition.COMMAND_RECEIVED, state.command_received("before", b"d"))
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+    after = volume(agent, "after", age_s=1)
+    await state.commit(Transition.COMMAND_RECEIVED, state.command_received("after", b"d"))
+    await cleanup(agent).once()
+    await asyncio.sleep(0.1)  # removals are not waited for
+    assert [each.exists() for each in (before, after)] == [True, True]
+    assert "stray" in await names(runtime)
+    assert [await state.command(each) is not None for each in ("before", "after")] == [True, True]
+
+
+async def test_ages_go_on_in_the_next_agent_whatever_the_clock_is_set_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass
+    class Boot:
+        boot_id: str
+        time: float = 1000.0
+
+        def now(self) -> float:
+            return self.time
+
+    journal = Journal(tmp_path / "journal.db", migrations())
+    boot = Boot("one")
+    first = SteadyClock(journal, boot)
+    began = first.now()
+    await journal.write(Transition.TIME_SPENT, lambda db: first.note()(db) and None)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 8 * DAY_S)
+    boot.time += 60
+    second = SteadyClock(journal, boot)
+    assert second.now() == pytest.approx(began + 60)
+    assert second.stamped_before(0) == pytest.approx(began + 60)
+    await journal.write(Transition.TIME_SPENT, lambda db: second.note()(db) and None)
+    rebooted = SteadyClock(journal, Boot("two", 5.0))
+    assert rebooted.now() == pytest.approx(began + 60)
+    assert rebooted.stamped_before(0) == pytest.approx(time.time(), abs=10)  # the only clock that knows of it
+    journal.close()
 
 
 async def test_what_is_held_for_a_game_that_somebody_removed_is_given_back_in_time(

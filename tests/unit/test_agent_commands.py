@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from agent_core.commands import Commands
+from agent_core.container_spec import ContainerScope, ManagedSpec
+from agent_core.policy import NetworkClass, NodePolicy
 from agent_core.remote import RemoteContainers
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
+from agent_core.transitions import Transition
 from outrider.v1 import node_service_pb2 as pb
+from outrider.v1 import types_pb2 as types
 from tests.agent_rig import BASE_IMAGE, Rig, rig
 
 TEXT = json.dumps({"name": "p", "steps": [{"name": "a", "uses": "test.shell"}]})
@@ -59,3 +63,25 @@ async def test_another_command_under_the_same_id_is_refused(tmp_path: Path) -> N
         ack = await commands(agent).handle(pb.Command(command_id=f"c-{run_id}", digest=b"another", cancel_run=cancel))
         assert ack.refused.code == "digest_mismatch"
         assert run_id in agent.runs.active
+
+
+async def test_a_restart_that_a_killed_agent_had_begun_is_not_done_a_second_time(tmp_path: Path) -> None:
+    runtime = FakeRuntime({BASE_IMAGE: hold, "game:1": hold}, images=set())
+    policy = NodePolicy(warm_none=0, networks={"egress": NetworkClass(network="outrider", warm=0)})
+    async with rig(tmp_path, runtime, policy=policy) as agent:
+        services = agent.services
+        started = await services.containers.start(
+            ManagedSpec.parse({"name": "game", "image": "game:1"}), ContainerScope("r1", "start", 1, None, {}, 1, 1)
+        )
+        restart = pb.ContainerCommand(action=types.CONTAINER_ACTION_RESTART, name="game")
+        command = pb.Command(command_id="op-1", digest=b"d", container=restart)
+        results: list[pb.CommandResult] = []
+        await commands(agent, results.append).handle(command)
+        await agent.until(lambda: results)
+        since = runtime._containers[started.id].info.started_at
+        # As it is left by an agent that was killed before it could say what came of it.
+        await services.state.journal.execute(Transition.COMMAND_ANSWERED, "UPDATE commands SET result = NULL")
+        await commands(agent, results.append).handle(command)
+        await agent.until(lambda: len(results) == 2)
+        assert not results[1].HasField("failure")
+        assert runtime._containers[started.id].info.started_at == since

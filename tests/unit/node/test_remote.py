@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,21 +26,41 @@ def order(action: types.ContainerAction) -> pb.Command:
 async def test_container_that_a_killed_agent_had_removed_is_removed(parts: Parts) -> None:
     await parts.containers.start(GAME, parts.scope)
     remote, remove = RemoteContainers(parts.containers), order(types.CONTAINER_ACTION_REMOVE)
-    begun_at = datetime.now(UTC)
     assert not (await remote.carry_out(remove)).HasField("failure")
-    assert not (await remote.carry_out(remove, begun_at=begun_at)).HasField("failure")
+    assert not (await remote.carry_out(remove, again=True)).HasField("failure")
     first = await remote.carry_out(remove)
     assert first.failure.code == "not_found"  # nobody had begun this one: the name is wrong
 
 
-@pytest.mark.parametrize("begun_before_the_restart", [True, False])
+@pytest.mark.parametrize("clock_is_set_by_s", [0.0, -8 * 86400.0, 8 * 86400.0])
 async def test_container_that_a_killed_agent_had_restarted_is_restarted_once(
-    parts: Parts, begun_before_the_restart: bool
+    parts: Parts, clock_is_set_by_s: float
 ) -> None:
-    await parts.containers.start(GAME, parts.scope)
+    started = await parts.containers.start(GAME, parts.scope)
     remote, restart = RemoteContainers(parts.containers), order(types.CONTAINER_ACTION_RESTART)
-    before = datetime.now(UTC)
-    (first,) = (await remote.carry_out(restart)).containers
-    begun_at = before if begun_before_the_restart else datetime.now(UTC)
-    (again,) = (await remote.carry_out(restart, begun_at=begun_at)).containers
-    assert (again.started_at == first.started_at) == begun_before_the_restart
+    noted: list[str] = []
+
+    async def restarting(former: str) -> None:
+        noted.append(former)
+
+    await remote.carry_out(restart, restarting=restarting)
+    held = parts.runtime._containers[started.id]
+    assert held.info.started_at is not None
+    held.info = replace(held.info, started_at=held.info.started_at + timedelta(seconds=clock_is_set_by_s))
+    (again,) = (await remote.carry_out(restart, again=True, former=noted[0], restarting=restarting)).containers
+    assert again.started_at.ToMicroseconds() == round(held.info.started_at.timestamp() * 1e6)
+    assert len(noted) == 1
+
+
+@pytest.mark.parametrize("was_noted", [True, False])
+async def test_container_that_a_killed_agent_did_not_come_to_restart_is_restarted(
+    parts: Parts, was_noted: bool
+) -> None:
+    started = await parts.containers.start(GAME, parts.scope)
+    before = (await parts.containers.inspect("arena")).started_at
+    assert before is not None
+    remote, restart = RemoteContainers(parts.containers), order(types.CONTAINER_ACTION_RESTART)
+    await remote.carry_out(restart, again=True, former=before.isoformat() if was_noted else None)
+    after = parts.runtime._containers[started.id].info.started_at
+    assert after is not None
+    assert after > before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +10,10 @@ import pytest
 from sqlalchemy import func, select, update
 
 from outrider.v1 import control_service_pb2, types_pb2
-from server_core import housekeeping
 from server_core.bus.local import LocalBus
 from server_core.config import ServerConfig
 from server_core.housekeeping import Housekeeping
-from server_core.store import events, logs, retention, runs, schema
+from server_core.store import events, logs, requests, retention, runs, schema
 from server_core.store.commits import Commit
 from server_core.store.common import now_us
 from server_core.store.sqlite import SqliteDatabase
@@ -124,13 +124,17 @@ async def test_wall_clock_that_is_set_forward_makes_nothing_old(
     db: SqliteDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(db, "young", state=types_pb2.RUN_STATE_SUCCEEDED, age_days=1)
+    db.write_now(Commit.REQUESTS_FORGOTTEN, lambda c: requests.keep(c, "operator:a", "request", b"d", b"answer"))
     running = keeping(db, keep_logs_days=30, keep_events_days=90)
-    monkeypatch.setattr(housekeeping, "now_us", lambda: now_us() + 400 * DAY_US)
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() + 400 * DAY_US * 1000)
     await running.once()
     assert await text_of(db, "young") == (b"x" * 2000, 0)
+    assert await db.read(lambda c: requests.answer_of(c, "operator:a", "request", b"d")) == b"answer"
     # As a server that is started after so long would have it: the guard is not for want of a clock.
     await keeping(db, keep_logs_days=30).once()
     assert await text_of(db, "young") == (b"", 2000)
+    assert await db.read(lambda c: requests.answer_of(c, "operator:a", "request", b"d")) is None
 
 
 async def test_nothing_goes_where_nothing_is_set(db: SqliteDatabase) -> None:
