@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from importlib.metadata import EntryPoint
@@ -391,20 +391,13 @@ class Agent:
         """Every run in the journal."""
         return self._services.state.held()
 
-    async def brief(self) -> types.BriefState:
-        """How the node is now."""
+    def brief(self) -> types.BriefState:
+        """How the node is now, as far as that is known without asking the engine."""
         services = self._services
         brief = load(self.config.state_dir)
         brief.engine_ok, brief.engine_error = services.engine.ok, services.engine.error
         if services.engine.ok and services.engine.stuck:
             brief.engine_error = f"it hangs on {', '.join(sorted(services.engine.stuck))}"
-        if services.engine.ok:
-            # A heartbeat never waits for an engine that hangs.
-            with contextlib.suppress(OutriderError, TimeoutError):
-                async with asyncio.timeout(_ENGINE_ANSWERS_S):
-                    found = await services.runtime.list()
-                for state, count in Counter(info.state for info in found).items():
-                    brief.containers[state] = count
         brief.runs.extend(self._runs.active)
         brief.operations.extend(
             types.OperationCount(
@@ -416,12 +409,22 @@ class Agent:
             for each in services.operations.all()
         )
         brief.outbox_depth = services.outbox.depth
+        brief.log_bytes = services.spool.owed_bytes
         brief.state_digest = held_digest(self.held_runs())
         return brief
 
+    async def count_containers(self) -> Mapping[str, int]:
+        """How many the engine has, by state; none if it does not answer."""
+        if self._services.engine.ok:
+            # A heartbeat never waits for an engine that hangs.
+            with contextlib.suppress(OutriderError, TimeoutError):
+                async with asyncio.timeout(_ENGINE_ANSWERS_S):
+                    return Counter(info.state for info in await self._services.runtime.list())
+        return {}
+
     async def full_report(self) -> types.FullReport:
-        """Everything that the node holds but its runs: those are looked up as it is sent."""
-        report = types.FullReport(brief=await self.brief())
+        """What the engine has of all that the node holds; the rest is looked up as it is sent."""
+        report = types.FullReport(brief=types.BriefState(containers=await self.count_containers()))
         if self._services.engine.ok:
             with contextlib.suppress(OutriderError, TimeoutError):
                 async with asyncio.timeout(_ENGINE_ANSWERS_S):
@@ -449,7 +452,7 @@ class Agent:
 
     async def _describe(self) -> dict[str, Any]:
         """For `outrider agent status`."""
-        services, brief = self._services, await self.brief()
+        services = self._services
         return {
             "node_id": self.config.node_id,
             "version": __version__,
@@ -470,8 +473,8 @@ class Agent:
             "disk": services.disk.describe(),
             "journal": self._rebuild.describe() | {"blocked": services.state.journal.blocked},
             "runs": self._runs.describe(),
-            "containers": dict(brief.containers),
-            "outbox_depth": brief.outbox_depth,
+            "containers": dict(await self.count_containers()),
+            "outbox_depth": services.outbox.depth,
             "spool_bytes": services.spool.size_bytes,
             "operations": [asdict(each) for each in services.operations.all()],
             "plugins": [

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from outrider.awake import AwakeClock
 from outrider.errors import OutriderError, Unavailable
@@ -24,7 +24,7 @@ from outrider.wire import seconds
 MISSED = 2
 """After the longest time that so many heartbeats can take without an answer a connection is given up."""
 _MAX_JITTER = 0.9
-_BRIEF_TAKES_S = 1.0
+_COUNT_TAKES_S = 1.0
 
 
 class Heartbeats:
@@ -33,7 +33,8 @@ class Heartbeats:
     def __init__(
         self,
         identity: Identity,
-        brief: Callable[[], Awaitable[types.BriefState]],
+        brief: Callable[[], types.BriefState],
+        containers: Callable[[], Awaitable[Mapping[str, int]]],
         send: Callable[[pb.AgentMessage], None],
         *,
         rng: random.Random,
@@ -41,6 +42,7 @@ class Heartbeats:
     ) -> None:
         self._identity = identity
         self._brief = brief
+        self._count = containers
         self._send = send
         self._rng = rng
         self._interval_s = 10.0
@@ -49,7 +51,7 @@ class Heartbeats:
         self._answered_at = 0.0
         self._sequence = 0
         self._told = asyncio.Event()
-        self._last_brief = types.BriefState()
+        self._counted: Mapping[str, int] = {}
 
     @property
     def longest_silence_s(self) -> float:
@@ -79,34 +81,26 @@ class Heartbeats:
 
     async def run(self, server: str) -> None:
         """Send them until cancelled. Raises Unavailable once ``server`` has left them unanswered for too long."""
-        gathering: asyncio.Task[types.BriefState] | None = None
+        counting: asyncio.Task[Mapping[str, int]] | None = None
         self._answered_at = self._awake.now()
         try:
             while True:
-                # A heartbeat never waits for an engine that hangs: it goes with what was known before.
-                gathering = gathering or asyncio.ensure_future(self._gather())
-                await asyncio.wait({gathering}, timeout=min(self._interval_s / 4, _BRIEF_TAKES_S))
-                if gathering.done():
-                    self._last_brief = gathering.result()
-                    gathering = None
-                    self._send_one(self._last_brief)
-                else:
-                    stale = types.BriefState()
-                    stale.CopyFrom(self._last_brief)
-                    stale.state_digest = b""  # of runs as they were: nothing to compare with
-                    self._send_one(stale)
+                # A heartbeat never waits for an engine that hangs: it goes with the containers that there were. All
+                # else is as it is now, so that nobody takes a node for empty that is not.
+                counting = counting or asyncio.ensure_future(self._count())
+                await asyncio.wait({counting}, timeout=min(self._interval_s / 4, _COUNT_TAKES_S))
+                if counting.done():
+                    self._counted = counting.result()
+                    counting = None
+                brief = self._brief()
+                brief.containers.update(self._counted)
+                self._send_one(brief)
                 await self._until_the_next(server)
         finally:
-            if gathering is not None:
-                gathering.cancel()
+            if counting is not None:
+                counting.cancel()
                 with contextlib.suppress(asyncio.CancelledError, OutriderError):
-                    await gathering
-
-    async def _gather(self) -> types.BriefState:
-        try:
-            return await self._brief()
-        except OutriderError:
-            return self._last_brief
+                    await counting
 
     def _send_one(self, brief: types.BriefState) -> None:
         self._sequence += 1

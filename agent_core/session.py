@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,9 @@ class Host(Protocol):
 
     def held_runs(self) -> list[types.HeldRun]: ...
 
-    async def brief(self) -> types.BriefState: ...
+    def brief(self) -> types.BriefState: ...
+
+    async def count_containers(self) -> Mapping[str, int]: ...
 
     async def full_report(self) -> types.FullReport: ...
 
@@ -124,7 +126,7 @@ class Session:
         self.identity = Identity(token="", node_id=credentials.node_id)
         rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._reconnect = Reconnect(retry, rng)
-        self._heartbeats = Heartbeats(self.identity, host.brief, self._send, rng=rng)
+        self._heartbeats = Heartbeats(self.identity, host.brief, host.count_containers, self._send, rng=rng)
 
     # What the rest of the agent uses.
 
@@ -329,8 +331,10 @@ class Session:
 
     def _send_account(self, report: types.FullReport) -> None:
         # An engine may be slow to say what it has. Behind the report of a run's end a list of runs from before it would
-        # have the run go on.
+        # have the run go on, and a brief from before it would say that nothing is left to hand in.
         report.runs.extend(self._host.held_runs())
+        if report.HasField("brief"):
+            report.brief.MergeFrom(self._host.brief())
         self._send(pb.AgentMessage(full_report=report))
 
     async def _write(self, call: Any) -> None:

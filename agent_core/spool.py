@@ -114,6 +114,15 @@ class Spool:
         """Bytes kept for the server."""
         return self._bytes
 
+    @property
+    def owed_bytes(self) -> int:
+        """Bytes that the server has not acknowledged; a gap that it has not heard of counts as one."""
+        owed = 0
+        for log in self._logs.values():
+            if not log.aside and not log.settled:
+                owed += max(log.accepted - log.acked, 1 if log.done else 0)
+        return owed
+
     async def open(self, run_id: str, step: str, attempt: int) -> dict[StreamName, LogFile]:
         """Both logs of an attempt, new or as they were when the agent stopped."""
         keys = [LogKey(run_id, step, attempt, stream) for stream in STREAMS]

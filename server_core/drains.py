@@ -11,6 +11,7 @@ from the wall clock.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,7 @@ from sqlalchemy import Connection
 
 from outrider._suggest import listing
 from outrider.errors import OutriderError
-from outrider.v1 import types_pb2
+from outrider.v1 import node_service_pb2, types_pb2
 from server_core.bus.base import EVENTS, NODES, Bus, run_topic
 from server_core.dispatch import Dispatcher
 from server_core.fleet import Fleet
@@ -52,6 +53,8 @@ class Drains:
         self._dispatcher = dispatcher
         self._clock = clock
         self._open: dict[str, float | None] = {}  # nodes that are not drained yet, with the time of their deadline
+        # By node: the brief that there was when its last run was found to be over. It may be from before that end.
+        self._former: dict[str, types_pb2.BriefState] = {}
 
     async def load(self) -> None:
         """Go on with what a former server had begun."""
@@ -71,6 +74,7 @@ class Drains:
     def forget(self, node_id: str) -> None:
         """The node takes runs again, or was removed."""
         self._open.pop(node_id, None)
+        self._former.pop(node_id, None)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -88,7 +92,7 @@ class Drains:
         if drain is None:
             self.forget(node_id)
             return
-        if not self._waits_for(node_id, held):
+        if await self._is_empty(node_id, held):
             await self._drained(node_id)
             return
         due = self._open.get(node_id)
@@ -100,7 +104,7 @@ class Drains:
         """Put the state of its drain, as it is now, onto a node's record."""
         node_id = node.node_id
         drain, held = await self._stored(node_id)
-        if drain is not None and drain.drained_us is None and not self._waits_for(node_id, held):
+        if drain is not None and drain.drained_us is None and await self._is_empty(node_id, held):
             # Written down before it is told: the node may be switched off because of it.
             await self._drained(node_id)
             drain, held = await self._stored(node_id)
@@ -128,13 +132,32 @@ class Drains:
     def _waits_for(self, node_id: str, held: Sequence[str]) -> str:
         """The sentence that says why the node can't be called drained; "" if it can."""
         if held:
+            self._former.pop(node_id, None)
             return f"it has {'run' if len(held) == 1 else 'runs'} {listing(held)}"
         channel, brief = self._fleet.channel(node_id), self._fleet.brief(node_id)
         if channel is None or not channel.reported or brief is None:
             return "it is offline, and what it has can't be known"
         if brief.runs:
             return f"it speaks of {'run' if len(brief.runs) == 1 else 'runs'} {listing(brief.runs)}"
-        return f"it has {brief.outbox_depth} reports to hand in" if brief.outbox_depth else ""
+        if brief.outbox_depth:
+            return f"it has {brief.outbox_depth} reports to hand in"
+        if brief.log_bytes:
+            return f"it has {brief.log_bytes} bytes of logs to hand in"
+        # What it said before its last run ended says nothing of what that run left to hand in.
+        return "it is asked what it has to hand in" if brief is self._former.setdefault(node_id, brief) else ""
+
+    async def _is_empty(self, node_id: str, held: Sequence[str]) -> bool:
+        """Whether the node can be called drained; where only its word is missing, it is asked for it."""
+        former = self._former.get(node_id)
+        if not self._waits_for(node_id, held):
+            return True
+        channel = self._fleet.channel(node_id)
+        if self._former.get(node_id) is not former and channel is not None and not held:
+            # Its next heartbeat would say it, too, but somebody may be waiting.
+            with contextlib.suppress(OutriderError):
+                request = node_service_pb2.FullReportRequest()
+                await channel.send(node_service_pb2.ServerMessage(full_report_request=request))
+        return False
 
     async def _stored(self, node_id: str) -> tuple[Draining | None, Sequence[str]]:
         """The node's drain, and the runs that it has or may have."""

@@ -144,6 +144,7 @@ def show(app: App, node_id: str, as_json: bool) -> None:
             ("containers", ", ".join(f"{count} {state}" for state, count in sorted(brief.containers.items()))),
             ("runs", " ".join(brief.runs)),
             ("outbox", str(brief.outbox_depth) if brief.outbox_depth else ""),
+            ("logs waiting", f"{brief.log_bytes} bytes" if brief.log_bytes else ""),
             *((f"fact {name}", value) for name, value in sorted(facts.items())),
         ]
     )

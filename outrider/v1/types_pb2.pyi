@@ -910,6 +910,7 @@ class BriefState(google.protobuf.message.Message):
     OUTBOX_DEPTH_FIELD_NUMBER: builtins.int
     STATE_DIGEST_FIELD_NUMBER: builtins.int
     OPERATIONS_FIELD_NUMBER: builtins.int
+    LOG_BYTES_FIELD_NUMBER: builtins.int
     cpu_percent: builtins.float
     memory_used_bytes: builtins.int
     memory_total_bytes: builtins.int
@@ -922,6 +923,8 @@ class BriefState(google.protobuf.message.Message):
     outbox_depth: builtins.int
     state_digest: builtins.bytes
     """SHA-256 of the full report"""
+    log_bytes: builtins.int
+    """of steps' logs, that the server has not acknowledged; a gap alone counts as one"""
     @property
     def containers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """number by state"""
@@ -949,8 +952,9 @@ class BriefState(google.protobuf.message.Message):
         outbox_depth: builtins.int = ...,
         state_digest: builtins.bytes = ...,
         operations: collections.abc.Iterable[global___OperationCount] | None = ...,
+        log_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["containers", b"containers", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "disk_total_bytes", b"disk_total_bytes", "engine_error", b"engine_error", "engine_ok", b"engine_ok", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "operations", b"operations", "outbox_depth", b"outbox_depth", "runs", b"runs", "state_digest", b"state_digest"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["containers", b"containers", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "disk_total_bytes", b"disk_total_bytes", "engine_error", b"engine_error", "engine_ok", b"engine_ok", "log_bytes", b"log_bytes", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "operations", b"operations", "outbox_depth", b"outbox_depth", "runs", b"runs", "state_digest", b"state_digest"]) -> None: ...
 
 global___BriefState = BriefState
 

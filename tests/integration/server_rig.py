@@ -118,6 +118,7 @@ class FakeAgent:
     log_acks: list[npb.RunLogAck] = field(default_factory=list)
     heartbeats: list[npb.HeartbeatResponse] = field(default_factory=list)
     held: list[tpb.HeldRun] = field(default_factory=list)
+    brief: tpb.BriefState = field(default_factory=lambda: tpb.BriefState(engine_ok=True))
     acknowledges: bool = True
     on_command: Handler | None = None
     session: npb.RegisterResponse | None = None
@@ -156,7 +157,7 @@ class FakeAgent:
             await self.full_report()
 
     async def full_report(self) -> None:
-        await self.send(full_report=tpb.FullReport(runs=self.held, brief=tpb.BriefState(engine_ok=True)))
+        await self.send(full_report=tpb.FullReport(runs=self.held, brief=self.brief))
 
     async def start(self) -> FakeAgent:
         """Registered, connected, and known to be."""
@@ -173,6 +174,8 @@ class FakeAgent:
     async def heartbeat(self, *, wrong: bool = False, again: bool = False, digest: bytes = b"", depth: int = 0) -> None:
         assert self.session is not None
         self.sequence += not again
+        brief = tpb.BriefState(cpu_percent=12.5, state_digest=digest, outbox_depth=depth)
+        brief.MergeFrom(self.brief)
         proof = tokens.heartbeat_proof(
             tokens.digest(self.token), self.session.session_id, self.session.epoch, self.sequence
         )
@@ -182,7 +185,7 @@ class FakeAgent:
                 epoch=self.session.epoch,
                 sequence=self.sequence,
                 proof=b"wrong" if wrong else proof,
-                brief=tpb.BriefState(engine_ok=True, cpu_percent=12.5, state_digest=digest, outbox_depth=depth),
+                brief=brief,
             )
         )
 

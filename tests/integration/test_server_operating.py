@@ -177,6 +177,21 @@ async def test_a_node_is_drained_when_server_and_node_agree_that_it_is_empty(
     assert [verb for verb, _ in await audited(control)][:2] == ["undrain", "drain"]
 
 
+async def test_a_node_is_not_drained_while_it_has_logs_to_hand_in(rig: Rig, control: Control, agent: FakeAgent) -> None:
+    await execute(rig, control)
+    [order] = await agent.runs()
+    await drain(rig, control)
+    agent.brief.log_bytes = 4711  # said first after the end of its run: what came before is of the past
+    sequence = await agent.report(order, tpb.RUN_STATE_SUCCEEDED, step(SUCCEEDED, name="one"))
+    await agent.until(lambda: sequence in agent.acks)
+    await node_until(control, lambda node: node.drain.waits_for == "it has 4711 bytes of logs to hand in")
+    await asyncio.sleep(0.7)  # longer than the server takes between two looks
+    assert not (await control.GetNode(cpb.GetNodeRequest(node_id="n1"), timeout=TIMEOUT)).drain.drained
+    agent.brief.log_bytes = 0
+    await agent.heartbeat()
+    await node_until(control, lambda node: node.drain.drained)
+
+
 async def test_a_node_that_is_away_is_not_called_drained(rig: Rig, control: Control, agent: FakeAgent) -> None:
     await agent.cut()
     await node_until(control, lambda node: not node.online)

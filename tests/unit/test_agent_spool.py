@@ -64,6 +64,28 @@ async def test_a_log_survives_the_agent_and_goes_when_it_is_acknowledged(tmp_pat
     again.close()
 
 
+async def test_what_the_server_has_not_acknowledged_is_owed_bytes_and_gaps_alike(
+    tmp_path: Path, journal: Journal
+) -> None:
+    spool = Spool(tmp_path / "spool", journal, max_bytes=5)
+    files = await spool.open("r1", "a", 1)
+    assert spool.owed_bytes == 0
+    assert spool.append(files["stdout"], b"hello")
+    assert spool.owed_bytes == 5
+    await spool.flush()
+    await State(journal).commit(
+        Transition.ATTEMPT_SETTLED, spool.finished(files["stdout"], gap=6), spool.finished(files["stderr"], gap=-1)
+    )
+    assert spool.owed_bytes == 6
+    await spool.acknowledge(files["stdout"].key, 5)
+    assert spool.owed_bytes == 2  # a gap in each is to be told yet
+    await spool.acknowledge(files["stdout"].key, 11)
+    assert spool.owed_bytes == 1
+    spool.set_aside("r1")  # the server has no such run
+    assert spool.owed_bytes == 0
+    spool.close()
+
+
 async def test_a_restarted_reader_adds_only_what_is_missing(tmp_path: Path, journal: Journal) -> None:
     spool = Spool(tmp_path / "spool", journal)
     files = await spool.open("r1", "a", 1)

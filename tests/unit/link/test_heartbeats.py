@@ -40,7 +40,8 @@ class Link:
         self.engine_hangs = False
         self.beats = Heartbeats(
             Identity("token", "n1", "s1", 3),
-            self._brief,
+            lambda: types.BriefState(engine_ok=True, state_digest=b"d", runs=["r1"], outbox_depth=7),
+            self._count,
             self._send,
             rng=random.Random(1),
             clock=clock or time.monotonic,
@@ -60,10 +61,10 @@ class Link:
         if self.answering:
             self.beats.answered()
 
-    async def _brief(self) -> types.BriefState:
+    async def _count(self) -> dict[str, int]:
         if self.engine_hangs:
             await asyncio.sleep(3600)
-        return types.BriefState(engine_ok=True, state_digest=b"d")
+        return {"running": 2}
 
 
 @asynccontextmanager
@@ -132,5 +133,13 @@ async def test_an_engine_that_hangs_delays_no_heartbeat() -> None:
         link.engine_hangs = True
         began = len(link.sent)
         await link.until(began + 3)
-    assert link.sent[-1][1].brief.engine_ok
-    assert not link.sent[-1][1].brief.state_digest  # it is as old as the rest: nothing to compare with
+    assert link.sent[-1][1].brief.containers == {"running": 2}  # as there were
+
+
+async def test_the_first_heartbeat_says_what_the_node_has_though_its_engine_is_slow() -> None:
+    link = Link()
+    link.engine_hangs = True
+    async with running(link):
+        await link.until(1)
+    brief = link.sent[0][1].brief
+    assert (list(brief.runs), brief.outbox_depth, brief.state_digest) == (["r1"], 7, b"d")
