@@ -295,13 +295,18 @@ class RunExecution:
         """The values allotted to ``step``. Waits for the server as long as the step's timeout (or ``within_s``) lets
         it; ``secrets``: also where none is allotted, because the secrets of the run are needed."""
         values: dict[str, str] = {}
+        asked_at = self.services.state.clock.now()
         wanted = secrets or any("." in each for each in step.envs.values())
         if self._envs is not None and (self._envs.done() or wanted):
             if not self._envs.done():
                 # On the way most of the time: only what takes a while is worth telling.
                 await asyncio.wait({self._envs}, timeout=0.5)
             if not self._envs.done():
-                await self.waiting(status, "envs")
+                # An attempt that goes on has its own beginning in the journal.
+                ready = [self.services.state.step_ready(self.run_id, step.name, asked_at)] if within_s is None else []
+                await self.waiting(status, "envs", *ready)
+            if within_s is None:
+                within_s = self._left_s(step, asked_at)
             try:
                 values, secret_names = await self._with_deadline(step, within_s)
             except PermanentError:
@@ -316,12 +321,20 @@ class RunExecution:
             raise NotFound(f"step {step.name}: the server has no env {', '.join(missing)}", code="env_not_found")
         return {name: values[reference] for name, reference in step.envs.items()}
 
-    async def _with_deadline(self, step: Step, within_s: float | None) -> Envs:
+    def _left_s(self, step: Step, asked_at: float) -> float:
+        """What is left of the time that ``step`` may wait; former agents have had their part of it."""
+        clock, record = self.services.state.clock, self.record.steps.get(step.name)
+        if record is None or record.ready_boot_id is None:
+            waited_s = clock.now() - asked_at
+        else:
+            waited_s = record.ready_spent_s + clock.since(record.ready_boot_id, record.ready_clock)
+        return max(0.0, (step.timeout_s or self.services.config.step_timeout_s) - waited_s)
+
+    async def _with_deadline(self, step: Step, within_s: float) -> Envs:
         assert self._envs is not None
         stop = asyncio.ensure_future(self._cancelled.wait())
-        limit_s = (step.timeout_s or self.services.config.step_timeout_s) if within_s is None else within_s
         try:
-            await asyncio.wait({self._envs, stop}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({self._envs, stop}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.cancel()
         if self._envs.done():
@@ -348,11 +361,11 @@ class RunExecution:
         )
         self.services.outbox.notify()
 
-    async def waiting(self, status: types.StepStatus, reason: str) -> None:
+    async def waiting(self, status: types.StepStatus, reason: str, *changes: Change) -> None:
         """The step is ready to start and waits for ``reason``; "": not any more."""
         status.state = types.STEP_STATE_WAITING if reason else types.STEP_STATE_RUNNING
         status.reason = reason
-        await self.commit(Transition.STEP_WAITING, status)
+        await self.commit(Transition.STEP_WAITING, status, *changes)
 
     async def end(
         self, status: types.StepStatus, state: types.StepState.ValueType, *changes: Change, reason: str = ""

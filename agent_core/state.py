@@ -87,6 +87,12 @@ RESTARTED = """
 ALTER TABLE commands ADD COLUMN former TEXT; -- of a restart: since when the container ran before it; NULL: not begun
 """
 
+READY = """
+ALTER TABLE steps ADD COLUMN ready_boot_id TEXT;                     -- boot_id and clock since when it has waited for
+ALTER TABLE steps ADD COLUMN ready_clock REAL NOT NULL DEFAULT 0;    -- its envs; NULL: it does not
+ALTER TABLE steps ADD COLUMN ready_spent_s REAL NOT NULL DEFAULT 0;  -- of that wait, before ready_clock
+"""
+
 MASKED = """
 ALTER TABLE attempts ADD COLUMN masked INTEGER NOT NULL DEFAULT 1; -- its log is masked with the secrets of its run
 """
@@ -112,6 +118,7 @@ def migrations() -> list[str]:
         execs.MIGRATION,
         outbox.IDENTITY,
         RESTARTED,
+        READY,
     ]
 
 
@@ -179,6 +186,9 @@ class StepRecord:
     status: types.StepStatus
     plan: dict[str, Any] | None
     params: dict[str, Any] | None
+    ready_boot_id: str | None = None
+    ready_clock: float = 0.0
+    ready_spent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +291,9 @@ class State:
                 types.StepStatus.FromString(each["status"]),
                 json.loads(each["plan"]) if each["plan"] else None,
                 json.loads(each["params"]) if each["params"] else None,
+                each["ready_boot_id"],
+                each["ready_clock"],
+                each["ready_spent_s"],
             )
             for each in self.journal.query_now("SELECT * FROM steps WHERE run_id = ? ORDER BY position", (run_id,))
         }
@@ -357,6 +370,15 @@ class State:
         blob, name = status.SerializeToString(), status.name
         return lambda db: db.execute("UPDATE steps SET status = ? WHERE run_id = ? AND name = ?", (blob, run_id, name))
 
+    def step_ready(self, run_id: str, step: str, since: float) -> Change:
+        """The step has waited for its envs ``since`` then, by the clock of this boot, unless it has for longer."""
+        row = (self.clock.boot_id, since, run_id, step)
+        sql = (
+            "UPDATE steps SET ready_boot_id = ?, ready_clock = ?, ready_spent_s = 0"
+            " WHERE run_id = ? AND name = ? AND ready_boot_id IS NULL"
+        )
+        return lambda db: db.execute(sql, row)
+
     def step_plan(self, run_id: str, step: str, plan_json: str, params_json: str) -> Change:
         """The plan that this step has from now on, also for retries and after a restart."""
         return lambda db: db.execute(
@@ -375,7 +397,13 @@ class State:
             " (run_id, step, attempt, container, phase, boot_id, boot_clock, engine_boot, masked)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         )
-        return lambda db: db.execute(sql, row)
+        has_its_envs = "UPDATE steps SET ready_boot_id = NULL WHERE run_id = ? AND name = ?"
+
+        def change(db: sqlite3.Connection) -> None:
+            db.execute(sql, row)
+            db.execute(has_its_envs, (run_id, step))
+
+        return change
 
     def attempt_phase(self, run_id: str, step: str, attempt: int, phase: Phase) -> Change:
         return lambda db: db.execute(
@@ -410,6 +438,12 @@ class State:
                 row,
             )
             db.execute(f"UPDATE attempts SET {spent}, boot_id = ?, boot_clock = ? WHERE phase != 'done'", row)  # noqa: S608
+            db.execute(
+                "UPDATE steps SET ready_spent_s = ready_spent_s"
+                " + CASE WHEN ready_boot_id = ? THEN max(0, ? - ready_clock) ELSE 0 END,"
+                " ready_boot_id = ?, ready_clock = ? WHERE ready_boot_id IS NOT NULL",
+                row,
+            )
 
         await self.journal.write(Transition.TIME_SPENT, work)
 

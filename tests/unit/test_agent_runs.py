@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from agent_core.journal import Journal
 from agent_core.policy import NodePolicy
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
-from agent_core.state import Cancellation
+from agent_core.state import Cancellation, Clock, State, migrations
 from agent_core.transitions import Transition
 from outrider._pipeline_refs import OBJECT_MEMBERS, RUN_MEMBERS
 from outrider.errors import Conflict, InvalidInput
+from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
 from tests.agent_rig import BASE_IMAGE, Rig, rig
 
@@ -260,6 +263,52 @@ async def test_a_step_waits_for_its_envs_and_says_so(agent: Rig) -> None:
     assert agent.told(run_id).steps["a"].reason == "envs"
     agent.link.connected.set()
     assert (await agent.end(run_id)).state == "succeeded"
+
+
+async def test_the_next_agent_waits_for_envs_only_for_what_is_left_of_the_timeout(
+    tmp_path: Path, runtime: FakeRuntime
+) -> None:
+    text = pipeline({"name": "a", "timeout": "2s", "envs": {"K": "s.K"}}, envs=[{"set": "s"}])
+    run = ""
+    for _ in range(2):
+        async with rig(tmp_path / "state", runtime, node_id="n1", connected=False) as agent:
+            run = run or await agent.start(text)
+            await agent.until(lambda agent=agent, run=run: agent.told(run).states.get("a") == "waiting")
+            await asyncio.sleep(0.7)
+    async with rig(tmp_path / "state", runtime, node_id="n1", connected=False) as agent:
+        began = time.monotonic()
+        ended = await agent.end(run)
+    assert (ended.states["a"], ended.steps["a"].failure.code) == ("failed", "step_timeout")
+    assert time.monotonic() - began < 1.6
+
+
+async def test_a_wait_for_envs_counts_over_a_reboot(tmp_path: Path) -> None:
+    class Boot(Clock):
+        time = 1000.0
+
+        def now(self) -> float:
+            return type(self).time
+
+    journal = Journal(tmp_path / "journal.db", migrations())
+    before, after = State(journal, Boot("one")), State(journal, Boot("two"))
+    steps = [types.StepStatus(name="a")]
+    await before.commit(Transition.RUN_ACCEPTED, before.accept_run(pb.RunPipeline(run_id="r", lease_id="l"), steps))
+    await before.commit(Transition.STEP_WAITING, before.step_ready("r", "a", 990.0))
+    await before.commit(Transition.STEP_WAITING, before.step_ready("r", "a", 999.0))  # the next agent: it has waited
+    await before.note_time()
+    Boot.time = 7.0
+    await after.note_time()
+    Boot.time += 20
+    record = after.find("r")
+    assert record is not None
+    step = record.steps["a"]
+    assert step.ready_boot_id is not None
+    assert step.ready_spent_s + after.clock.since(step.ready_boot_id, step.ready_clock) == 30
+    await after.commit(Transition.ATTEMPT_INTENDED, after.attempt_intent("r", "a", 1, "c", ""))
+    record = after.find("r")
+    assert record is not None
+    assert record.steps["a"].ready_boot_id is None  # a later attempt waits for as long again
+    journal.close()
 
 
 async def test_waiting_for_envs_ends_with_the_steps_timeout(agent: Rig) -> None:
