@@ -212,6 +212,7 @@ class Agent:
             cancel_grace_s=config.cancel_grace_s,
             send_result=self._session.send_result,
             stub=lambda: self._session.stub,
+            age_s=self._session.age_s,
         )
         try:
             async with background:

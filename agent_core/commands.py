@@ -15,10 +15,10 @@ from agent_core.runner import RunEngine
 from agent_core.services import Background
 from agent_core.state import Cancellation, CommandRecord, State
 from agent_core.transitions import Transition
-from outrider.errors import Conflict, InvalidInput, OutriderError
+from outrider.errors import Conflict, InvalidInput, OperationTimeout, OutriderError
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
-from outrider.wire import failure_of
+from outrider.wire import failure_of, seconds
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +39,7 @@ class Commands:
         cancel_grace_s: float,
         send_result: Callable[[pb.CommandResult], None],
         stub: Callable[[], pb_grpc.NodeServiceAsyncStub | None],
+        age_s: Callable[[pb.Command], float],
     ) -> None:
         self._state = state
         self._runs = runs
@@ -47,6 +48,7 @@ class Commands:
         self._cancel_grace_s = cancel_grace_s
         self._send_result = send_result
         self._stub = stub
+        self._age_s = age_s
         self._in_hand: set[str] = set()
 
     async def handle(self, command: pb.Command) -> pb.CommandAck:
@@ -81,6 +83,7 @@ class Commands:
             if known.result is not None:
                 self._send_result(known.result)
             elif kind == "container" and command.command_id not in self._in_hand:
+                self._refuse_late(command)
                 self._act(command, known)  # the agent was killed in the middle of it
             return True
         match kind:
@@ -95,12 +98,24 @@ class Commands:
                     digest=command.digest,
                 )
             case "container":
+                self._refuse_late(command)
                 received = self._state.command_received(command.command_id, command.digest)
                 await self._state.commit(Transition.COMMAND_RECEIVED, received)
                 self._act(command)
             case _:
                 raise InvalidInput(f"this agent does not know the command {kind!r}", code="unknown_command")
         return False
+
+    def _refuse_late(self, command: pb.Command) -> None:
+        """A link that was silent, or an agent that was stopped, may have held it up. Its caller was told by now that
+        it took too long, and may have done something else."""
+        limit_s, age_s = seconds(command.deadline), self._age_s(command)
+        if 0 < limit_s < age_s:
+            raise OperationTimeout(
+                f"the command came {age_s:.0f} s after it was sent, when nobody waited for it any more",
+                code="command_late",
+                hint="nothing was done; ask again",
+            )
 
     def _act(self, command: pb.Command, known: CommandRecord | None = None) -> None:
         self._in_hand.add(command.command_id)

@@ -14,6 +14,8 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
+from google.protobuf.duration_pb2 import Duration
+
 from outrider.awake import AwakeClock
 from outrider.errors import OutriderError, Unavailable
 from outrider.tls import Identity
@@ -25,6 +27,11 @@ MISSED = 2
 """After the longest time that so many heartbeats can take without an answer a connection is given up."""
 _MAX_JITTER = 0.9
 _COUNT_TAKES_S = 1.0
+
+
+def _boot_clock() -> float:
+    """Seconds since the boot, time asleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Heartbeats:
@@ -39,6 +46,7 @@ class Heartbeats:
         *,
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
+        boot_clock: Callable[[], float] = _boot_clock,
     ) -> None:
         self._identity = identity
         self._brief = brief
@@ -49,6 +57,11 @@ class Heartbeats:
         self._jitter = 0.2
         self._awake = AwakeClock(self._look_every_s * 2, clock)
         self._answered_at = 0.0
+        self._boot_clock = boot_clock
+        self._opened_at = 0.0
+        self._sent_at: dict[int, float] = {}  # by number: those that are not answered yet
+        self._heard: tuple[float, float] | None = None
+        """When a heartbeat was sent, and when it was answered: the former here, the latter by the server's clock."""
         self._sequence = 0
         self._told = asyncio.Event()
         self._counted: Mapping[str, int] = {}
@@ -76,12 +89,31 @@ class Heartbeats:
         self._sequence = 0
         self._answered_at = self._awake.now()
 
-    def answered(self) -> None:
+    def answered(self, answer: pb.HeartbeatResponse) -> None:
+        """The server is there."""
         self._answered_at = self._awake.now()
+        sent_at = self._sent_at.get(answer.sequence)
+        if sent_at is not None and answer.HasField("sent_at"):
+            self._heard = sent_at, seconds(answer.sent_at)
+        self._sent_at = {number: at for number, at in self._sent_at.items() if number > answer.sequence}
+
+    def age_s(self, sent_at: Duration) -> float:
+        """At most how long ago the server sent what has this stamp.
+
+        No clock of one side is compared with one of the other: the last heartbeat that was answered had been sent
+        before its answer, so from then until now at least as much time passed here as there since that answer.
+        """
+        now = self._boot_clock()
+        if self._heard is None:
+            return now - self._opened_at
+        mine, servers = self._heard
+        return (now - mine) - (seconds(sent_at) - servers)
 
     async def run(self, server: str) -> None:
         """Send them until cancelled. Raises Unavailable once ``server`` has left them unanswered for too long."""
         counting: asyncio.Task[Mapping[str, int]] | None = None
+        self._opened_at, self._heard = self._boot_clock(), None
+        self._sent_at.clear()
         self._answered_at = self._awake.now()
         try:
             while True:
@@ -104,6 +136,7 @@ class Heartbeats:
 
     def _send_one(self, brief: types.BriefState) -> None:
         self._sequence += 1
+        self._sent_at[self._sequence] = self._boot_clock()
         session_id, epoch = self._identity.session_id, self._identity.epoch
         self._send(
             pb.AgentMessage(

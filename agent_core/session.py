@@ -130,6 +130,10 @@ class Session:
 
     # What the rest of the agent uses.
 
+    def age_s(self, command: pb.Command) -> float:
+        """At most how long ago the server sent ``command``; 0 if it does not say when."""
+        return self._heartbeats.age_s(command.sent_at) if command.HasField("sent_at") else 0.0
+
     @property
     def connected(self) -> bool:
         return self._connected.is_set()
@@ -378,7 +382,7 @@ class Session:
         self._obey(answer.heartbeat)
         if answer.register_again:
             raise Conflict("the server knows a newer session of this node", code=SUPERSEDED)
-        self._heartbeats.answered()
+        self._heartbeats.answered(answer)
         self._reconnect.worked()
         if answer.full_report_wanted:
             self._report_wanted.set()

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from outrider import wire
 from outrider.errors import Conflict, OperationTimeout, OutriderError, Unavailable
 from outrider.v1 import node_service_pb2
+from server_core.store.common import monotonic_us
 
 _QUEUED_MESSAGES = 256
 
@@ -115,6 +116,7 @@ class ControlChannel:
 
     async def _send_command(self, command: node_service_pb2.Command, timeout_s: float) -> None:
         command.deadline.FromMicroseconds(round(timeout_s * 1e6))
+        command.sent_at.FromMicroseconds(monotonic_us())
         await self.send(node_service_pb2.ServerMessage(command=command))
 
     @contextlib.asynccontextmanager

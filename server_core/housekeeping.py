@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import timedelta
 
 import structlog
@@ -12,7 +11,7 @@ from server_core.config import ServerConfig
 from server_core.store import events, requests, retention
 from server_core.store.base import Database
 from server_core.store.commits import Commit
-from server_core.store.common import now_us
+from server_core.store.common import monotonic_us, now_us
 
 log = structlog.get_logger(__name__)
 
@@ -28,7 +27,7 @@ class Housekeeping:
         self._db = db
         self._bus = bus
         self._config = config
-        self._ahead_us = now_us() - _monotonic_us()
+        self._ahead_us = now_us() - monotonic_us()
 
     async def once(self) -> None:
         """Everything that is due now, in small transactions. Raises the store's errors; what is done stays done."""
@@ -81,8 +80,4 @@ class Housekeeping:
         """That many days ago; 0 for none."""
         if not days:
             return 0
-        return self._ahead_us + _monotonic_us() - round(timedelta(days=days).total_seconds() * 1e6)
-
-
-def _monotonic_us() -> int:
-    return time.monotonic_ns() // 1000
+        return self._ahead_us + monotonic_us() - round(timedelta(days=days).total_seconds() * 1e6)

@@ -27,7 +27,7 @@ from server_core.security.vault import env_purpose
 from server_core.services import Services
 from server_core.store import envs, events, logs, node_roles, nodes, objects, requests, runs
 from server_core.store.commits import Commit
-from server_core.store.common import now_us, stamp
+from server_core.store.common import monotonic_us, now_us, stamp
 from server_core.store.runs import RunRow
 
 log = structlog.get_logger(__name__)
@@ -309,6 +309,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
     ) -> node_service_pb2.HeartbeatResponse:
         fleet = self._s.fleet
         answer = node_service_pb2.HeartbeatResponse(sequence=request.sequence)
+        answer.sent_at.FromMicroseconds(monotonic_us())
         try:
             await fleet.check_session(node_id, request.session_id, request.epoch)
         except Conflict:

@@ -196,12 +196,17 @@ class HeartbeatResponse(google.protobuf.message.Message):
     REGISTER_AGAIN_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
+    SENT_AT_FIELD_NUMBER: builtins.int
     full_report_wanted: builtins.bool
     register_again: builtins.bool
     sequence: builtins.int
     """of the heartbeat that this answers"""
     @property
     def heartbeat(self) -> outrider.v1.types_pb2.HeartbeatPolicy: ...
+    @property
+    def sent_at(self) -> google.protobuf.duration_pb2.Duration:
+        """by a clock of the server that nobody sets; see Command"""
+
     def __init__(
         self,
         *,
@@ -209,9 +214,10 @@ class HeartbeatResponse(google.protobuf.message.Message):
         register_again: builtins.bool = ...,
         heartbeat: outrider.v1.types_pb2.HeartbeatPolicy | None = ...,
         sequence: builtins.int = ...,
+        sent_at: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["heartbeat", b"heartbeat"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["full_report_wanted", b"full_report_wanted", "heartbeat", b"heartbeat", "register_again", b"register_again", "sequence", b"sequence"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "sent_at", b"sent_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["full_report_wanted", b"full_report_wanted", "heartbeat", b"heartbeat", "register_again", b"register_again", "sent_at", b"sent_at", "sequence", b"sequence"]) -> None: ...
 
 global___HeartbeatResponse = HeartbeatResponse
 
@@ -397,6 +403,7 @@ class Command(google.protobuf.message.Message):
 
     COMMAND_ID_FIELD_NUMBER: builtins.int
     DEADLINE_FIELD_NUMBER: builtins.int
+    SENT_AT_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     RUN_PIPELINE_FIELD_NUMBER: builtins.int
     CANCEL_RUN_FIELD_NUMBER: builtins.int
@@ -412,7 +419,14 @@ class Command(google.protobuf.message.Message):
     """
     @property
     def deadline(self) -> google.protobuf.duration_pb2.Duration:
-        """from its arrival; the server gives up after it. 0: none (durable commands)"""
+        """from `sent_at`; the server gives up after it. 0: none (durable commands)"""
+
+    @property
+    def sent_at(self) -> google.protobuf.duration_pb2.Duration:
+        """When the server's caller began to wait, by a clock of the server that nobody sets, comparable with `sent_at` of the
+        heartbeats' answers on the same channel. From both the agent knows how long a command was on its way at most, and
+        refuses what acts on a container once its caller has given up.
+        """
 
     @property
     def run_pipeline(self) -> global___RunPipeline: ...
@@ -433,6 +447,7 @@ class Command(google.protobuf.message.Message):
         *,
         command_id: builtins.str = ...,
         deadline: google.protobuf.duration_pb2.Duration | None = ...,
+        sent_at: google.protobuf.duration_pb2.Duration | None = ...,
         digest: builtins.bytes = ...,
         run_pipeline: global___RunPipeline | None = ...,
         cancel_run: global___CancelRun | None = ...,
@@ -442,8 +457,8 @@ class Command(google.protobuf.message.Message):
         stream_container_logs: global___StreamContainerLogsCommand | None = ...,
         stop_stream: global___StopStreamCommand | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["body", b"body", "cancel_run", b"cancel_run", "container", b"container", "deadline", b"deadline", "inspect_container", b"inspect_container", "list_containers", b"list_containers", "run_pipeline", b"run_pipeline", "stop_stream", b"stop_stream", "stream_container_logs", b"stream_container_logs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["body", b"body", "cancel_run", b"cancel_run", "command_id", b"command_id", "container", b"container", "deadline", b"deadline", "digest", b"digest", "inspect_container", b"inspect_container", "list_containers", b"list_containers", "run_pipeline", b"run_pipeline", "stop_stream", b"stop_stream", "stream_container_logs", b"stream_container_logs"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["body", b"body", "cancel_run", b"cancel_run", "container", b"container", "deadline", b"deadline", "inspect_container", b"inspect_container", "list_containers", b"list_containers", "run_pipeline", b"run_pipeline", "sent_at", b"sent_at", "stop_stream", b"stop_stream", "stream_container_logs", b"stream_container_logs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["body", b"body", "cancel_run", b"cancel_run", "command_id", b"command_id", "container", b"container", "deadline", b"deadline", "digest", b"digest", "inspect_container", b"inspect_container", "list_containers", b"list_containers", "run_pipeline", b"run_pipeline", "sent_at", b"sent_at", "stop_stream", b"stop_stream", "stream_container_logs", b"stream_container_logs"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["run_pipeline", "cancel_run", "container", "list_containers", "inspect_container", "stream_container_logs", "stop_stream"] | None: ...
 
 global___Command = Command

@@ -19,6 +19,11 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
+def monotonic_us() -> int:
+    """A clock that nobody sets, in microseconds; it tells how long something takes, and nothing else."""
+    return round(time.monotonic() * 1e6)
+
+
 def stamp(time_us: int | None) -> Timestamp | None:
     """A time column as a Timestamp; None stays None."""
     if time_us is None:

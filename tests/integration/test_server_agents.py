@@ -358,9 +358,11 @@ async def test_container_calls_reach_the_agent_and_come_back(
     request = cpb.ContainerRequest(request_id="stop-1", node_id="n1", name="arena", grace=wire.duration(3))
     for _ in range(2):
         assert (await control.StopContainer(request, timeout=TIMEOUT)).state == "exited"
-    stops = [c.container for c in agent.commands if c.HasField("container")]
-    assert len(stops) == 1
-    assert stops[0].action == tpb.CONTAINER_ACTION_STOP
+    [stop] = [c for c in agent.commands if c.HasField("container")]
+    assert stop.container.action == tpb.CONTAINER_ACTION_STOP
+    # By one clock, so that the agent knows how long it was on its way.
+    assert 0 <= wire.seconds(stop.sent_at) - wire.seconds(agent.heartbeats[-1].sent_at) < TIMEOUT
+    assert wire.seconds(stop.deadline) > 0
     error = await refused(
         control.InspectContainer(cpb.InspectContainerRequest(node_id="n1", name="x"), timeout=TIMEOUT)
     )

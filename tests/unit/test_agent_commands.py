@@ -16,6 +16,7 @@ from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.transitions import Transition
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
+from outrider.wire import duration
 from tests.agent_rig import BASE_IMAGE, Rig, rig
 
 TEXT = json.dumps({"name": "p", "steps": [{"name": "a", "uses": "test.shell"}]})
@@ -26,7 +27,7 @@ async def hold(process: FakeProcess) -> int:
     return 0
 
 
-def commands(agent: Rig, send: Callable[[pb.CommandResult], None] = lambda _: None) -> Commands:
+def commands(agent: Rig, send: Callable[[pb.CommandResult], None] = lambda _: None, *, age_s: float = 0.0) -> Commands:
     services = agent.services
     remote = RemoteContainers(services.containers)
     return Commands(
@@ -37,6 +38,7 @@ def commands(agent: Rig, send: Callable[[pb.CommandResult], None] = lambda _: No
         cancel_grace_s=1,
         send_result=send,
         stub=lambda: None,
+        age_s=lambda _command: age_s,
     )
 
 
@@ -85,3 +87,32 @@ async def test_a_restart_that_a_killed_agent_had_begun_is_not_done_a_second_time
         await agent.until(lambda: len(results) == 2)
         assert not results[1].HasField("failure")
         assert runtime._containers[started.id].info.started_at == since
+
+
+@pytest.mark.parametrize(("age_s", "late"), [(29.0, False), (31.0, True)])
+async def test_a_container_command_that_comes_too_late_is_not_carried_out(
+    tmp_path: Path, age_s: float, late: bool
+) -> None:
+    async with rig(tmp_path, FakeRuntime({BASE_IMAGE: hold})) as agent:
+        results: list[pb.CommandResult] = []
+        command = pb.Command(
+            command_id="op-1",
+            digest=b"d",
+            deadline=duration(30.0),
+            container=pb.ContainerCommand(action=types.CONTAINER_ACTION_RESTART, name="no-such"),
+        )
+        ack = await commands(agent, results.append, age_s=age_s).handle(command)
+        assert ack.refused.code == ("command_late" if late else "")
+        # Nothing is remembered of it: asked again in time, it is done.
+        assert (await agent.services.state.command("op-1") is None) == late
+        if not late:
+            await agent.until(lambda: results)
+
+
+async def test_a_cancellation_is_taken_on_however_late_it_comes(tmp_path: Path) -> None:
+    async with rig(tmp_path, FakeRuntime({BASE_IMAGE: hold})) as agent:
+        run_id = await agent.start(TEXT)
+        ack = await commands(agent, age_s=9e9).handle(
+            pb.Command(command_id="x-1", digest=b"d", cancel_run=pb.CancelRun(run_id=run_id))
+        )
+        assert not ack.HasField("refused")

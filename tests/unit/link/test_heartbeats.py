@@ -59,7 +59,7 @@ class Link:
     def _send(self, message: pb.AgentMessage) -> None:
         self.sent.append((time.monotonic(), message.heartbeat))
         if self.answering:
-            self.beats.answered()
+            self.beats.answered(pb.HeartbeatResponse(sequence=message.heartbeat.sequence))
 
     async def _count(self) -> dict[str, int]:
         if self.engine_hangs:
@@ -134,6 +134,34 @@ async def test_an_engine_that_hangs_delays_no_heartbeat() -> None:
         began = len(link.sent)
         await link.until(began + 3)
     assert link.sent[-1][1].brief.containers == {"running": 2}  # as there were
+
+
+async def test_how_long_a_command_was_on_its_way_is_known_without_comparing_clocks() -> None:
+    here, there = 5_000.0, 70.0  # two machines; neither clock says anything about the other
+    sent: list[pb.HeartbeatRequest] = []
+    beats = Heartbeats(
+        Identity("token", "n1", "s1", 3),
+        types.BriefState,
+        Link()._count,
+        lambda message: sent.append(message.heartbeat),
+        rng=random.Random(1),
+        boot_clock=lambda: here,
+    )
+    task = asyncio.create_task(beats.run("the-server"))
+    async with asyncio.timeout(10):
+        while not sent:
+            await asyncio.sleep(0.005)
+    here, there = here + 4, there + 4
+    # Nothing was answered yet: it can't have been sent before the channel was there.
+    assert beats.age_s(duration(there)) == pytest.approx(4)
+    beats.answered(pb.HeartbeatResponse(sequence=1, sent_at=duration(there - 3.9)))
+    command = duration(there)
+    assert beats.age_s(command) == pytest.approx(0.1)  # the way of the heartbeat may have been that long
+    here, there = here + 60, there + 60  # the link is silent, or this process stopped
+    assert beats.age_s(command) == pytest.approx(60.1)
+    assert beats.age_s(duration(there)) == pytest.approx(0.1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_the_first_heartbeat_says_what_the_node_has_though_its_engine_is_slow() -> None:
