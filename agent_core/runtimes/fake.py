@@ -337,6 +337,7 @@ class FakeRuntime:
         found = self._executions.get(execution)
         if found is None:
             raise NotFound("no such execution", code="exec_not_found")
+        self._call("exec_inspect", found.container.info.name)
         running = found.started and found.exit_code is None
         return ExecInfo(found.container.info.id, running, found.exit_code, 0)
 

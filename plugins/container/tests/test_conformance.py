@@ -95,6 +95,13 @@ class TestExec(StepConformance):
             says="3",
             object="game/kit-exec",
         ),
+        Failing(
+            "program takes too long",
+            {"name": "kit-exec-slow", "args": ["sleep", "60"], "timeout": "500ms"},
+            before=started("kit-exec-slow"),
+            code="exec_timeout",
+            object="game/kit-exec",
+        ),
     )
     wrong = (Wrong("no program", {"name": "x", "args": []}, says="args"),)
     quick = "the program runs in the container and not in the step"

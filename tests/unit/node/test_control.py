@@ -170,6 +170,15 @@ async def test_a_program_is_run_inside_and_tells_what_it_prints(client: Client, 
     ):
         got, error = await call(client, "POST", path, body)
         assert (got, error["code"]) == (status, code), error
+
+    async def endless(process: FakeProcess, args: Sequence[str]) -> tuple[int, bytes]:
+        await asyncio.sleep(60)
+        return 0, b""
+
+    parts.runtime.executed["endless"] = endless
+    got, error = await call(client, "POST", path, {"args": ["endless"], "timeout_s": 0.1})
+    # Not temporary: asked for by the next attempt, it would be run a second time.
+    assert (got, error["code"], error["temporary"]) == (504, "exec_timeout", False)
     await call(client, "POST", "/v1/containers/arena/stop", {"grace_s": 1})
     got, error = await call(client, "POST", path, {"args": ["greet", "me"]})
     assert (got, error["code"]) == (409, "container_not_running")
