@@ -33,7 +33,7 @@ from agent_core.networks import ready_network
 from agent_core.policy import NodePolicy
 from agent_core.ports import Ports
 from agent_core.private_networks import PrivateNetworks
-from agent_core.readiness import wait_ready
+from agent_core.readiness import NotReady, wait_ready
 from agent_core.replacing import Replacing, base_of
 from agent_core.runtimes.base import (
     LABEL_KIND,
@@ -251,7 +251,7 @@ class Containers:
             )
             container_id = await self._create(order, name, ports, image_id)
             await self._runtime.start(container_id)
-            await wait_ready(self._runtime, container_id, spec, ports)
+            await wait_ready(self._runtime, container_id, spec, ports, secrets=order.scope.secrets)
         except OutriderError as error:
             await self._give_up(name, error)
             if error.code == "port_taken" and all(port.host is None for port in spec.ports):
@@ -295,7 +295,7 @@ class Containers:
             if info.state != "running":
                 await self._runtime.start(info.id)
             if info.state != "running" or not proven:
-                await wait_ready(self._runtime, info.id, spec, ports)
+                await wait_ready(self._runtime, info.id, spec, ports, secrets=order.scope.secrets)
         except OutriderError as error:
             # One that was ready once is somebody's game: it is stopped only by those who mean it.
             if not proven:
@@ -309,7 +309,9 @@ class Containers:
         """After a start that failed: undo it, and say in the error what became of the former container."""
         row = self.rows.get(name)
         told = await self._replacing.abandon(row) if row is not None else ""
-        if told:
+        if told and isinstance(error, NotReady):
+            error.became(told)
+        elif told:
             error.hint = "; ".join(filter(None, (error.hint, told)))
 
     async def start_existing(self, name: str, scope: ContainerScope | None = None) -> ContainerInfo:

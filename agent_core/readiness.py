@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent_core.container_spec import ManagedSpec
 from agent_core.probes import Readiness, ask
 from agent_core.runtimes.base import Runtime
 from outrider.errors import Conflict, PermanentError
+from outrider.masking import mask_text
 
 _INTERVAL_S = 0.1
 _EXEC_INTERVAL_S = 0.5
 _LAST_LINES = 20
-_LAST_BYTES = 4096
+_READ_BYTES = 64 * 1024  # of the log's end, before it is masked and cut
+_LAST_CHARS = 1200  # with what stands before it, that fits into what a step may say about its failure (2,000)
+_TOLD_CHARS = 100  # of the text that the log was to have
+
+
+class NotReady(PermanentError):
+    """The container ended, or the time was over, before it was ready. The message has the end of its log, last."""
+
+    default_code = "not_ready"
+
+    def __init__(self, sentence: str, log: str) -> None:
+        super().__init__(f"{sentence}; {log}")
+        self._sentence, self._log = sentence, log
+
+    def became(self, told: str) -> None:
+        """Say what became of others, before the log: its end is what gets lost where a message is cut."""
+        self._sentence = f"{self._sentence} ({told})"
+        self.message = f"{self._sentence}; {self._log}"
 
 
 @dataclass
@@ -25,11 +44,17 @@ class _Why:
 
 
 async def wait_ready(
-    runtime: Runtime, container: str, spec: ManagedSpec, ports: dict[str, int], *, settle_s: float = 0.3
+    runtime: Runtime,
+    container: str,
+    spec: ManagedSpec,
+    ports: dict[str, int],
+    *,
+    secrets: Sequence[str] = (),
+    settle_s: float = 0.3,
 ) -> None:
     """Return when the container is ready (without a probe: when it has run for ``settle_s`` seconds).
 
-    Raises PermanentError, with the container's last log lines, if it ends or the time is over before.
+    Raises NotReady, with the container's last log lines, if it ends or the time is over before.
     """
     ready = spec.ready
     timeout_s = ready.timeout_s if ready else settle_s
@@ -46,9 +71,8 @@ async def wait_ready(
             if ready is None and end.exit_code == 0 and spec.restart.policy in ("no", "on-failure"):
                 return  # a container without a probe may be short
             how = "was killed for want of memory" if end.oom_killed else f"ended with exit code {end.exit_code}"
-            raise PermanentError(
-                f"the container {spec.name} {how} before it was ready{await last_lines(runtime, container)}",
-                code="not_ready",
+            raise NotReady(
+                f"the container {spec.name} {how} before it was ready", await last_lines(runtime, container, secrets)
             )
     finally:
         for task in (probe, ended):
@@ -56,21 +80,25 @@ async def wait_ready(
         await asyncio.gather(probe, ended, return_exceptions=True)
     if ready is None:
         return
-    raise PermanentError(
-        f"the container {spec.name} was not ready within {ready.timeout_s:g} s "
-        f"({f'its log has no {ready.log!r}' if ready.log else wrong.text}){await last_lines(runtime, container)}",
-        code="not_ready",
+    why = f"its log has no {ready.log[:_TOLD_CHARS]!r}" if ready.log else wrong.text
+    raise NotReady(
+        f"the container {spec.name} was not ready within {ready.timeout_s:g} s ({why})",
+        await last_lines(runtime, container, secrets),
     )
 
 
-async def last_lines(runtime: Runtime, container: str, lines: int = _LAST_LINES) -> str:
-    """The end of the container's log, as the tail of a sentence; at most 4 KiB."""
+async def last_lines(runtime: Runtime, container: str, secrets: Sequence[str] = ()) -> str:
+    """The end of the container's log, as the tail of a sentence: whole lines as far as there is room."""
     collected = b""
-    async with contextlib.aclosing(runtime.logs(container, tail=lines)) as chunks:
+    async with contextlib.aclosing(runtime.logs(container, tail=_LAST_LINES)) as chunks:
         async for _, chunk in chunks:
-            collected = (collected + chunk)[-_LAST_BYTES:]
-    text = collected.decode("utf-8", "replace").strip()
-    return f"; its log ends with:\n{text}" if text else "; its log is empty"
+            collected = (collected + chunk)[-_READ_BYTES:]
+    # Masked before it is cut: half a secret would not be found.
+    text = mask_text(collected.decode("utf-8", "replace"), secrets).strip()
+    if len(text) > _LAST_CHARS:
+        end = text[-_LAST_CHARS:]
+        text = "…" + (end.partition("\n")[2] or end)
+    return f"its log ends with:\n{text}" if text else "its log is empty"
 
 
 async def _probe(

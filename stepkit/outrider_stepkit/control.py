@@ -279,6 +279,7 @@ def _error(status: int, data: bytes, what: str) -> ControlError:
     if isinstance(document.get("error"), dict):
         document = {"error": document["error"].get("message"), **document["error"]}
     message = str(document.get("error") or document.get("message") or f"{what} was refused with status {status}")
+    message = " | ".join(message.splitlines())  # of a log, say: a failure is told on one line
     if document.get("hint"):
         message += f" ({document['hint']})"
     temporary = document.get("temporary", {"temporary": True, "permanent": False}.get(str(document.get("class"))))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from conftest import Parts
 
 SOURCE = Path(__file__).parents[3] / "plugins/container/program/__main__.py"
+START = {"env_from": [], "files": {}} | {
+    "request": {"name": "arena", "image": "wordy:1", "env": {}, "ready": {"log": "is up"}, "replace": "stop-first"}
+}
 EXEC = {"name": "arena", "args": ["save"], "env": {}, "env_from": [], "workdir": None, "user": None} | {
     "timeout": 60.0, "ok": [0], "capture": True
 }  # fmt: skip
@@ -105,3 +108,19 @@ async def test_restart_that_nobody_saw_the_end_of_is_not_done_again(
     with pytest.raises(StepFailure, match="whether arena was restarted is not known") as failed:
         await carried_out(program.restart, {"name": "arena", "grace": None})
     assert failed.value.temporary is False
+
+
+async def test_start_that_fails_is_told_with_the_end_of_the_log_and_what_became_of_the_former(
+    program: ModuleType, parts: Parts, carried_out: Carry
+) -> None:
+    async def wordy(process: FakeProcess) -> int:
+        for number in range(20):
+            process.write(f"{number}: {'word ' * 32}\n".encode())
+        process.write(b"bye\nFATAL: no such map\n")
+        return 7
+
+    parts.runtime.programs["wordy:1"] = wordy
+    await start(parts)
+    with pytest.raises(StepFailure, match=r" \| bye \| FATAL: no such map$") as failed:
+        await carried_out(program.start, START)
+    assert "(the former container runs again); its log ends with: | …" in str(failed.value)

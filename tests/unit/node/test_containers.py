@@ -19,6 +19,7 @@ from agent_core.runtimes.base import (
     LABEL_STEP,
     ContainerSpec,
 )
+from agent_core.runtimes.fake import FakeProcess
 from agent_core.transitions import Transition
 from outrider.errors import (
     Conflict,
@@ -116,6 +117,28 @@ async def test_game_that_was_ready_once_is_not_removed_for_failing_to_start_agai
     with pytest.raises(PermanentError):
         await parts.containers.start(wanted, parts.scope)
     assert (await parts.containers.inspect("arena")).name == "arena"
+
+
+async def test_error_of_a_start_has_the_end_of_the_log_and_fits_into_what_a_step_may_say(parts: Parts) -> None:
+    async def wordy(process: FakeProcess) -> int:
+        for number in range(20):
+            process.write(f"{number}: {'word ' * 32}\n".encode())
+        process.write(b"the password is hunter2zebra\n")
+        process.write(b"FATAL: no such map\n")
+        return 7
+
+    parts.runtime.programs["wordy:1"] = wordy
+    scope = dataclasses.replace(parts.scope, secrets=("hunter2zebra",))
+    await parts.containers.start(spec(), scope)
+    with pytest.raises(PermanentError) as failed:
+        await parts.containers.start(spec(image="wordy:1"), scope, replace="stop-first")
+    said = str(failed.value)
+    assert said.endswith("the password is ***\nFATAL: no such map")
+    assert len(said) < 1600
+    before, _, log = said.partition("; its log ends with:\n…")
+    assert "the former container runs again" in before
+    assert all(line[0].isdigit() and line.endswith("word") for line in map(str.strip, log.splitlines()[:-2]))
+    assert len(log.splitlines()) >= 7
 
 
 async def test_attempt_that_is_over_takes_its_unfinished_start_with_it(parts: Parts) -> None:
