@@ -295,7 +295,8 @@ class Containers:
             if info.state != "running":
                 await self._runtime.start(info.id)
             if info.state != "running" or not proven:
-                await wait_ready(self._runtime, info.id, spec, ports, secrets=order.scope.secrets)
+                secrets, since = order.scope.secrets, info.finished_at
+                await wait_ready(self._runtime, info.id, spec, ports, secrets=secrets, since=since)
         except OutriderError as error:
             # One that was ready once is somebody's game: it is stopped only by those who mean it.
             if not proven:

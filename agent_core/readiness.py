@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from agent_core.container_spec import ManagedSpec
 from agent_core.probes import Readiness, ask
@@ -50,16 +51,18 @@ async def wait_ready(
     ports: dict[str, int],
     *,
     secrets: Sequence[str] = (),
+    since: datetime | None = None,
     settle_s: float = 0.3,
 ) -> None:
     """Return when the container is ready (without a probe: when it has run for ``settle_s`` seconds).
 
+    ``since``: the end of its former run, if it had one, whose log says nothing about this one.
     Raises NotReady, with the container's last log lines, if it ends or the time is over before.
     """
     ready = spec.ready
     timeout_s = ready.timeout_s if ready else settle_s
     wrong = _Why("it was not asked yet")
-    probe = asyncio.create_task(_probe(runtime, container, spec, ready, ports, wrong))
+    probe = asyncio.create_task(_probe(runtime, container, spec, ready, ports, wrong, since))
     ended = asyncio.create_task(runtime.exited(container))
     try:
         done, _ = await asyncio.wait({probe, ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -72,7 +75,8 @@ async def wait_ready(
                 return  # a container without a probe may be short
             how = "was killed for want of memory" if end.oom_killed else f"ended with exit code {end.exit_code}"
             raise NotReady(
-                f"the container {spec.name} {how} before it was ready", await last_lines(runtime, container, secrets)
+                f"the container {spec.name} {how} before it was ready",
+                await last_lines(runtime, container, secrets, since),
             )
     finally:
         for task in (probe, ended):
@@ -83,14 +87,16 @@ async def wait_ready(
     why = f"its log has no {ready.log[:_TOLD_CHARS]!r}" if ready.log else wrong.text
     raise NotReady(
         f"the container {spec.name} was not ready within {ready.timeout_s:g} s ({why})",
-        await last_lines(runtime, container, secrets),
+        await last_lines(runtime, container, secrets, since),
     )
 
 
-async def last_lines(runtime: Runtime, container: str, secrets: Sequence[str] = ()) -> str:
+async def last_lines(
+    runtime: Runtime, container: str, secrets: Sequence[str] = (), since: datetime | None = None
+) -> str:
     """The end of the container's log, as the tail of a sentence: whole lines as far as there is room."""
     collected = b""
-    async with contextlib.aclosing(runtime.logs(container, tail=_LAST_LINES)) as chunks:
+    async with contextlib.aclosing(runtime.logs(container, tail=_LAST_LINES, since=since)) as chunks:
         async for _, chunk in chunks:
             collected = (collected + chunk)[-_READ_BYTES:]
     # Masked before it is cut: half a secret would not be found.
@@ -102,12 +108,18 @@ async def last_lines(runtime: Runtime, container: str, secrets: Sequence[str] = 
 
 
 async def _probe(
-    runtime: Runtime, container: str, spec: ManagedSpec, ready: Readiness | None, ports: dict[str, int], why: _Why
+    runtime: Runtime,
+    container: str,
+    spec: ManagedSpec,
+    ready: Readiness | None,
+    ports: dict[str, int],
+    why: _Why,
+    since: datetime | None,
 ) -> None:
     if ready is None:
         await asyncio.Event().wait()  # only the time counts
     elif ready.log is not None:
-        await _log_line(runtime, container, ready.log.encode())
+        await _log_line(runtime, container, ready.log.encode(), since)
     else:
         numbers = spec.numbers(ports)
         while True:
@@ -121,10 +133,10 @@ async def _probe(
             await asyncio.sleep(_EXEC_INTERVAL_S if ready.exec else _INTERVAL_S)
 
 
-async def _log_line(runtime: Runtime, container: str, wanted: bytes) -> None:
+async def _log_line(runtime: Runtime, container: str, wanted: bytes, since: datetime | None) -> None:
     # The engine's log is read, never the container attached to: a reader that stops would freeze it.
     window = b""
-    async with contextlib.aclosing(runtime.logs(container, follow=True)) as chunks:
+    async with contextlib.aclosing(runtime.logs(container, follow=True, since=since)) as chunks:
         async for _, chunk in chunks:
             window += chunk
             if wanted in window:

@@ -109,14 +109,36 @@ async def test_game_that_was_ready_once_is_not_removed_for_failing_to_start_agai
     await parts.containers.stop("arena")
     parts.runtime.spec_of("arena")
 
-    async def broken(process: Any) -> int:
-        process.log.clear()
+    async def broken(process: FakeProcess) -> int:
         return 3
 
     parts.runtime.programs["game:1"] = broken
-    with pytest.raises(PermanentError):
+    with pytest.raises(PermanentError, match="its log is empty"):
         await parts.containers.start(wanted, parts.scope)
     assert (await parts.containers.inspect("arena")).name == "arena"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_readiness_by_a_line_of_the_log_is_not_what_the_former_run_printed(parts: Parts, killed: bool) -> None:
+    """``killed``: an agent was between the restart and the line, and the next one finds it running."""
+    wanted = spec(ready={"log": "is up", "timeout_s": 0.3})
+    await parts.containers.start(wanted, parts.scope)
+    await parts.containers.stop("arena")
+
+    async def mute(process: FakeProcess) -> int:
+        await process.signalled.wait()
+        return 0
+
+    game, parts.runtime.programs["game:1"] = parts.runtime.programs["game:1"], mute
+    if killed:
+        await parts.containers.start_existing("arena")
+        await parts.journal.execute(Transition.MANAGED_STARTING, "UPDATE managed SET state = 'starting'")
+    with pytest.raises(PermanentError, match=r"was not ready within 0\.3 s \(its log has no 'is up'\)"):
+        await parts.containers.start(wanted, parts.scope)
+    parts.runtime.programs["game:1"] = game
+    if not killed:  # else it was undone, as what never was ready is
+        await parts.containers.stop("arena")
+    assert (await parts.containers.start(wanted, parts.scope)).adopted is not killed
 
 
 async def test_error_of_a_start_has_the_end_of_the_log_and_fits_into_what_a_step_may_say(parts: Parts) -> None:
