@@ -59,6 +59,14 @@ async def test_leased_ports_are_known_to_the_container_before_it_exists(parts: P
     assert made.read_only_root
 
 
+async def test_stop_signal_that_is_named_is_the_containers_own(parts: Parts) -> None:
+    for name, signal in (("arena", "SIGUSR1"), ("other", None)):
+        await parts.containers.start(spec(name=name, stop_signal=signal), parts.scope)
+        assert parts.runtime.spec_of(name).stop_signal == signal
+    with pytest.raises(InvalidInput, match="stop_signal"):
+        spec(stop_signal="kill -9")
+
+
 async def test_step_started_twice_starts_one_container(parts: Parts) -> None:
     both = await asyncio.gather(*(parts.containers.start(spec(), parts.scope) for _ in range(2)))
     assert both[0].id == both[1].id

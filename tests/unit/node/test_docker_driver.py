@@ -109,6 +109,11 @@ def test_the_runtime_is_the_engines_unless_one_is_named() -> None:
     assert create_body(ContainerSpec(name="x", image="i", oci_runtime="crun"))["HostConfig"]["Runtime"] == "crun"
 
 
+def test_the_stop_signal_is_the_images_unless_one_is_named() -> None:
+    assert "StopSignal" not in create_body(ContainerSpec(name="x", image="i"))
+    assert create_body(ContainerSpec(name="x", image="i", stop_signal="USR1"))["StopSignal"] == "USR1"
+
+
 def test_two_ports_of_one_number_in_both_protocols() -> None:
     ports = (PortBinding(1, 27000, "udp"), PortBinding(1, 27000, "tcp"))
     body = create_body(ContainerSpec(name="x", image="i", ports=ports))

@@ -167,6 +167,46 @@ async def test_asked_for_again_with_another_liveness_the_same_container_is_watch
         await until(lambda: watched.told("container.restarted"), "the restart")
 
 
+@pytest.mark.parametrize(
+    ("probe", "answer", "reason"),
+    [
+        ({}, "500 Oops", "port http answered GET /healthz with status 500"),
+        ({}, "", "port http did not answer GET /healthz"),
+        ({}, "200 OK", None),
+        ({}, "302 Found", None),
+        ({"status": 503}, "200 OK", "port http answered GET /healthz with status 200"),
+        ({"status": 503}, "503 Busy", None),
+    ],
+)
+async def test_liveness_by_http_asks_for_a_status_within_its_time(
+    watched: Watched, probe: dict[str, Any], answer: str, reason: str | None
+) -> None:
+    asked: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        if answer:
+            writer.write(f"HTTP/1.0 {answer}\r\n\r\n".encode())
+        else:
+            await reader.read()  # until the one who asks has had enough
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)  # where a container of the fake engine is
+    live = {"exec": None, "http": {"port": "http", "path": "/healthz", **probe}, "timeout_s": 0.3}
+    ports = [{"name": "http", "container": server.sockets[0].getsockname()[1]}]
+    async with server, watched.supervised():
+        await watched.start(live=live, ports=ports, restart="no")
+        if reason is None:
+            await until(lambda: watched.health() == "live", "live")
+            await until(lambda: len(asked) > 1, "asked again")
+            assert watched.told("container.unhealthy") == []
+        else:
+            await until(lambda: watched.told("container.unhealthy"), "the news")
+            assert watched.told("container.unhealthy")[0]["reason"] == reason
+    assert asked[0].startswith(b"GET /healthz HTTP/1.0\r\n")
+
+
 class Printing:
     """A game that prints what it is told to; ``first`` at the start of its first run alone."""
 
