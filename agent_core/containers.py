@@ -12,9 +12,9 @@ import logging
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from agent_core.container_spec import (
     NEXT,
@@ -53,6 +53,7 @@ from outrider.masking import Masker
 
 Owner = Literal["managed", "step", "pause", "foreign"]
 DEFAULT_GRACE_S = 10.0
+_MAKING_S = 5.0  # that a container which is being made is waited for by one that is cancelled
 _STATES_TO_ADOPT = ("running", "created", "exited")
 
 log = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ class Containers:
                 user=order.user,
                 secrets=order.scope.secrets,
             )
-            container_id = await self._create(order, name, ports, image_id)
+            container_id = await _seen_through(self._create(order, name, ports, image_id))
             await self._runtime.start(container_id)
             await wait_ready(self._runtime, container_id, spec, ports, secrets=order.scope.secrets)
         except OutriderError as error:
@@ -548,6 +549,22 @@ class Containers:
             self._files.secrets, labels.get(LABEL_NAME) or info.name, labels.get(LABEL_SPEC, "-")
         )
         return (*info.secrets, *in_files)
+
+
+async def _seen_through(making: Coroutine[Any, Any, str]) -> str:
+    """What is made, or that it was, though who wants it is cancelled meanwhile.
+
+    The engine goes on with a request that is broken off: what it made a moment later would be undone by nobody, and
+    adopted by the next one who asks for it.
+    """
+    task = asyncio.ensure_future(making)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=_MAKING_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 def owner_of(scope: ContainerScope) -> str:

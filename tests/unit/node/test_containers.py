@@ -184,6 +184,30 @@ async def test_attempt_that_is_over_takes_its_unfinished_start_with_it(parts: Pa
     assert parts.ports.held("arena") == {}
 
 
+async def test_container_that_the_engine_makes_though_nobody_waits_any_more_is_undone_too(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = parts.runtime.create
+    asked = asyncio.Event()
+
+    async def create(container: ContainerSpec) -> str:
+        async def made() -> str:
+            await asyncio.sleep(0.2)
+            return await engine(container)
+
+        asked.set()
+        return await asyncio.shield(asyncio.create_task(made()))
+
+    monkeypatch.setattr(parts.runtime, "create", create)
+    start = asyncio.create_task(parts.containers.start(spec(), parts.scope))
+    await asked.wait()
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    await parts.containers.end_attempt(parts.scope)
+    await asyncio.sleep(0.3)
+    assert await parts.runtime.list() == []
+
+
 async def test_no_more_volumes_than_the_step_has(parts: Parts) -> None:
     with pytest.raises(PolicyViolation, match=r"volume other, which its step was not given \(the step has: saves\)"):
         await parts.containers.start(spec(volumes={"other": "/data"}), parts.scope)
