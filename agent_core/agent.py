@@ -311,7 +311,8 @@ class Agent:
 
     def _refused(self, error: OutriderError) -> None:
         # A node that takes care of something stays: only its link waits for another credential.
-        if not self._runs.active and self._services.outbox.depth == 0:
+        # (Events of its own start, that the engine is away, say, are nothing that anybody waits for.)
+        if not self._runs.active and not self._services.outbox.read(("run_report", "write_back"), limit=1):
             self._refusal = error
             self.stop()
 

@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
+from outrider._model_errors import problems_of
 from outrider._yaml import compose, plain
 from outrider.errors import InvalidInput, Problem
 
@@ -110,10 +111,7 @@ def make_role(document: Mapping[str, object]) -> Role:
     try:
         return Role.model_validate(document)
     except ValidationError as error:
-        found = [
-            Problem(item["msg"].removeprefix("Value error, "), path=".".join(str(part) for part in item["loc"]))
-            for item in error.errors(include_url=False, include_input=False)
-        ]
+        found = list(problems_of(error, Role))
         raise InvalidInput(f"the role is not valid: {'; '.join(map(str, found))}", found) from error
 
 
