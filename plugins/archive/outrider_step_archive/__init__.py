@@ -132,7 +132,9 @@ class CreateParams(BaseModel):
         " inside and leaves out those that lead out",
     )
     reproducible: bool = Field(
-        False, description="give every entry the same time, so that the same content makes the same archive"
+        False,
+        description="give every entry the same time, so that the same content with the same permissions makes the same"
+        " archive",
     )
     encrypt: bool = Field(
         False,

@@ -49,7 +49,7 @@ def create(step: Step) -> None:
             if kind == "7z" or password is not None:
                 packing.seven(stage, source, kind, password, times=fixed is None)
             elif kind == "zip":
-                packing.zip()
+                packing.zip(utc=fixed is not None)
             else:
                 packing.tar(kind)
             output.finish()
@@ -94,10 +94,10 @@ class _Packing:
         finally:
             stream.close()
 
-    def zip(self) -> None:
+    def zip(self, *, utc: bool) -> None:
         from archiving.zipwrite import ZipWriter
 
-        writer = ZipWriter(self._output, self._level, self._on_bytes)
+        writer = ZipWriter(self._output, self._level, self._on_bytes, utc=utc)
         try:
             writer.add(_fit(self._finder.items(self.tally)))
             writer.finish()
