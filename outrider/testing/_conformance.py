@@ -81,7 +81,7 @@ class StepConformance:
         outrider_step.planned(example)
 
     def test_resolve_is_pure(self, outrider_step: StepUnderTest, example: Example) -> None:
-        """No I/O, no clock, no randomness, no environment; and what it is given stays as it was."""
+        """No I/O, no thread, no clock, no randomness, no environment; and what it is given stays as it was."""
         _none(checks.impurities(outrider_step.subject, *outrider_step.given(example)))
 
     def test_resolve_is_deterministic(self, outrider_step: StepUnderTest, example: Example) -> None:
