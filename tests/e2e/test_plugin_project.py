@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,19 @@ from .conftest import Dev, start_dev, stop_dev
 
 pytestmark = pytest.mark.timeout(300)
 
-NAME = "e2e_notes"
+GUIDE = (Path(__file__).parents[2] / "docs" / "step-authors.md").read_text()
+NAME = "manifest"  # as in the guide
 IMAGE = f"outrider/step-{NAME}:0.1.0"
+
+
+def blocks(mark: str) -> list[str]:
+    """Commands of the guide, with what they print."""
+    return re.findall(rf"^```console {mark}\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The commands, without what stands beside them."""
+    return re.findall(r"^\$ (.+?)(?: +# .+)?$", text, re.MULTILINE)
 
 
 class Environment:
@@ -71,22 +81,24 @@ def image() -> Iterator[None]:
     subprocess.run(["docker", "image", "rm", "-f", IMAGE], capture_output=True)
 
 
-def test_commands_of_the_readme_work_where_there_is_no_engine(environment: Environment, tmp_path: Path) -> None:
-    folder = tmp_path / "project"
-    environment.run(f"outrider plugin new {NAME} --directory {folder}", tmp_path)
-    working = (folder / "README.md").read_text().partition("## Working on it")[2]
-    commands = re.findall(r"^\$ (.+?)(?: +# .+)?$", working, re.MULTILINE)
-    # What needs an engine is done below; what needs an index is not.
-    elsewhere = ("sudo outrider images build", "sudo outrider plugin try", "pip install build")
-    told = {
-        command: environment.run(command, folder, PYTEST_ADDOPTS="-p no:asyncio --outrider-engine=off").stdout
-        for command in commands
-        if not command.startswith(elsewhere)
-    }
-    assert len(told) == len(commands) - len(elsewhere) == 5
-    assert "Successfully installed outrider-step-e2e-notes-0.1.0" in told["pip install -e '.[test]'"]
-    assert f"{NAME}.list" in told["outrider plugin doctor"]
-    assert "18 passed, 14 skipped" in told["pytest"]
+def test_first_commands_of_the_guide_and_those_of_the_readme_work_without_an_engine(
+    environment: Environment, tmp_path: Path
+) -> None:
+    no_engine = {"PYTEST_ADDOPTS": "-p no:asyncio --outrider-engine=off"}
+    [first] = blocks("install")
+    told = environment.run("\n".join(["set -e", *commands(first)]), tmp_path, **no_engine).stdout
+    assert "Successfully installed outrider-step-manifest-0.1.0" in told
+    assert "18 passed, 14 skipped" in told
+
+    folder = tmp_path / "outrider-step-manifest"
+    readme = commands((folder / "README.md").read_text().partition("## Working on it")[2])
+    assert {"pip install -e '.[test]'", "pytest"} <= {*readme}
+    # What was done above, what needs an engine and is done below, and what needs an index.
+    done = ("pip install", "pytest", "sudo outrider images build", "sudo outrider plugin try")
+    rest = [command for command in readme if not command.startswith(done)]
+    assert len(rest) == 3
+    for command in rest:
+        environment.run(command, folder, **no_engine)
 
 
 @pytest.mark.usefixtures("image")
@@ -95,12 +107,12 @@ def test_commands_of_the_readme_work_where_there_is_no_engine(environment: Envir
 def test_project_is_built_installed_tested_tried_and_run(
     environment: Environment, tmp_path: Path, language: str
 ) -> None:
-    folder = tmp_path / "project"
-    environment.run(f"outrider plugin new {NAME} --directory {folder} --language {language}", tmp_path)
+    folder = tmp_path / f"outrider-step-{NAME}"
+    environment.run(f"outrider plugin new {NAME} --language {language}", tmp_path)
 
     steps = yaml.safe_load((folder / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["test"]["steps"]
-    *commands, build = (step["run"] for step in steps if "run" in step)
-    told = [environment.run(command, folder).stdout for command in commands]
+    *checks, build = (step["run"] for step in steps if "run" in step)
+    told = [environment.run(command, folder).stdout for command in checks]
     assert "30 passed, 2 skipped" in told[-1], told[-1]
 
     assert build == "pip install build && python -m build"  # which comes from an index, and asks the backend for this:
@@ -109,29 +121,34 @@ def test_project_is_built_installed_tested_tried_and_run(
 
     # From here on the project itself is away: what is installed is all that a node has.
     shutil.rmtree(folder / f"outrider_step_{NAME}")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "with.yaml").write_text("of: /saves\nto: /out/list\n")
-    (elsewhere / "saves").mkdir()
-    (elsewhere / "saves" / "world").write_bytes(b"22")
-    tried = environment.run(
-        f"outrider plugin try {NAME}.list --with with.yaml --volume saves=saves --volume out=out", elsewhere
-    )
-    assert json.loads(tried.stdout)["files"] == 1
-    assert (elsewhere / "out" / "list").read_text().endswith("  world\n")
-    assert "succeeded in" in tried.stderr
+    image, tried, used = (block.replace("/tmp/", f"{tmp_path}/") for block in blocks("engine"))
+    environment.run(*commands(image), folder)
 
-    dev = start_dev(tmp_path / "dev", command=(str(environment.folder / "bin" / "python"), "-m", "outrider.cli"))
+    [command], shown = commands(tried), tried.partition("\n")[2]
+    done = environment.run(command, folder)
+    outputs = re.search(r"^\{.*^\}\n", shown, re.MULTILINE | re.DOTALL)
+    assert outputs is not None
+    assert re.fullmatch(_looks_like(outputs[0]), done.stdout), done.stdout
+    assert re.search(_looks_like(shown.replace(outputs[0], "")), done.stderr), done.stderr
+    assert (tmp_path / NAME / "files.txt").read_text().endswith("  pipeline.yaml\n")
+
+    dev: Dev | None = None
     try:
-        _runs_on_a_node(dev, (folder / "examples" / "pipeline.yaml").read_text())
+        for command in commands(used):
+            if command == "outrider dev":
+                dev = start_dev(
+                    tmp_path / "dev", command=(str(environment.folder / "bin" / "python"), "-m", "outrider.cli")
+                )
+                environment.environ |= {"OUTRIDER_CONTEXT": dev.env["OUTRIDER_CONTEXT"]}
+            else:
+                environment.run(command, folder)
+        assert dev is not None
+        assert dev.json("object", "get", "game/arena-1")["status"] == {"saved_files": 0}
     finally:
-        stop_dev(dev)
+        if dev is not None:
+            stop_dev(dev)
 
 
-def _runs_on_a_node(dev: Dev, pipeline: str) -> None:
-    dev.ok("object", "set", "game/notes-1")
-    run = dev.run(pipeline, "--object", "game/notes-1")
-    assert run["state"] == "succeeded", run
-    (listed,) = run["steps"]
-    assert listed["image"] == IMAGE
-    assert dev.json("object", "get", "game/notes-1")["status"] == {"saved_files": 0}
+def _looks_like(text: str) -> str:
+    """A pattern for what a command prints; … stands for what differs, and how long it takes does."""
+    return re.escape(text).replace("…", ".+").replace(r"0\.9s", r"\d+\.\ds")
