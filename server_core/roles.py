@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from outrider.roles import AGENT, Installed, Role, Stand, compare, read_lock
+from outrider.roles import AGENT, Installed, Role, Stand, by_distribution, compare, read_lock
 from outrider.schema import KNOWN_DISTRIBUTIONS
 from outrider.v1 import types_pb2
 from server_core.store import node_roles, nodes
@@ -37,11 +37,15 @@ def all_wanted(connection: Connection) -> dict[str, Wanted]:
 
 
 def describe(node: types_pb2.Node, wanted: Wanted | None) -> types_pb2.Node:
-    """Put onto a node's record how it stands to its role; nothing for a node without one. Needs its plugins."""
-    if not node.role:
-        return node
+    """Put onto a node's record how it stands to its role; without one, what it has. Needs its plugins."""
     state = node.role_state
     state.role = node.role
+    if not node.role:
+        there = by_distribution(installed(node)) if node.epoch else {}
+        state.plugins.extend(
+            types_pb2.PluginState(distribution=name, actual=each.version) for name, each in there.items()
+        )
+        return node
     if wanted is None:
         state.drift = True
         state.problem = (
@@ -64,7 +68,7 @@ def describe(node: types_pb2.Node, wanted: Wanted | None) -> types_pb2.Node:
     state.drift = bool(differing)
     if differing:
         more = f" and {len(differing) - _TOLD} more" if len(differing) > _TOLD else ""
-        state.problem = f"{'; '.join(differing[:_TOLD])}{more}: on the node, run `outrider agent plugins sync`"
+        state.problem = f"{'; '.join(differing[:_TOLD])}{more}: {_fix(stands)}"
         if node.environment.refused:
             state.problem += f" (the last try was taken back: {node.environment.refused_reason})"
     return node
@@ -74,7 +78,25 @@ def installed(node: types_pb2.Node) -> Iterable[Installed]:
     """The agent and the plugins that the node has reported."""
     yield Installed(AGENT, node.agent_version)
     for plugin in node.plugins:
-        yield Installed(plugin.distribution, plugin.version, "" if plugin.ok else plugin.error)
+        yield _reported(plugin)
+
+
+def _reported(plugin: types_pb2.Plugin) -> Installed:
+    return Installed.reported(
+        plugin.distribution,
+        plugin.version,
+        ok=plugin.ok,
+        state=plugin.state,
+        error=plugin.error,
+        notes=plugin.notes,
+    )
+
+
+def _fix(stands: Iterable[Stand]) -> str:
+    """`sync` makes everything as it should be, except what the node's own settings say."""
+    if {each.drift for each in stands if each.drift} == {"disabled"}:
+        return "enable it in the agent's settings there, or take it out of the role"
+    return "on the node, run `outrider agent plugins sync`"
 
 
 def why_missing(connection: Connection, node: types_pb2.Node, uses: Iterable[str]) -> dict[str, str]:

@@ -92,9 +92,8 @@ def sync(
         base_python(),
     )
     home = _home(config)
-    given = [("--config", file), ("--state-dir", config.state_dir), ("--node-id", config.node_id)]
-    settings = [word for flag, value in given if value is not None for word in (flag, str(value))]
-    environments = Environments(home, settings, os.environ, note)
+    settings = ["--state-dir", str(config.state_dir), "--node-id", config.node_id]
+    environments = Environments(home, settings, os.environ, note, file)
     if dry_run:
         _tell_plan(environments, wanted, as_json)
         return

@@ -154,6 +154,40 @@ async def test_the_server_shows_what_a_node_should_have_what_it_has_and_the_diff
     await agent.stop()
 
 
+async def test_a_plugin_of_the_role_that_is_disabled_or_half_broken_is_drift(rig: Rig) -> None:
+    off = tpb.Plugin(
+        name="test", distribution="outrider-step-test", version="1.0", state="disabled", notes=["it is named"]
+    )
+    broken = tpb.Plugin(name="a", distribution="outrider-step-test", version="1.0", state="error", error="no module x")
+    agents = [await started(rig, plugins=[off]), await started(rig, "n2", plugins=[broken, TEST])]
+    async with rig.operator() as control:
+        await put(rig, control, role_of())
+        state = (await assign(rig, control, "game")).role_state
+        assert [each.drift for each in state.plugins] == ["", "disabled"]
+        assert state.drift
+        assert state.problem == (
+            "outrider-step-test 1.0 is there and disabled (it is named): "
+            "enable it in the agent's settings there, or take it out of the role"
+        )
+        state = (await assign(rig, control, "game", "n2")).role_state
+        assert [each.drift for each in state.plugins] == ["", "broken"]
+        assert "outrider-step-test 1.0 can't be used: no module x: on the node, run" in state.problem
+    for agent in agents:
+        await agent.stop()
+
+
+async def test_a_node_without_a_role_shows_what_it_has(rig: Rig) -> None:
+    agent = await started(rig, plugins=[TEST])
+    async with rig.operator() as control:
+        state = (await node_of(control)).role_state
+        assert (state.role, state.drift, state.problem) == ("", False, "")
+        assert [(each.distribution, each.actual, each.wanted, each.drift) for each in state.plugins] == [
+            ("outrider", "0.1.0", "", ""),
+            ("outrider-step-test", "1.0", "", ""),
+        ]
+    await agent.stop()
+
+
 async def test_a_change_of_the_lock_alone_is_drift_of_an_environment_that_was_made_from_a_lock(rig: Rig) -> None:
     async with rig.operator() as control:
         made = await put(rig, control, role_of())
