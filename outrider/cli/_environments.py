@@ -174,6 +174,7 @@ class Environments:
 
     def _until_settled(self, name: str, request: str) -> bool:
         limit = (launcher.READY_WITHIN_S + launcher.STEADY_S + launcher.GRACE_S) * launcher.TRIES + launcher.GRACE_S
+        limit += launcher.CONNECT_WITHIN_S
         deadline = time.monotonic() + limit
         said = ""
         while time.monotonic() < deadline:
@@ -187,7 +188,11 @@ class Environments:
                 )
             if state.get("current") == name and not trial:
                 return True
-            news = trial.get("said") or ("its agent is ready, and has to stay so" if trial.get("ready") else "")
+            news = (
+                trial.get("waits")
+                or trial.get("said")
+                or ("its agent is ready, and has to stay so" if trial.get("ready") else "")
+            )
             if trial.get("request") == request and news and news != said:
                 said = news
                 self.tell(news)
@@ -196,7 +201,11 @@ class Environments:
                     "the launcher ended", code="launcher_ended", hint="its log has the reason; it goes on when started"
                 )
             time.sleep(0.2)
-        raise Unavailable(f"nothing became of {launcher.spoken(name)} within {limit:g} s", code="switch_timeout")
+        raise Unavailable(
+            f"nothing became of {launcher.spoken(name)} within {limit:g} s{said and f': {said}'}",
+            code="switch_timeout",
+            hint="the launcher goes on with it; `outrider agent plugins list` says what becomes of it",
+        )
 
     def _check(self, target: Path, wanted: Wanted) -> int:
         """Ask the environment itself; the form of journal that its agent writes. Raises InvalidInput."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from outrider import launcher
 from outrider.cli import _environments
+from outrider.cli._agent_plugins import plugins
 from outrider.cli._environments import Environments, Source, Wanted, base_python
 from outrider.errors import Conflict, InvalidInput, Unavailable
 from outrider.roles import Role
@@ -48,6 +50,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environments:
     config.write_text("#!/bin/sh\nexit 0\n")
     config.chmod(0o755)
     monkeypatch.setattr(_environments, "_install", install)
+    (tmp_path / "environments").mkdir()
     environ, config = {"PATH": "/usr/bin:/bin"}, tmp_path / "agent.yaml"
     return Environments(tmp_path / "environments", ["--node-id", "n1"], environ, lambda _text: None, config)
 
@@ -148,6 +151,14 @@ def test_without_a_launcher_the_next_start_tries_it(made: Environments) -> None:
     name = make(made)
     assert not made.switch(name)
     assert launcher.read_json(made.home / launcher.WANTED)["environment"] == name
+
+
+def test_going_back_while_an_environment_is_on_trial_is_to_the_current_one(made: Environments) -> None:
+    launcher.write_json(made.home / launcher.STATE, {"current": "b", "former": "a", "trial": {"environment": "c"}})
+    given = ["--node-id", "n1", "--state-dir", str(made.home.parent), "-o", "json"]
+    done = CliRunner().invoke(plugins, ["back", *given], catch_exceptions=False)
+    assert json.loads(done.stdout) == {"environment": "b", "current": False}
+    assert launcher.read_json(made.home / launcher.WANTED)["environment"] == "b"
 
 
 @pytest.mark.parametrize("tool", [pytest.param("pip", marks=pytest.mark.long), "uv"])
