@@ -93,6 +93,8 @@ class Agent:
         self._loop: asyncio.AbstractEventLoop
         self.ready = asyncio.Event()
         """Set when runs are taken up again, and how engine and server are is known, be it good or bad."""
+        self.connected = asyncio.Event()
+        """Set when the server has answered a heartbeat for the first time: then the whole way there works."""
 
     async def run(self) -> None:
         """Serve until `stop`. Raises InvalidInput for a configuration that can't work, Conflict if another agent has
@@ -166,6 +168,7 @@ class Agent:
             spool,
             labels=dict(config.labels),
             on_refused=self._refused,
+            on_answered=self.connected.set,
             operations=operations,
             environment=lambda: environment(config.state_dir),
         )
