@@ -185,36 +185,37 @@ class Containers:
         """
         order = self._orders.of(spec, scope)
         found = await self._find(spec.name)
+        image_id = None
         if found is not None:
             self._check_replaceable(found, order, replace)
         if found is None or not order.is_made_as(found):
             # Before the name is taken hold of: a pull may take an hour, and the former container is to be watched.
-            await self._images.ensure(spec.image, run=scope.run_id, tell=tell)
+            image_id = await self._images.ensure(spec.image, run=scope.run_id, tell=tell)
         try:
             async with self._alone(spec.name):
                 await self._replacing.settle(spec.name, order.digest)
-                return await self._start(order, replace)
+                return await self._start(order, replace, image_id)
         finally:
             self.changed(spec.name)
 
-    async def _start(self, order: Order, replace: Replace) -> Started:
+    async def _start(self, order: Order, replace: Replace, image_id: str | None) -> Started:
         name = order.spec.name
         existing = await self._find(name)
         if existing is None:
-            return await self._make(order, name)
+            return await self._make(order, name, image_id)
         self._check_replaceable(existing, order, replace)
         if order.is_made_as(existing):
             if existing.state in _STATES_TO_ADOPT:
                 return await self._adopt(existing, order)
             await self._runtime.stop(existing.id, grace_s=self._grace(name))
             await self._replacing.drop(name, existing.id)
-            return await self._make(order, name)
+            return await self._make(order, name, image_id)
         if replace == "start-first" and existing.state in ("running", "restarting", "paused"):
-            return await self._start_beside(order)
+            return await self._start_beside(order, image_id)
         await self._replacing.set_aside(name, existing, order.intent())
-        return await self._make(order, name)
+        return await self._make(order, name, image_id)
 
-    async def _start_beside(self, order: Order) -> Started:
+    async def _start_beside(self, order: Order, image_id: str | None) -> Started:
         """A successor while the former runs on; it takes the name once it is ready."""
         name, beside = order.spec.name, order.spec.name + NEXT
         wanted = [port.name for port in order.spec.ports if port.host is not None]
@@ -226,18 +227,22 @@ class Containers:
                 hint="leave `host` out to get another port, or use `replace: stop-first`",
             )
         found = await self._find(beside)
-        started = await (self._adopt(found, order, beside) if found is not None else self._make(order, beside))
+        if found is not None:
+            started = await self._adopt(found, order, beside)
+        else:
+            started = await self._make(order, beside, image_id)
         await self.rows.switching(name, supervision_of(order.spec, self._ports.held(beside)))
         await self._replacing.switch(name)
         return replace(started, name=name, adopted=False, replaced=True)
 
-    async def _make(self, order: Order, name: str) -> Started:
-        """From nothing to ready, or to nothing again."""
+    async def _make(self, order: Order, name: str, image_id: str | None) -> Started:
+        """From nothing to ready, or to nothing again. ``image_id``: as `Images.ensure` gave it, if it was asked."""
         spec = order.spec
         await self.rows.starting(name, order.intent())
         try:
             ports = await self._ports.lease(name, spec.wishes())
-            image_id = await self._images.ensure(spec.image, run=order.scope.run_id)
+            if image_id is None:
+                image_id = await self._images.ensure(spec.image, run=order.scope.run_id)
             if order.network != "host":
                 await ready_network(self._runtime, self._policy, self._node_id, spec.network)
             await self._volumes.use(name, [mount.source for mount in order.mounts])

@@ -66,6 +66,12 @@ class ImagePolicy(BaseModel):
             contents[reference.normal] = digest
         return contents
 
+    def of_the_agents_own(self) -> ImagePolicy:
+        """What of it holds for the image of pause containers, which no pipeline names: whence it comes, and its digest
+        if there is one. A registry is not asked for a newer one each time."""
+        pull = "missing" if self.pull == "always" else self.pull
+        return self.model_copy(update={"allow": ("*",), "require_digest": False, "pull": pull})
+
     def check(self, image: str) -> ImageReference:
         """The parts of ``image``. PolicyViolation if it must not run here, InvalidInput if it is no image's name."""
         reference = ImageReference.parse(image)

@@ -16,7 +16,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agent_core.images import Images
 from agent_core.journal import Journal
@@ -71,7 +71,7 @@ class NetPool:
         """``calm`` returns when the engine has nothing more urgent to do than to fill the pool."""
         self._runtime = runtime
         self._policy = policy
-        self._images = Images(runtime, policy.images)
+        self._images = Images(runtime, policy.images.of_the_agents_own())
         self._node_id = node_id
         self._journal = journal
         self._image = image
@@ -239,8 +239,9 @@ class NetPool:
         return await self._make(network_class)
 
     async def _create_and_start(self, spec: ContainerSpec) -> str:
+        image_id = await self._images.before_create(self._image)
         try:
-            container = await self._runtime.create(spec)
+            container = await self._runtime.create(replace(spec, image_id=image_id))
         except NotFound as error:
             if error.code != "image_not_found":
                 raise

@@ -210,6 +210,10 @@ class NoOutputs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class _WrongName(ValueError):
+    """A step type has a name that can't be one."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepType:
     """A step type: what ``uses:`` names.
@@ -230,7 +234,7 @@ class StepType:
 
     def __post_init__(self) -> None:
         if not STEP_TYPE_NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name!r} is not the name of a step type; it reads like 's3.download'")
+            raise _WrongName(f"{self.name!r} is not the name of a step type; it reads like 's3.download'")
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,3 +157,15 @@ async def test_without_the_pause_image_it_is_pulled_like_any_other(tmp_path: Pat
     async with agent(tmp_path, engine, prefix="mirror.lan") as node:
         assert (await node.run(pipeline(BASE_IMAGE))).state == "succeeded"
     assert ("tag_image", "outrider/pause:1") in engine.calls
+
+
+async def test_the_pause_image_is_held_to_its_digest_too(tmp_path: Path, engine: Engine) -> None:
+    engine.images = {"outrider/pause:1", "game/a:1"}
+    policy: dict[str, Any] = {"pull": "never", "allow": ["game/*"], "digests": {"outrider/pause:1": RIGHT}}
+    engine.ids["outrider/pause:1"] = RIGHT
+    async with agent(tmp_path / "right", engine, **policy) as node:
+        assert (await node.run(pipeline("game/a:1"))).state == "succeeded"
+    engine.ids["outrider/pause:1"] = WRONG
+    async with agent(tmp_path / "wrong", engine, **policy) as node:
+        run = await node.run(pipeline("game/a:1"))
+        assert (run.state, run.failure.code) == ("failed", "image_digest_mismatch")

@@ -89,6 +89,49 @@ def test_killed_download_of_a_prefix_keeps_the_objects_that_are_whole(
     assert [path.name for path in target.iterdir()] == ["p"]
 
 
+# What Python runs before the program: a signal to itself before the rename of a number.
+INTERRUPTING = """
+import os, signal
+made, real = 0, os.replace
+def replace(*args, **more):
+    global made
+    made += 1
+    if made == int(os.environ["NUMBER"]):
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+    real(*args, **more)
+os.replace = replace
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])  # the journal, and three objects
+def test_prefix_interrupted_while_it_is_published_is_there_as_a_whole(
+    store: Store, proxy: Proxy, program: Program, target: Path, tmp_path: Path, number: int, name: str
+) -> None:
+    old, new = {"a": b"old", "mine": b"kept"}, {"a": b"new", "b": b"new", "deep/c": b"new"}
+    for key, body in new.items():
+        store.put(f"p/{key}", body)
+    for path, body in old.items():
+        (target / "p").mkdir(exist_ok=True)
+        (target / "p" / path).write_bytes(body)
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
+    params = {"bucket": store.bucket, "prefix": "p", "to": f"{target}/p", "endpoint": proxy.endpoint}
+    more = {"PYTHONPATH": str(tmp_path), "NUMBER": str(number), "SIGNAL": name}
+    code = program.end(program.start("download", params, store.env | more)).code
+    if name == "SIGKILL":
+        assert code == -9
+        proxy.requests.clear()
+        assert program.run("download", params, store.env).code == 0
+        assert not [path for _, path, _ in proxy.requests if "/p/" in path], "what was there has been fetched again"
+    else:
+        assert code == 143
+    files = {
+        str(path.relative_to(target / "p")): path.read_bytes() for path in (target / "p").rglob("*") if path.is_file()
+    }
+    assert files == old | new
+    assert [path.name for path in target.iterdir()] == ["p"]
+
+
 def test_killed_upload_sends_only_the_parts_that_are_missing(
     store: Store, proxy: Proxy, program: Program, target: Path, wait_for: Wait
 ) -> None:

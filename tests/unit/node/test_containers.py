@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from agent_core.container_spec import GrantedVolume, ManagedSpec, substitute
+from agent_core.containers import Containers
+from agent_core.policy import NodePolicy
 from agent_core.runtimes.base import (
     LABEL_ATTEMPT,
     LABEL_KIND,
@@ -38,6 +40,16 @@ if TYPE_CHECKING:
 
 def spec(**more: Any) -> ManagedSpec:
     return ManagedSpec.parse({"name": "arena", "image": "game:1", "ready": {"log": "is up"}} | more)
+
+
+async def test_with_pull_always_a_start_asks_the_registry_once(parts: Parts) -> None:
+    policy = NodePolicy.model_validate({"images": {"pull": "always"}})
+    containers = Containers(parts.runtime, parts.journal, parts.ports, parts.volumes, policy, "n1")
+    for replace in ("no", "stop-first"):
+        by_hand = dataclasses.replace(parts.scope, run_id="", step="")
+        started = await containers.start(spec(env={"HOW": replace}), by_hand, replace=replace)
+        assert not started.adopted
+    assert [call for call in parts.runtime.calls if call[0] == "pull_image"] == [("pull_image", "game:1")] * 2
 
 
 async def test_leased_ports_are_known_to_the_container_before_it_exists(parts: Parts) -> None:

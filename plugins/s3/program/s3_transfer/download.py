@@ -10,7 +10,7 @@ from typing import Any
 
 from outrider_stepkit import Selection, StepFailure, free_bytes
 from outrider_stepkit.meter import Meter, Report
-from outrider_stepkit.publish import sync_directory
+from outrider_stepkit.publish import move_all, recover, sync_directory
 
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import compare, md5_of
@@ -85,6 +85,7 @@ class _Download:
 
     def _prefix(self, prefix: str, to: str) -> dict[str, Any]:
         target = Path(to)
+        recover(target)
         if target.exists() and not target.is_dir():
             raise StepFailure(f"{target} is a file: a prefix needs a directory", code="not_a_directory")
         chosen = Selection(self._params.get("include", ()), self._params.get("exclude", ()))
@@ -188,7 +189,10 @@ def _publish_file(kept: Partials, job: Job, digest: str) -> None:
 
 
 def _publish(jobs: list[Job], digests: Mapping[str, str], kept: Partials, target: Path) -> None:
-    """Move every file to its place. What can be foreseen to fail is looked for before the first one moves."""
+    """Move every file to its place. What can be foreseen to fail is looked for before the first one moves.
+
+    From then on a cancellation waits, and after a kill the next attempt moves the rest.
+    """
     directories = {(target / job.name).parent for job in jobs}
     for directory in directories:
         blocked = next((up for up in (directory, *directory.parents) if up.exists() and not up.is_dir()), None)
@@ -201,11 +205,8 @@ def _publish(jobs: list[Job], digests: Mapping[str, str], kept: Partials, target
     for directory in directories:
         directory.mkdir(parents=True, exist_ok=True)
     for job in jobs:
-        fetched = kept.path(job.identity)
-        mark(fetched, job.identity, digests[job.name])
-        os.replace(fetched, os.path.join(target, job.name))
-    for directory in directories:
-        sync_directory(directory)
+        mark(kept.path(job.identity), job.identity, digests[job.name])
+    move_all(kept.folder, target, ((job.identity, job.name) for job in jobs))
 
 
 def _check_room(kept: Partials, size: int) -> None:
