@@ -71,7 +71,8 @@ class ControlClient:
 
         ``on_output`` gets what it prints as it comes: "stdout" or "stderr", and the text. Gives exit_code, and
         truncated: whether some of the output is missing, because the agent was restarted meanwhile. With an ``id``
-        the call may be repeated (here and by the next attempt's program alike): the program is run once.
+        the call may be repeated within the attempt, also after an error that is temporary: the program is run once. The
+        next attempt's ids are its own.
         """
 
         def heard(document: dict[str, Any]) -> None:
