@@ -130,6 +130,7 @@ class Program:
 
     directory: Path
     runs: int = 0
+    run_id: str = "rtest"
 
     def start(self, action: str, params: dict[str, Any], env: dict[str, str]) -> subprocess.Popen[str]:
         self.runs += 1
@@ -141,7 +142,7 @@ class Program:
             "HOME": str(self.directory),
             "OUTRIDER_DIRECTORY": str(contract),
             "OUTRIDER_CONTRACT": "1",
-            "OUTRIDER_RUN_ID": "rtest",
+            "OUTRIDER_RUN_ID": self.run_id,
             "OUTRIDER_STEP": "transfer",
             "OUTRIDER_ATTEMPT": "1",
         }
@@ -234,6 +235,7 @@ class Proxy:
     endpoint: str
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
+    dropped: str = ""  # headers of requests that begin with this do not reach the store
     ca: str = ""  # the authority behind its certificate, where it speaks TLS
     fault: Callable[[str, str, int], str | None] = lambda method, path, number: None
 
@@ -291,7 +293,7 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
             connection = connect(upstream.hostname or "", upstream.port, timeout=30)
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                if name.lower() != "expect":
+                if name.lower() != "expect" and not (made.dropped and name.lower().startswith(made.dropped)):
                     connection.putheader(name, value)
             connection.endheaders(body)
             response = connection.getresponse()
@@ -302,6 +304,9 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
                 if name.lower() not in {"connection", "transfer-encoding", "content-length", "server", "date"}:
                     self.send_header(name, value)
             length = response.getheader("Content-Length") or "0"
+            if customer := self.headers.get("x-amz-server-side-encryption-customer-algorithm"):
+                # The store that stands here takes no notice of it; others confirm it.
+                self.send_header("x-amz-server-side-encryption-customer-algorithm", customer)
             self.send_header("Content-Length", length if self.command == "HEAD" else str(len(content)))
             self.end_headers()
             if self.command == "HEAD":

@@ -91,6 +91,20 @@ def test_storage_class_tags_and_encryption_are_asked_for(
     assert {tag["Key"]: tag["Value"] for tag in tags} == {"kind": "backup + more", "ü": ""}
 
 
+@pytest.mark.parametrize("body", [b"x", BIG], ids=["small", "parts"])
+def test_store_that_drops_the_encryption_is_found_out(
+    store: Store, proxy: Proxy, program: Program, here: Path, body: bytes
+) -> None:
+    (here / "f").write_bytes(body)
+    proxy.dropped = "x-amz-server-side-encryption"
+    params = {"bucket": store.bucket, "key": "k", "from": f"{here}/f", "encryption": "aws:kms", "kms_key_id": "key-1"}
+    ended = program.run("upload", params | {"endpoint": proxy.endpoint}, store.env)
+    assert (ended.code, ended.cause) == (1, "encryption")
+    assert "aws:kms" in ended.error
+    assert store.listed() == []
+    assert store.unfinished() == []
+
+
 def test_own_authority_and_own_encryption_key_over_tls(
     store: Store, tls_proxy: Proxy, program: Program, here: Path
 ) -> None:

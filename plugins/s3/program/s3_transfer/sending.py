@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
-import math
-import os
-import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -20,108 +16,18 @@ from urllib.parse import urlencode
 from outrider_stepkit import StepFailure
 from outrider_stepkit.meter import Meter
 
-from s3_transfer.api import Api, Part, Version
+from s3_transfer.api import PART_BYTES_HEADER, Api, Part, Version
 from s3_transfer.checks import Digest, compare, composite, digest_of, encoded
 from s3_transfer.errors import Refused
-from s3_transfer.transport import CHUNK_BYTES
+from s3_transfer.files import File
+from s3_transfer.terms import PART_BYTES, Terms, part_bytes
 from s3_transfer.workers import Workers
 
-PART_BYTES = 64 * 1024**2
-"""Large, because every part costs a request that both sides have to finish; none is ever held in memory."""
-_MAX_PARTS = 10_000
 _MAX_OBJECT_BYTES = 5 * 1024**4
 _ABORT_S = 5.0
+_MAX_LOOKED_AT = 10
 NOTHING_SENT = "nothing was sent"
 _REFUSES_CHECKSUMS = frozenset({"NotImplemented", "InvalidArgument", "InvalidRequest", "UnsupportedHeader"})
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How objects are to be written."""
-
-    headers: Mapping[str, str]
-    """Storage class, encryption."""
-    tags: Mapping[str, str]
-    checksum: str | None
-    """What the store is asked to check: an algorithm of ``checks.BEST``, "md5", or nothing."""
-    checksum_optional: bool = False
-    """Whether a store that refuses the checksum gets the object without."""
-    overwrite: bool = True
-    if_etag: str | None = None
-
-    @property
-    def condition(self) -> dict[str, str]:
-        """The headers under which an object is only written if what is there is as the caller knows it."""
-        if self.if_etag is not None:
-            return {"If-Match": f'"{self.if_etag}"'}
-        return {} if self.overwrite else {"If-None-Match": "*"}
-
-
-@dataclass(slots=True)
-class File:
-    """A file to send, open. It is closed when nothing refers to it any more, which may be a thread left behind."""
-
-    path: str
-    key: str
-    size: int
-    stream: io.FileIO
-    state: tuple[int, int, int]
-
-    @classmethod
-    def open(cls, path: str, key: str, size: int | None = None) -> File:
-        """Open it. Raises StepFailure if it is no regular file, or not ``size`` bytes long."""
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            os.close(descriptor)
-            raise StepFailure(f"{path} is not a file", code="not_a_file")
-        file = cls(path, key, info.st_size, io.FileIO(descriptor), _state(info))
-        if size is not None and info.st_size != size:
-            raise file.changed()
-        return file
-
-    def pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """A range of it, a chunk at a time. Raises StepFailure if it became shorter."""
-        position, end = offset, offset + length
-        while position < end:
-            chunk = os.pread(self.stream.fileno(), min(CHUNK_BYTES, end - position), position)
-            if not chunk:
-                raise self.changed()
-            yield chunk
-            position += len(chunk)
-
-    def digest(self, offset: int, length: int, *digests: Digest) -> None:
-        """Feed a range of it to all of the digests."""
-        for chunk in self.pieces(offset, length):
-            for digest in digests:
-                digest.update(chunk)
-
-    def tag(self, part_bytes: int | None) -> str:
-        """The tag that a store gives the object: its MD5, or that of its parts' with their number."""
-        tags: list[bytes] = []
-        step = part_bytes or max(self.size, 1)
-        for offset in range(0, max(self.size, 1), step):
-            md5 = hashlib.md5(usedforsecurity=False)
-            self.digest(offset, min(step, self.size - offset), md5)
-            tags.append(md5.digest())
-        if part_bytes is None:
-            return tags[0].hex()
-        return f"{hashlib.md5(b''.join(tags), usedforsecurity=False).hexdigest()}-{len(tags)}"
-
-    def unchanged(self) -> None:
-        """Raise StepFailure if it was written to since it was opened: what was sent may be half old, half new."""
-        if _state(os.fstat(self.stream.fileno())) != self.state:
-            raise self.changed()
-
-    def changed(self) -> StepFailure:
-        return StepFailure(
-            f"{self.path} was changed while it was being sent: stop what writes to it first", code="changed"
-        )
-
-
-def _state(info: os.stat_result) -> tuple[int, int, int]:
-    return info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +52,9 @@ class Sender:
     def __post_init__(self) -> None:
         self.checksum = self.terms.checksum
 
-    @staticmethod
-    def part_bytes(size: int) -> int | None:
-        """How large the parts of a file of ``size`` bytes are; None if it goes as a whole."""
-        if size <= PART_BYTES:
-            return None
-        return max(PART_BYTES, math.ceil(size / (_MAX_PARTS * CHUNK_BYTES)) * CHUNK_BYTES)
+    def part_bytes(self, key: str, size: int) -> int | None:
+        """How large the parts are in which this step sends ``size`` bytes to ``key``; None if they go as a whole."""
+        return part_bytes(size, self.terms.mark(key))
 
     # -- a file of one request ---------------------------------------------------------------------------------------
 
@@ -175,12 +78,13 @@ class Sender:
                 headers |= _checksum_headers(self.checksum, other)
             digest = None if self.api.settings.secure else sha256.hexdigest()
             with self._body(file, 0, size) as body:
-                version, _ = self.api.put(key, body, headers, sha256=digest)
+                version = self.api.put(key, body, headers, sha256=digest)
             written[:] = [version]
 
-        self._carefully(attempt, key, lambda: self._is_ours(file, sha256.hexdigest()), written)
+        found = self._carefully(attempt, key, lambda: self._is_ours(file, sha256.hexdigest()))
+        version = self._encrypted(key, found or written[0], ours=found is None)
         file.unchanged()
-        return Sent(sha256.hexdigest(), written[0])
+        return Sent(sha256.hexdigest(), version)
 
     # -- a file of many ----------------------------------------------------------------------------------------------
 
@@ -188,10 +92,10 @@ class Sender:
         """Send a file of several parts; what an attempt before this one has sent of it is not sent again."""
         if file.size > _MAX_OBJECT_BYTES:
             raise StepFailure(f"{file.path} is larger than the 5 TiB that an object can have", code="too_large")
-        size = self.part_bytes(file.size) or PART_BYTES
-        upload_id, there = self._begun(file.key)
+        size = self.part_bytes(file.key, file.size) or PART_BYTES
+        upload_id, there = self._begun(file, size)
         if upload_id is None:
-            upload_id = self._begin(file.key)
+            upload_id = self._begin(file.key, size)
         try:
             return self._send_parts(file, upload_id, size, there, expected)
         except StepFailure as failure:
@@ -235,9 +139,6 @@ class Sender:
             wanted = composite(self.checksum, digests) if "-" in said else encoded(whole_of.digest())
             if said != wanted:
                 raise self._damaged(file.key)
-        if there and self.terms.tags:
-            # What was begun by a former attempt has its tags already, if it was ours; if not, it has them now.
-            self.api.tag(file.key, version.version_id, self.terms.tags)
         return Sent(sha256, version)
 
     def _hash(self, file: File, other: Digest | None) -> str:
@@ -271,7 +172,9 @@ class Sender:
                 headers |= _checksum_headers(self.checksum, known)
             signed = plain.hexdigest() if plain else None
             with self._body(file, offset, length) as body:
-                part, _ = self.api.upload_part(file.key, upload_id, number, body, headers, sha256=signed)
+                part, said = self.api.upload_part(file.key, upload_id, number, body, headers, sha256=signed)
+            if said.encryption is not None and not self.terms.encrypted(said):
+                raise self._other_encryption(file.key, said)
             sent[:] = [part]
 
         self._with_checksum(lambda: self.workers.persist(attempt, lambda: 0))
@@ -293,26 +196,26 @@ class Sender:
 
     # -- beginning, ending -------------------------------------------------------------------------------------------
 
-    def _begun(self, key: str) -> tuple[str | None, dict[int, Part]]:
-        """The upload that a killed attempt has left, and its parts. Nothing where the store does not tell."""
+    def _begun(self, file: File, size: int) -> tuple[str | None, dict[int, Part]]:
+        """The upload that a former attempt of this step has left, and its parts. Nothing where the store does not
+        tell, and nothing of others': their parts are of another size."""
         try:
-            upload_id = self.api.unfinished_upload(key, self.terms.headers.get("x-amz-storage-class"))
-            if upload_id is None:
-                return None, {}
-            there = {part.number: part for part in self.api.parts(key, upload_id)}
+            for upload_id in self.api.unfinished_uploads(file.key)[:_MAX_LOOKED_AT]:
+                there = {part.number: part for part in self.api.parts(file.key, upload_id)}
+                if there and all(
+                    part.size == min(size, file.size - (number - 1) * size) for number, part in there.items()
+                ):
+                    return upload_id, there
         except StepFailure:
-            return None, {}  # not allowed to look, or not known there: then from the beginning
-        # How the object is to be encrypted was said when the upload began, and shows only when a part is sent: so at
-        # least one is.
-        if self.terms.headers.get("x-amz-server-side-encryption") or self.api.settings.customer_key:
-            there.pop(max(there, default=0), None)
-        return (upload_id, there) if there else (None, {})
+            pass  # not allowed to look, or not known there: then from the beginning
+        return None, {}
 
-    def _begin(self, key: str) -> str:
+    def _begin(self, key: str, size: int) -> str:
         begun: list[str] = []
 
         def attempt() -> None:
-            headers = {"Content-Type": "application/octet-stream", **self.terms.headers, **self._tagging()}
+            headers = {"Content-Type": "application/octet-stream", PART_BYTES_HEADER: str(size)}
+            headers |= {**self.terms.headers, **self._tagging()}
             if self.checksum and self.checksum != "md5":
                 headers["x-amz-checksum-algorithm"] = self.checksum.upper()
             begun[:] = [self.api.create_upload(key, headers)]
@@ -324,11 +227,10 @@ class Sender:
         done: list[Version] = []
 
         def attempt() -> None:
-            version, _ = self.api.complete_upload(file.key, upload_id, parts, self.terms.condition)
-            done[:] = [version]
+            done[:] = [self.api.complete_upload(file.key, upload_id, parts, self.terms.condition)]
 
-        self._carefully(attempt, file.key, lambda: self._is_ours(file, sha256), done)
-        return done[0]
+        found = self._carefully(attempt, file.key, lambda: self._is_ours(file, sha256))
+        return self._encrypted(file.key, found or done[0], ours=found is None)
 
     def _abort(self, key: str, upload_id: str) -> None:
         """Give the parts up. No more than a try, and not for long: the cause of the failure is what has to be told,
@@ -338,13 +240,13 @@ class Sender:
 
     # -- care --------------------------------------------------------------------------------------------------------
 
-    def _carefully(
-        self, attempt: Callable[[], None], key: str, ours: Callable[[], Version | None], done: list[Version]
-    ) -> None:
+    def _carefully(self, attempt: Callable[[], None], key: str, ours: Callable[[], Version | None]) -> Version | None:
         """Write under the caller's condition. Where that no longer holds, it may be this very step that saw to it:
-        the answer to an earlier try was lost, or its process was killed. Then the object is ours, and it is done."""
+        the answer to an earlier try was lost, or its process was killed. Then the object is ours, and it is done:
+        it is what is returned."""
         try:
             self._with_checksum(lambda: self.workers.persist(attempt, lambda: 0))
+            return None
         except Refused as refused:
             conflict = refused.status in {409, 412} and bool(self.terms.condition)
             gone = refused.error_code == "NoSuchUpload"
@@ -353,8 +255,7 @@ class Sender:
                 raise
             found = ours()
             if found is not None:
-                done[:] = [found]
-                return
+                return found
             if gone:
                 raise
             what, shown = self.api.settings.object(key), self.api.settings.shown
@@ -374,7 +275,38 @@ class Sender:
             return None
         if known := found.checksums.get("sha256"):
             return found if known == encoded(bytes.fromhex(sha256)) else None
-        return found if found.etag.strip('"').lower() == file.tag(self.part_bytes(file.size)) else None
+        return found if found.etag.strip('"').lower() == file.tag(self.part_bytes(file.key, file.size)) else None
+
+    def _encrypted(self, key: str, version: Version, *, ours: bool) -> Version:
+        """Raise StepFailure if the object is not encrypted as the caller has asked. ``ours`` says that it was written
+        by this attempt: then it is removed."""
+        if self.terms.encryption is None:
+            return version
+        found = [version]
+        if version.encryption is None:  # not every store says it in this answer
+
+            def look() -> None:
+                found[:] = [self.api.head(key, version.version_id)]
+
+            try:
+                self.workers.persist(look, lambda: 0)
+            except Refused as refused:
+                if refused.temporary:
+                    raise
+        if not self.terms.encrypted(found[0]):
+            if ours:
+                self.workers.aside(partial(self.api.delete, key, version), _ABORT_S)
+            raise self._other_encryption(key, found[0])
+        return version
+
+    def _other_encryption(self, key: str, found: Version) -> StepFailure:
+        settings = self.api.settings
+        return StepFailure(
+            f"{settings.shown} encrypts {settings.object(key)} with {found.encryption or 'nothing'}"
+            f"{f' and key {found.kms_key_id}' if found.kms_key_id else ''}, not with {self.terms.encryption} as asked: "
+            "take an encryption that this store has",
+            code="encryption",
+        )
 
     def _with_checksum(self, attempt: Callable[[], None]) -> None:
         """Try; and where a store refuses the checksum that it was not obliged to know, once more without."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -15,9 +16,12 @@ from outrider_stepkit.meter import Meter, Report
 
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import compare
+from s3_transfer.errors import Refused
+from s3_transfer.files import File
 from s3_transfer.objects import Entry, folder, list_files, listing_sha256
-from s3_transfer.sending import NOTHING_SENT, PART_BYTES, File, Sender, Sent, Terms
+from s3_transfer.sending import NOTHING_SENT, Sender, Sent
 from s3_transfer.settings import Settings
+from s3_transfer.terms import PART_BYTES, Terms, part_bytes
 from s3_transfer.workers import Workers
 
 
@@ -29,7 +33,7 @@ def upload(params: Mapping[str, Any], env: Mapping[str, str], report: Report) ->
     return _Upload(params, env, report).run()
 
 
-def _terms(params: Mapping[str, Any], settings: Settings) -> Terms:
+def _terms(params: Mapping[str, Any], settings: Settings, env: Mapping[str, str]) -> Terms:
     headers: dict[str, str] = {}
     if storage_class := params.get("storage_class"):
         headers["x-amz-storage-class"] = storage_class
@@ -48,6 +52,9 @@ def _terms(params: Mapping[str, Any], settings: Settings) -> Terms:
         checksum == "auto",
         params.get("overwrite", True),
         params.get("if_etag"),
+        settings.customer_key,
+        # Outside of a run there is no next attempt: a name that is never the same again.
+        f"{env.get('OUTRIDER_RUN_ID') or secrets.token_hex(16)} {env.get('OUTRIDER_STEP', '')}",
     )
 
 
@@ -57,7 +64,7 @@ class _Upload:
         self._connections = int(params.get("connections", 8))
         self._api = Api(self._settings, self._connections)
         self._params, self._report = params, report
-        self._terms = _terms(params, self._settings)
+        self._terms = _terms(params, self._settings, env)
         self._expected: str | None = params.get("sha256")
 
     def run(self) -> dict[str, Any]:
@@ -177,12 +184,22 @@ class _Upload:
         if there is None or there.size != entry.size:
             return None
         file = File.open(os.path.join(source, entry.name), entry.key, entry.size)
-        if file.tag(sender.part_bytes(entry.size)) != there.etag.strip('"').lower():
+        if file.tag(self._parts_of(sender, entry) if "-" in there.etag else None) != there.etag.strip('"').lower():
             return None
         sha256 = hashlib.sha256()
         file.digest(0, entry.size, sha256)
         sender.meter.skip(entry.size)
         return sha256.hexdigest()
+
+    def _parts_of(self, sender: Sender, entry: Entry) -> int | None:
+        """How large the parts of an object are that the store has."""
+        found: list[Version] = []
+        try:
+            sender.workers.persist(lambda: found.append(sender.api.head(entry.key)), lambda: len(found))
+        except Refused as refused:  # who may list and write may not always look
+            if refused.temporary:
+                raise
+        return (found[0].part_bytes if found else None) or part_bytes(entry.size)
 
     def _hashed(self, source: str, entry: Entry) -> str:
         digest = hashlib.sha256()
