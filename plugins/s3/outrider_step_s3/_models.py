@@ -205,7 +205,7 @@ class UploadParams(TransferParams):
     )
     checksum: Literal["auto", "crc64nvme", "crc32c", "crc32", "sha256", "md5", "none"] = Field(
         default="auto",
-        description="What the store is asked to check on arrival; auto: CRC-64/NVME, or nothing where it is refused",
+        description="What the store is asked to check on arrival; auto: CRC-64/NVME, or MD5 where it is refused",
     )
 
     @model_validator(mode="after")

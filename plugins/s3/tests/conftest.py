@@ -236,6 +236,8 @@ class Proxy:
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
     dropped: str = ""  # headers of requests that begin with this do not reach the store
+    echoed: str = ""  # headers of PUT that begin with this are said back, as by a store that knows them
+    said: dict[str, str] = field(default_factory=dict)  # what is said instead
     ca: str = ""  # the authority behind its certificate, where it speaks TLS
     fault: Callable[[str, str, int], str | None] = lambda method, path, number: None
 
@@ -264,7 +266,7 @@ def tls_proxy(store: Store, tmp_path: Path) -> Iterator[Proxy]:
 @contextmanager
 def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     """Faults: a status and a code ("503 SlowDown"), "cut" (after half of the body), "stall" (half of the body, then
-    silence), "hang" (no answer), "flip" (one bit of the body is another)."""
+    silence), "hang" (no answer), "flip" (one bit of the body is another), "flip-sent" (the same of what is sent)."""
     upstream = urlsplit(store.endpoint)
     connect = http.client.HTTPSConnection if upstream.scheme == "https" else http.client.HTTPConnection
     over = threading.Event()
@@ -295,6 +297,8 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
             for name, value in self.headers.items():
                 if name.lower() != "expect" and not (made.dropped and name.lower().startswith(made.dropped)):
                     connection.putheader(name, value)
+            if fault == "flip-sent" and body:
+                body = body[:-1] + bytes([body[-1] ^ 1])
             connection.endheaders(body)
             response = connection.getresponse()
             content = response.read()
@@ -304,6 +308,10 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
                 if name.lower() not in {"connection", "transfer-encoding", "content-length", "server", "date"}:
                     self.send_header(name, value)
             length = response.getheader("Content-Length") or "0"
+            if self.command == "PUT" and made.echoed:
+                for name, value in self.headers.items():
+                    if name.lower().startswith(made.echoed):
+                        self.send_header(name, made.said.get(name.lower(), value))
             if customer := self.headers.get("x-amz-server-side-encryption-customer-algorithm"):
                 # The store that stands here takes no notice of it; others confirm it.
                 self.send_header("x-amz-server-side-encryption-customer-algorithm", customer)

@@ -189,6 +189,50 @@ def test_store_that_knows_no_such_checksum_gets_the_object_without(
     assert (ended.code, ended.cause) == (1, "refused")
 
 
+@pytest.mark.parametrize("refused", [False, True], ids=["ignored", "refused"])
+@pytest.mark.parametrize("body", [b"x" * 1000, BIG], ids=["small", "parts"])
+def test_what_a_store_without_checksums_has_is_compared_by_its_tag(
+    store: Store, proxy: Proxy, program: Program, here: Path, body: bytes, refused: bool
+) -> None:
+    def fault(method: str, path: str, number: int) -> str | None:
+        if refused and any("crc64nvme" in f"{name} {value}".lower() for name, value in proxy.headers[-1].items()):
+            return "501 NotImplemented"
+        return "flip-sent" if method == "PUT" else None
+
+    (here / "f").write_bytes(body)
+    proxy.fault = fault
+    proxy.dropped = "content-md5"  # nor does it look at that
+    params = {"bucket": store.bucket, "key": "k", "from": f"{here}/f", "endpoint": proxy.endpoint, "connections": 1}
+    ended = program.run("upload", params, store.env)
+    assert (ended.code, ended.cause) == (75, "damaged")
+    assert store.listed() == []
+    assert store.unfinished() == []
+    assert any("content-md5" in headers for headers in proxy.headers) == refused
+    if body == BIG and not refused:
+        # Once it is known that the store is silent, it is given what even the oldest of them check.
+        proxy.fault = lambda method, path, number: None
+        assert program.run("upload", params, store.env).code == 0
+        assert ["content-md5" in headers for headers in proxy.headers if "x-amz-checksum-crc64nvme" in headers][-1]
+        proxy.fault = fault
+    # Who asks for no check gets none: not every store's tags are MD5.
+    assert program.run("upload", params | {"checksum": "none"}, store.env).code == 0
+
+
+@pytest.mark.parametrize("body", [b"x" * 1000, BIG], ids=["small", "parts"])
+def test_confirmed_checksum_is_compared_and_spares_the_md5(
+    store: Store, proxy: Proxy, program: Program, here: Path, body: bytes
+) -> None:
+    (here / "f").write_bytes(body)
+    params = {"bucket": store.bucket, "key": "k", "from": f"{here}/f", "endpoint": proxy.endpoint, "connections": 1}
+    proxy.echoed = "x-amz-checksum-"
+    assert program.run("upload", params, store.env).code == 0
+    assert not any("content-md5" in headers for headers in proxy.headers)
+    proxy.said["x-amz-checksum-crc64nvme"] = "AAAAAAAAAAA="
+    ended = program.run("upload", params, store.env)
+    assert (ended.code, ended.cause) == (75, "damaged")
+    assert store.unfinished() == []
+
+
 def test_patterns_choose_among_the_files(store: Store, program: Program, here: Path) -> None:
     for name in ("maps/a.bsp", "maps/old/b.bsp", "a.log", "deep/b.log", "c.cfg"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from outrider_stepkit import StepFailure
 from outrider_stepkit.meter import Meter
 
 from s3_transfer.api import PART_BYTES_HEADER, Api, Part, Version
-from s3_transfer.checks import Digest, compare, composite, digest_of, encoded
+from s3_transfer.checks import Digest, compare, composite, digest_of, encoded, md5_of
 from s3_transfer.errors import Refused
 from s3_transfer.files import File
 from s3_transfer.terms import PART_BYTES, Terms, part_bytes
@@ -39,6 +38,26 @@ class Sent:
 
 
 @dataclass(slots=True)
+class _Stretch:
+    """A range of a file that is sent with one request, and its digests."""
+
+    file: File
+    offset: int
+    length: int
+    known: Digest | None
+    """Of the algorithm that the store is asked to check, if any."""
+    _md5: Any = None
+
+    @property
+    def md5(self) -> Any:
+        """Taken when it is first asked for, because most stores take a checksum that costs less."""
+        if self._md5 is None:
+            self._md5 = hashlib.md5(usedforsecurity=False)
+            self.file.digest(self.offset, self.length, self._md5)
+        return self._md5
+
+
+@dataclass(slots=True)
 class Sender:
     """Writes objects. ``meter`` counts what has arrived."""
 
@@ -48,6 +67,8 @@ class Sender:
     meter: Meter
     connections: int
     checksum: str | None = field(init=False)
+    unconfirmed: bool = field(init=False, default=False)
+    """Whether the store has taken a checksum without a word, which it may not have looked at."""
 
     def __post_init__(self) -> None:
         self.checksum = self.terms.checksum
@@ -61,8 +82,9 @@ class Sender:
     def put(self, path: str, key: str, size: int, expected: str | None = None) -> Sent:
         """Send a file of one part. ``expected`` is its SHA-256, if that is known."""
         file = File.open(path, key, size)
-        sha256, other = hashlib.sha256(), digest_of(self.checksum) if self.checksum else None
+        sha256, other = hashlib.sha256(), self._digest()
         file.digest(0, size, sha256, *([other] if other else []))
+        whole = _Stretch(file, 0, size, other)
         compare(path, sha256.hexdigest(), expected, NOTHING_SENT)
         written: list[Version] = []
 
@@ -74,14 +96,16 @@ class Sender:
                 **self._tagging(),
                 **self.terms.condition,
             }
-            if other is not None and self.checksum:
-                headers |= _checksum_headers(self.checksum, other)
+            headers |= self._checksum_headers(whole)
             digest = None if self.api.settings.secure else sha256.hexdigest()
             with self._body(file, 0, size) as body:
                 version = self.api.put(key, body, headers, sha256=digest)
             written[:] = [version]
 
         found = self._carefully(attempt, key, lambda: self._is_ours(file, sha256.hexdigest()))
+        if found is None and not self._intact(whole, written[0]):
+            self.workers.aside(partial(self.api.delete, key, written[0]), _ABORT_S)
+            raise self._damaged(key)
         version = self._encrypted(key, found or written[0], ours=found is None)
         file.unchanged()
         return Sent(sha256.hexdigest(), version)
@@ -109,7 +133,7 @@ class Sender:
     def _send_parts(
         self, file: File, upload_id: str, size: int, there: Mapping[int, Part], expected: str | None
     ) -> Sent:
-        whole_of = digest_of(self.checksum) if self.checksum and self.checksum != "md5" else None
+        whole_of = self._digest()
         whole = self.workers.submit(partial(self._hash, file, whole_of))
         under_way: deque[Future[tuple[Part, bytes | None]]] = deque()
         parts: list[Part] = []
@@ -138,6 +162,7 @@ class Sender:
             # Of the parts' checksums, or of all bytes: which of both is the store's choice.
             wanted = composite(self.checksum, digests) if "-" in said else encoded(whole_of.digest())
             if said != wanted:
+                self.workers.aside(partial(self.api.delete, file.key, version), _ABORT_S)
                 raise self._damaged(file.key)
         return Sent(sha256, version)
 
@@ -154,45 +179,40 @@ class Sender:
         self, file: File, upload_id: str, number: int, offset: int, length: int, there: Part | None
     ) -> tuple[Part, bytes | None]:
         """Send a part, unless the store has it; what is known of it, and its digest if one was asked for."""
-        known = digest_of(self.checksum) if self.checksum else None
+        known = self._digest()
         plain = hashlib.sha256() if not self.api.settings.secure else None
-        md5 = hashlib.md5(usedforsecurity=False) if there is not None else None
-        wanted = [each for each in (known, plain, md5) if each is not None]
+        wanted = [each for each in (known, plain) if each is not None]
         if wanted:
             file.digest(offset, length, *wanted)
-        digest = known.digest() if known and self.checksum != "md5" else None
-        if there is not None and md5 is not None and self._same(there, length, md5.hexdigest(), digest):
+        stretch = _Stretch(file, offset, length, known)
+        digest = known.digest() if known else None
+        if there is not None and self._same(there, stretch, digest):
             self.meter.skip(length)
             return there, digest
-        sent: list[Part] = []
+        sent: list[tuple[Part, Version]] = []
 
         def attempt() -> None:
-            headers = {"Content-Length": str(length)}
-            if known is not None and self.checksum:
-                headers |= _checksum_headers(self.checksum, known)
+            headers = {"Content-Length": str(length), **self._checksum_headers(stretch)}
             signed = plain.hexdigest() if plain else None
             with self._body(file, offset, length) as body:
                 part, said = self.api.upload_part(file.key, upload_id, number, body, headers, sha256=signed)
             if said.encryption is not None and not self.terms.encrypted(said):
                 raise self._other_encryption(file.key, said)
-            sent[:] = [part]
+            sent[:] = [(part, said)]
 
         self._with_checksum(lambda: self.workers.persist(attempt, lambda: 0))
-        part = sent[0]
-        if digest is not None and self.checksum:
-            if part.checksums.get(self.checksum, encoded(digest)) != encoded(digest):
-                raise self._damaged(file.key)
-            if self.checksum not in part.checksums:
-                digest = None  # the store took no checksum: it has none of the whole to compare either
+        part, said = sent[0]
+        if not self._intact(stretch, said):
+            raise self._damaged(file.key)
+        if self.checksum not in part.checksums:
+            digest = None  # the store took no checksum: it has none of the whole to compare either
         return part, digest
 
-    def _same(self, there: Part, length: int, md5: str, digest: bytes | None) -> bool:
+    def _same(self, there: Part, stretch: _Stretch, digest: bytes | None) -> bool:
         """Whether the part that the store has is that of the file."""
-        if there.size != length:
-            return False
         if digest is not None and self.checksum and self.checksum in there.checksums:
             return there.checksums[self.checksum] == encoded(digest)
-        return there.etag.strip('"').lower() == md5
+        return bool(there.etag.strip('"').lower() == stretch.md5.hexdigest())
 
     # -- beginning, ending -------------------------------------------------------------------------------------------
 
@@ -277,6 +297,30 @@ class Sender:
             return found if known == encoded(bytes.fromhex(sha256)) else None
         return found if found.etag.strip('"').lower() == file.tag(self.part_bytes(file.key, file.size)) else None
 
+    def _digest(self) -> Digest | None:
+        """A digest of the algorithm that the store is asked to check; an MD5 is taken in another place."""
+        return digest_of(self.checksum) if self.checksum and self.checksum != "md5" else None
+
+    def _checksum_headers(self, stretch: _Stretch) -> dict[str, str]:
+        """What the store is asked to check: a checksum, or the MD5 where it knows none or has not confirmed one."""
+        headers: dict[str, str] = {}
+        if self.checksum and stretch.known:
+            headers[f"x-amz-checksum-{self.checksum}"] = encoded(stretch.known.digest())
+        if self.terms.checksum and (self.checksum in (None, "md5") or self.unconfirmed):
+            headers["Content-MD5"] = encoded(stretch.md5.digest())
+        return headers
+
+    def _intact(self, stretch: _Stretch, version: Version) -> bool:
+        """Whether what the store has is what was sent: by the checksum in its answer, or by a tag that is an MD5."""
+        if self.terms.checksum is None:
+            return True
+        said = version.checksums.get(self.checksum or "")
+        if said and stretch.known:
+            return said == encoded(stretch.known.digest())
+        self.unconfirmed = True
+        tag = md5_of(version) if self.terms.encryption in (None, "AES256") else None
+        return tag is None or tag == stretch.md5.hexdigest()
+
     def _encrypted(self, key: str, version: Version, *, ours: bool) -> Version:
         """Raise StepFailure if the object is not encrypted as the caller has asked. ``ours`` says that it was written
         by this attempt: then it is removed."""
@@ -343,13 +387,8 @@ class Sender:
 
     def _damaged(self, key: str) -> StepFailure:
         return StepFailure(
-            f"{self.api.settings.object(key)} did not reach {self.api.settings.shown} intact: its "
-            f"{(self.checksum or '').upper()} there is another",
+            f"{self.api.settings.object(key)} did not reach {self.api.settings.shown} intact: its checksum there is "
+            "another (for a store whose tags look like MD5 and are something else, set 'checksum' to none)",
             code="damaged",
             temporary=True,
         )
-
-
-def _checksum_headers(algorithm: str, digest: Any) -> dict[str, str]:
-    value = base64.b64encode(digest.digest()).decode()
-    return {"Content-MD5": value} if algorithm == "md5" else {f"x-amz-checksum-{algorithm}": value}
