@@ -39,11 +39,11 @@ class File:
             raise file.changed()
         return file
 
-    def pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """A range of it, a chunk at a time. Raises StepFailure if it became shorter."""
+    def pieces(self, offset: int, length: int, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """A range of it, ``size`` bytes at a time. Raises StepFailure if it became shorter."""
         position, end = offset, offset + length
         while position < end:
-            chunk = os.pread(self.stream.fileno(), min(CHUNK_BYTES, end - position), position)
+            chunk = os.pread(self.stream.fileno(), min(size, end - position), position)
             if not chunk:
                 raise self.changed()
             yield chunk

@@ -19,7 +19,9 @@ from s3_transfer.api import PART_BYTES_HEADER, Api, Part, Version
 from s3_transfer.checks import Digest, compare, composite, digest_of, encoded, md5_of
 from s3_transfer.errors import Refused
 from s3_transfer.files import File
+from s3_transfer.pace import Pace
 from s3_transfer.terms import PART_BYTES, Terms, part_bytes
+from s3_transfer.transport import CHUNK_BYTES
 from s3_transfer.workers import Workers
 
 _MAX_OBJECT_BYTES = 5 * 1024**4
@@ -65,7 +67,7 @@ class Sender:
     terms: Terms
     workers: Workers
     meter: Meter
-    connections: int
+    pace: Pace
     checksum: str | None = field(init=False)
     unconfirmed: bool = field(init=False, default=False)
     """Whether the store has taken a checksum without a word, which it may not have looked at."""
@@ -149,7 +151,7 @@ class Sender:
             length = min(size, file.size - offset)
             work = partial(self._part, file, upload_id, number, offset, length, there.get(number))
             under_way.append(self.workers.submit(work))
-            while len(under_way) > self.connections:
+            while len(under_way) > self.pace.connections:
                 settle()
         while under_way:
             settle()
@@ -370,7 +372,7 @@ class Sender:
 
         def chunks() -> Iterator[bytes]:
             nonlocal moved
-            for chunk in file.pieces(offset, length):
+            for chunk in file.pieces(offset, length, self.pace.piece_bytes(CHUNK_BYTES)):
                 self.workers.check()
                 yield chunk
                 moved += len(chunk)

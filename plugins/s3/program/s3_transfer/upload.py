@@ -19,6 +19,7 @@ from s3_transfer.checks import compare
 from s3_transfer.errors import Refused
 from s3_transfer.files import File
 from s3_transfer.objects import Entry, folder, list_files, listing_sha256
+from s3_transfer.pace import Pace
 from s3_transfer.sending import NOTHING_SENT, Sender, Sent
 from s3_transfer.settings import Settings
 from s3_transfer.terms import PART_BYTES, Terms, part_bytes
@@ -61,8 +62,8 @@ def _terms(params: Mapping[str, Any], settings: Settings, env: Mapping[str, str]
 class _Upload:
     def __init__(self, params: Mapping[str, Any], env: Mapping[str, str], report: Report) -> None:
         self._settings = Settings.read(params, env)
-        self._connections = int(params.get("connections", 8))
-        self._api = Api(self._settings, self._connections)
+        self._pace = Pace.read(params)
+        self._api = Api(self._settings, self._pace.connections)
         self._params, self._report = params, report
         self._terms = _terms(params, self._settings, env)
         self._expected: str | None = params.get("sha256")
@@ -79,7 +80,7 @@ class _Upload:
                 code="is_a_directory",
             )
         file = File.open(source, key)
-        with Workers(self._connections) as workers:
+        with Workers(self._pace.connections) as workers:
             sender = self._sender(workers, file.size)
             if file.size <= PART_BYTES:
                 sent = workers.submit(partial(sender.put, source, key, file.size, self._expected)).result()
@@ -103,7 +104,7 @@ class _Upload:
         chosen = Selection(self._params.get("include", ()), self._params.get("exclude", ()))
         entries = list_files(source, prefix, chosen)
         checked: dict[str, str] = {}
-        with Workers(self._connections) as workers:
+        with Workers(self._pace.connections) as workers:
             if self._expected is not None:
                 # All of it is read before any of it is sent: objects that were sent can't be taken back.
                 for entry in entries:
@@ -129,7 +130,7 @@ class _Upload:
                 else:
                     digests[entry.name], was_sent = self._send_large(sender, source, entry, there.get(entry.key), known)
                     moved += was_sent
-                while len(under_way) > 2 * self._connections:
+                while len(under_way) > 2 * self._pace.connections:
                     settle()
             while under_way:
                 settle()
@@ -142,8 +143,8 @@ class _Upload:
         }
 
     def _sender(self, workers: Workers, total: int) -> Sender:
-        meter = Meter(total, self._report, limit=self._params.get("limit_bytes_per_s"), stop=workers.stop)
-        return Sender(self._api, self._terms, workers, meter, self._connections)
+        meter = Meter(total, self._report, limit=self._pace.limit, stop=workers.stop)
+        return Sender(self._api, self._terms, workers, meter, self._pace)
 
     def _there(self, prefix: str, workers: Workers) -> dict[str, Version]:
         """What the store has below the prefix, if only differences are to be sent; nothing if it does not tell."""
