@@ -10,7 +10,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import outrider_step_s3 as plugin
 import pytest
+
+from outrider.masking import contains_secret
 
 from .conftest import Program, Proxy, Store
 
@@ -284,6 +287,18 @@ def test_presigned_urls_do_what_they_say(store: Store, program: Program, here: P
     with urllib.request.urlopen(put, timeout=20) as answer:
         assert answer.status == 200
     assert store.get("new") == b"sent"
+    # What the URL has in it, of what may come from an env set, is what the step type says may be shown.
+    (presign,) = (each for each in plugin.outrider_step_types() if each.name == "s3.presign")
+    ended = program.run("presign", params, store.env)
+    told = {name for name, value in store.env.items() if contains_secret(ended.outputs["url"].encode(), [value])}
+    assert told - {"S3_ENDPOINT"} == {"S3_ACCESS_KEY_ID"}
+    assert told <= set(presign.public_envs)
+    temporary = store.env | {"S3_SESSION_TOKEN": "a-token-of-sts"}
+    ended = program.run("presign", params, temporary)
+    assert (ended.code, ended.cause) == (1, "secret_in_outputs")
+    assert "'to'" in ended.error
+    assert program.run("presign", params | {"to": f"{here}/url"}, temporary).code == 0
+    assert "a-token-of-sts" in (here / "url").read_text()
     ended = program.run("presign", params, {"S3_ENDPOINT": store.endpoint})
     assert (ended.code, ended.cause) == (1, "bad_credentials")
 
