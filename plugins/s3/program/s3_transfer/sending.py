@@ -81,8 +81,9 @@ class Sender:
 
     # -- a file of one request ---------------------------------------------------------------------------------------
 
-    def put(self, path: str, key: str, size: int, expected: str | None = None) -> Sent:
-        """Send a file of one part. ``expected`` is its SHA-256, if that is known."""
+    def put(self, path: str, key: str, size: int, expected: str | None = None, listed: Version | None = None) -> Sent:
+        """Send a file of one part. ``expected`` is its SHA-256, if that is known; ``listed`` what was there before."""
+        condition = self.terms.condition(listed)
         file = File.open(path, key, size)
         sha256, other = hashlib.sha256(), self._digest()
         file.digest(0, size, sha256, *([other] if other else []))
@@ -96,7 +97,7 @@ class Sender:
                 "Content-Type": "application/octet-stream",
                 **self.terms.headers,
                 **self._tagging(),
-                **self.terms.condition,
+                **condition,
             }
             headers |= self._checksum_headers(whole)
             digest = None if self.api.settings.secure else sha256.hexdigest()
@@ -104,7 +105,7 @@ class Sender:
                 version = self.api.put(key, body, headers, sha256=digest)
             written[:] = [version]
 
-        found = self._carefully(attempt, key, lambda: self._is_ours(file, sha256.hexdigest()))
+        found = self._carefully(attempt, key, condition, lambda: self._is_ours(file, sha256.hexdigest()))
         if found is None and not self._intact(whole, written[0]):
             self.workers.aside(partial(self.api.delete, key, written[0]), _ABORT_S)
             raise self._damaged(key)
@@ -114,8 +115,9 @@ class Sender:
 
     # -- a file of many ----------------------------------------------------------------------------------------------
 
-    def send(self, file: File, expected: str | None = None) -> Sent:
+    def send(self, file: File, expected: str | None = None, listed: Version | None = None) -> Sent:
         """Send a file of several parts; what an attempt before this one has sent of it is not sent again."""
+        condition = self.terms.condition(listed)
         if file.size > _MAX_OBJECT_BYTES:
             raise StepFailure(f"{file.path} is larger than the 5 TiB that an object can have", code="too_large")
         size = self.part_bytes(file.key, file.size) or PART_BYTES
@@ -123,7 +125,7 @@ class Sender:
         if upload_id is None:
             upload_id = self._begin(file.key, size)
         try:
-            return self._send_parts(file, upload_id, size, there, expected)
+            return self._send_parts(file, upload_id, size, there, expected, condition)
         except StepFailure as failure:
             if not failure.temporary or failure.code in {"changed", "damaged"}:
                 self._abort(file.key, upload_id)
@@ -133,7 +135,13 @@ class Sender:
             raise
 
     def _send_parts(
-        self, file: File, upload_id: str, size: int, there: Mapping[int, Part], expected: str | None
+        self,
+        file: File,
+        upload_id: str,
+        size: int,
+        there: Mapping[int, Part],
+        expected: str | None,
+        condition: Mapping[str, str],
     ) -> Sent:
         whole_of = self._digest()
         whole = self.workers.submit(partial(self._hash, file, whole_of))
@@ -158,7 +166,7 @@ class Sender:
         sha256 = whole.result()
         compare(file.path, sha256, expected, "no object was written")
         file.unchanged()
-        version = self._complete(file, upload_id, parts, sha256)
+        version = self._complete(file, upload_id, parts, sha256, condition)
         said = version.checksums.get(self.checksum or "")
         if said and self.checksum and whole_of is not None and len(digests) == len(parts):
             # Of the parts' checksums, or of all bytes: which of both is the store's choice.
@@ -245,13 +253,15 @@ class Sender:
         self._with_checksum(lambda: self.workers.persist(attempt, lambda: 0))
         return begun[0]
 
-    def _complete(self, file: File, upload_id: str, parts: list[Part], sha256: str) -> Version:
+    def _complete(
+        self, file: File, upload_id: str, parts: list[Part], sha256: str, condition: Mapping[str, str]
+    ) -> Version:
         done: list[Version] = []
 
         def attempt() -> None:
-            done[:] = [self.api.complete_upload(file.key, upload_id, parts, self.terms.condition)]
+            done[:] = [self.api.complete_upload(file.key, upload_id, parts, condition)]
 
-        found = self._carefully(attempt, file.key, lambda: self._is_ours(file, sha256))
+        found = self._carefully(attempt, file.key, condition, lambda: self._is_ours(file, sha256))
         return self._encrypted(file.key, found or done[0], ours=found is None)
 
     def _abort(self, key: str, upload_id: str) -> None:
@@ -262,7 +272,13 @@ class Sender:
 
     # -- care --------------------------------------------------------------------------------------------------------
 
-    def _carefully(self, attempt: Callable[[], None], key: str, ours: Callable[[], Version | None]) -> Version | None:
+    def _carefully(
+        self,
+        attempt: Callable[[], None],
+        key: str,
+        condition: Mapping[str, str],
+        ours: Callable[[], Version | None],
+    ) -> Version | None:
         """Write under the caller's condition. Where that no longer holds, it may be this very step that saw to it:
         the answer to an earlier try was lost, or its process was killed. Then the object is ours, and it is done:
         it is what is returned."""
@@ -270,9 +286,15 @@ class Sender:
             self._with_checksum(lambda: self.workers.persist(attempt, lambda: 0))
             return None
         except Refused as refused:
-            conflict = refused.status in {409, 412} and bool(self.terms.condition)
+            conflict = refused.status in {409, 412} and bool(condition)
             gone = refused.error_code == "NoSuchUpload"
-            absent = refused.status == 404 and self.terms.if_etag is not None and not gone
+            absent = refused.status == 404 and "If-Match" in condition and not gone
+            if refused.status == 501 and condition:
+                raise StepFailure(
+                    f"{self.api.settings.shown} can't write under a condition: leave 'overwrite: false', 'if_etag' and "
+                    "'if_unchanged' out, and see to it that nobody else writes there",
+                    code="no_conditions",
+                ) from refused
             if not conflict and not gone and not absent:
                 raise
             found = ours()
@@ -280,12 +302,17 @@ class Sender:
                 return found
             if gone:
                 raise
-            what, shown = self.api.settings.object(key), self.api.settings.shown
-            if self.terms.if_etag is not None:
-                message = f"{what} at {shown} is no longer the one with the tag {self.terms.if_etag}: it was left alone"
-            else:
-                message = f"there is already {what} at {shown}, and 'overwrite' is false: it was left alone"
-            raise StepFailure(message, code="exists" if self.terms.if_etag is None else "not_the_same") from refused
+            raise self._left_alone(key) from refused
+
+    def _left_alone(self, key: str) -> StepFailure:
+        terms, what = self.terms, f"{self.api.settings.object(key)} at {self.api.settings.shown}"
+        if terms.if_etag is not None:
+            message = f"{what} is no longer the one with the tag {terms.if_etag}: it was left alone"
+        elif not terms.overwrite:
+            return StepFailure(f"there is already {what}, and 'overwrite' is false: it was left alone", code="exists")
+        else:
+            message = f"{what} was changed by somebody else since its prefix was listed: it was left alone"
+        return StepFailure(message, code="not_the_same")
 
     def _is_ours(self, file: File, sha256: str) -> Version | None:
         """The object as it is now, if it surely is what this step writes: by a checksum, or by its tag."""

@@ -31,16 +31,22 @@ class Terms:
     """Whether a store that refuses the checksum gets the object without."""
     overwrite: bool = True
     if_etag: str | None = None
+    if_unchanged: bool = False
+    """Whether an object has to be as it was listed."""
     customer_key: bytes | None = None
     writer: str = ""
     """Names the step of the run: all its attempts have the same, and nobody else has."""
 
-    @property
-    def condition(self) -> dict[str, str]:
-        """The headers under which an object is only written if what is there is as the caller knows it."""
+    def condition(self, listed: Version | None) -> dict[str, str]:
+        """The headers under which an object is only written if what is there is as the caller knows it. ``listed`` is
+        what was there when it was looked at, if anything."""
         if self.if_etag is not None:
             return {"If-Match": f'"{self.if_etag}"'}
-        return {} if self.overwrite else {"If-None-Match": "*"}
+        if not self.overwrite or (self.if_unchanged and listed is None):
+            return {"If-None-Match": "*"}
+        if self.if_unchanged and listed is not None:
+            return {"If-Match": '"' + listed.etag.strip('"') + '"'}
+        return {}
 
     @property
     def encryption(self) -> str | None:

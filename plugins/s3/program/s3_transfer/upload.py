@@ -53,6 +53,7 @@ def _terms(params: Mapping[str, Any], settings: Settings, env: Mapping[str, str]
         checksum == "auto",
         params.get("overwrite", True),
         params.get("if_etag"),
+        params.get("if_unchanged", False),
         settings.customer_key,
         # Outside of a run there is no next attempt: a name that is never the same again.
         f"{env.get('OUTRIDER_RUN_ID') or secrets.token_hex(16)} {env.get('OUTRIDER_STEP', '')}",
@@ -67,6 +68,7 @@ class _Upload:
         self._params, self._report = params, report
         self._terms = _terms(params, self._settings, env)
         self._expected: str | None = params.get("sha256")
+        self._differences = bool(params.get("only_differences", True))
 
     def run(self) -> dict[str, Any]:
         if self._params.get("key") is not None:
@@ -147,8 +149,8 @@ class _Upload:
         return Sender(self._api, self._terms, workers, meter, self._pace)
 
     def _there(self, prefix: str, workers: Workers) -> dict[str, Version]:
-        """What the store has below the prefix, if only differences are to be sent; nothing if it does not tell."""
-        if not self._params.get("only_differences", True):
+        """What the store has below the prefix, if that matters; nothing if it does not tell."""
+        if not self._differences and not self._terms.if_unchanged:
             return {}
         found: dict[str, Version] = {}
 
@@ -160,7 +162,7 @@ class _Upload:
         try:
             workers.persist(look, lambda: len(found))
         except StepFailure as failure:
-            if failure.code != "denied":  # who may write may not always list
+            if failure.code != "denied" or self._terms.if_unchanged:  # who may write may not always list
                 raise
             return {}
         return found
@@ -170,19 +172,20 @@ class _Upload:
     ) -> tuple[str, bool]:
         if (digest := self._same(sender, source, entry, there)) is not None:
             return digest, False
-        return sender.put(os.path.join(source, entry.name), entry.key, entry.size, expected).sha256, True
+        return sender.put(os.path.join(source, entry.name), entry.key, entry.size, expected, there).sha256, True
 
     def _send_large(
         self, sender: Sender, source: str, entry: Entry, there: Version | None, expected: str | None
     ) -> tuple[str, bool]:
         if (digest := self._same(sender, source, entry, there)) is not None:
             return digest, False
-        sent: Sent = sender.send(File.open(os.path.join(source, entry.name), entry.key, entry.size), expected)
+        file = File.open(os.path.join(source, entry.name), entry.key, entry.size)
+        sent: Sent = sender.send(file, expected, there)
         return sent.sha256, True
 
     def _same(self, sender: Sender, source: str, entry: Entry, there: Version | None) -> str | None:
         """The file's SHA-256 if the store has it already, by its size and its tag; None if not, or not surely."""
-        if there is None or there.size != entry.size:
+        if there is None or there.size != entry.size or not self._differences:
             return None
         file = File.open(os.path.join(source, entry.name), entry.key, entry.size)
         if file.tag(self._parts_of(sender, entry) if "-" in there.etag else None) != there.etag.strip('"').lower():
