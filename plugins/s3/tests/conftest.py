@@ -235,6 +235,7 @@ class Proxy:
     endpoint: str
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
+    domain: str = ""  # buckets stand before it in the name of the host, and not in the path
     dropped: str = ""  # headers of requests that begin with this do not reach the store
     echoed: str = ""  # headers of PUT that begin with this are said back, as by a store that knows them
     said: dict[str, str] = field(default_factory=dict)  # what is said instead
@@ -293,10 +294,13 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
                 self.close_connection = True
                 return
             connection = connect(upstream.hostname or "", upstream.port, timeout=30)
-            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            bucket, _, domain = self.headers["Host"].partition(".")
+            path = f"/{bucket}{self.path}" if made.domain and domain.split(":")[0] == made.domain else self.path
+            connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 if name.lower() != "expect" and not (made.dropped and name.lower().startswith(made.dropped)):
-                    connection.putheader(name, value)
+                    itself = name.lower() == "host" and made.domain  # it need not know what it is called here
+                    connection.putheader(name, upstream.netloc if itself else value)
             if fault == "flip-sent" and body:
                 body = body[:-1] + bytes([body[-1] ^ 1])
             connection.endheaders(body)

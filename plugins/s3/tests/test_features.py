@@ -5,17 +5,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import time
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import outrider_step_s3 as plugin
 import pytest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 
 from outrider.masking import contains_secret
 
-from .conftest import Program, Proxy, Store
+from .conftest import KEY_ID, SECRET, Program, Proxy, Store
 
 MIB = 1024**2
 BIG = os.urandom(MIB) * 70  # two parts of an upload
@@ -346,6 +353,54 @@ def test_presigned_urls_do_what_they_say(store: Store, program: Program, here: P
     assert "a-token-of-sts" in (here / "url").read_text()
     ended = program.run("presign", params, {"S3_ENDPOINT": store.endpoint})
     assert (ended.code, ended.cause) == (1, "bad_credentials")
+
+
+# A resolver for the program alone: who knows this name depends on the machine otherwise.
+RESOLVER = """
+import socket
+known = socket.getaddrinfo
+def getaddrinfo(host, *args, **options):
+    return known("127.0.0.1" if host.endswith(".s3.test") else host, *args, **options)
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+def test_bucket_stands_before_the_name_of_the_host(store: Store, proxy: Proxy, program: Program, here: Path) -> None:
+    if store.key_id != KEY_ID:
+        pytest.skip("it looks at signatures, and those are for the host that the proxy stands for")
+    resolver = here.parent / "resolver"
+    resolver.mkdir()
+    (resolver / "sitecustomize.py").write_text(RESOLVER)
+    proxy.domain, port = "s3.test", proxy.endpoint.rpartition(":")[2]
+    env = store.env | {"PYTHONPATH": str(resolver)}
+    where = {"bucket": store.bucket, "addressing": "virtual", "endpoint": f"http://s3.test:{port}"}
+    (here / "a ü").write_bytes(b"small")
+    (here / "large").write_bytes(BIG)
+    ended = program.run("upload", where | {"prefix": "p", "from": str(here)}, env)
+    assert ended.code == 0, ended.text
+    assert (store.get("p/a ü"), store.get("p/large")) == (b"small", BIG)
+    ended = program.run("download", where | {"prefix": "p", "to": f"{here}/back"}, env)
+    assert (ended.code, (here / "back" / "large").read_bytes()) == (0, BIG)
+    assert len(proxy.requests) > 8
+    assert {headers["host"] for headers in proxy.headers} == {f"{store.bucket}.s3.test:{port}"}
+    assert not any(store.bucket in path for _, path, _ in proxy.requests)
+    for (method, path, _), headers in zip(proxy.requests, proxy.headers, strict=True):
+        assert headers["authorization"] == _as_botocore_signs(method, path, headers)
+
+
+def _as_botocore_signs(method: str, path: str, headers: dict[str, str]) -> str:
+    class Received(S3SigV4Auth):  # type: ignore[misc]
+        def payload(self, request: Any) -> str:
+            return headers["x-amz-content-sha256"]
+
+    names = re.search(r"SignedHeaders=([^,]*)", headers["authorization"])
+    assert names is not None
+    signed = {name: headers[name] for name in names[1].split(";") if name not in {"host", "x-amz-date"}}
+    request = AWSRequest(method, f"http://{headers['host']}{path}", headers=signed)
+    now = datetime.strptime(headers["x-amz-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    with mock.patch("botocore.auth.get_current_datetime", return_value=now):
+        Received(Credentials(KEY_ID, SECRET), "s3", "us-east-1").add_auth(request)
+    return str(request.headers["Authorization"])
 
 
 def test_bucket_elsewhere_is_said_with_what_to_set(store: Store, proxy: Proxy, program: Program, here: Path) -> None:
