@@ -151,6 +151,28 @@ def test_parts_of_any_file_are_within_the_limits_of_s3(size: int, key: str) -> N
     assert 5 * 1024**2 <= part <= 5 * 1024**3
 
 
+@pytest.mark.parametrize(
+    ("asked", "said", "fits"),
+    [
+        (("aws:kms", None), ("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), True),
+        (("aws:kms", "k1"), ("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), True),
+        (("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), ("aws:kms", "k1"), True),
+        (("aws:kms", "alias/mine"), ("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), True),
+        (("aws:kms", "k2"), ("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), False),
+        (("aws:kms", "alias/mine"), ("AES256", None), False),
+        (("aws:kms", None), (None, None), False),
+        (("AES256", None), ("aws:kms", "k1"), False),
+        ((None, None), ("aws:kms", "k1"), True),
+    ],
+)
+def test_encryption_is_compared_as_stores_say_it(
+    asked: tuple[str | None, str | None], said: tuple[str | None, str | None], fits: bool
+) -> None:
+    names = "x-amz-server-side-encryption", "x-amz-server-side-encryption-aws-kms-key-id"
+    sent, answer = ({name: value for name, value in zip(names, pair, strict=True) if value} for pair in (asked, said))
+    assert Terms(sent, {}, None).encrypted(Version.of(answer)) == fits
+
+
 def test_parts_tell_steps_and_wishes_apart() -> None:
     tagged, classed = {"a": "b"}, {"x-amz-storage-class": "STANDARD_IA"}
     terms = [Terms(*wishes, writer=writer) for writer in ("r1 a", "r2 a", "r1 b") for wishes in _WISHES]

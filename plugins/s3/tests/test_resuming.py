@@ -164,11 +164,11 @@ def test_upload_begun_with_other_wishes_is_not_gone_on_with(
     assert program.run("upload", params, store.env).code == 75
     assert store.unfinished() == ["k"]
     proxy.fault = lambda method, path, number: None
-    params |= {"encryption": "aws:kms", "kms_key_id": "key-1", "storage_class": "STANDARD_IA", "tags": {"a": "b"}}
+    params |= {"encryption": "aws:kms", "kms_key_id": "key-1", "tags": {"a": "b"}}
     ended = program.run("upload", params, store.env)
     assert ended.code == 0, ended.text
     found = store.client.head_object(Bucket=store.bucket, Key="k")
-    assert (found["ServerSideEncryption"], found["StorageClass"]) == ("aws:kms", "STANDARD_IA")
+    assert (found["ServerSideEncryption"], found["SSEKMSKeyId"][-5:]) == ("aws:kms", "key-1")
     assert store.client.get_object_tagging(Bucket=store.bucket, Key="k")["TagSet"] == [{"Key": "a", "Value": "b"}]
 
 
