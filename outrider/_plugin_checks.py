@@ -195,6 +195,9 @@ def _checked(step_type: object, plugin: str, distribution: str, version: str) ->
         raise PluginError(
             f"envs of step type {name} must be a list of names of environment variables", 'write envs=["NAME"]'
         )
+    public = step_type.public_envs
+    if isinstance(public, str) or not all(isinstance(each, str) and each in envs for each in public):
+        raise PluginError(f"public_envs of step type {name} must be a list of names among its envs", "list them there")
     if not isinstance(step_type.description, str) or not isinstance(step_type.idempotent, bool):
         raise PluginError(f"step type {name} has a wrong description or idempotent", "give a string, and a bool")
     registered = RegisteredStepType(step_type, plugin, distribution, version)

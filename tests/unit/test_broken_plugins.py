@@ -61,6 +61,7 @@ BROKEN = {
     "bad-params": ("params of step type bad.params is the class dict", "pydantic model's class"),
     "bad-outputs": ("outputs of step type bad.outputs is a Params", "pydantic model's class"),
     "bad-envs": ("envs of step type bad.envs", 'envs=["NAME"]'),
+    "bad-public-envs": ("public_envs of step type bad.publicenvs", "list them there"),
     "bad-resolve": ("resolve of step type bad.resolve can't be called: too many", "(params, context)"),
     "async-resolve": ("resolve of step type async.resolve is async", "`def`"),
     "no-schema": ("step type no.schema have no JSON Schema", "WithJsonSchema"),

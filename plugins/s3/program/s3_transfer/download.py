@@ -19,6 +19,7 @@ from s3_transfer.errors import Refused
 from s3_transfer.fetching import Fetcher, Job
 from s3_transfer.marks import digests_of, mark, marked
 from s3_transfer.objects import list_objects, listing_sha256
+from s3_transfer.pace import Pace
 from s3_transfer.partial import Partials, partials
 from s3_transfer.settings import Settings
 from s3_transfer.workers import Workers
@@ -39,8 +40,8 @@ def download(params: Mapping[str, Any], env: Mapping[str, str], report: Report) 
 class _Download:
     def __init__(self, params: Mapping[str, Any], env: Mapping[str, str], report: Report) -> None:
         self._settings = Settings.read(params, env)
-        self._connections = int(params.get("connections", 8))
-        self._api = Api(self._settings, self._connections)
+        self._pace = Pace.read(params)
+        self._api = Api(self._settings, self._pace.connections)
         self._params = params
         self._expected: str | None = params.get("sha256")
         self._report = report
@@ -57,7 +58,7 @@ class _Download:
                 f"{target} is a directory: name the file, or end 'to' with a slash to keep the object's name",
                 code="is_a_directory",
             )
-        with Workers(self._connections, at_first=_AT_FIRST) as workers:
+        with Workers(self._pace.connections, at_first=_AT_FIRST) as workers:
             versions: list[Version] = []
             workers.persist(lambda: versions.append(self._look(key)), lambda: len(versions))
             version = versions[0]
@@ -89,7 +90,7 @@ class _Download:
         if target.exists() and not target.is_dir():
             raise StepFailure(f"{target} is a file: a prefix needs a directory", code="not_a_directory")
         chosen = Selection(self._params.get("include", ()), self._params.get("exclude", ()))
-        with Workers(self._connections, at_first=_AT_FIRST) as workers:
+        with Workers(self._pace.connections, at_first=_AT_FIRST) as workers:
             jobs: list[Job] = []
 
             def look() -> None:
@@ -127,10 +128,10 @@ class _Download:
         }
 
     def _fetch(self, jobs: list[Job], kept: Partials, workers: Workers, total: int) -> list[tuple[Job, str]]:
-        meter = Meter(total, self._report, limit=self._params.get("limit_bytes_per_s"), stop=workers.stop)
+        meter = Meter(total, self._report, limit=self._pace.limit, stop=workers.stop)
         meter.skip(total - sum(job.version.size for job in jobs))
         service = bool(self._params.get("service_checksums", True))
-        fetcher = Fetcher(self._api, kept, workers, meter, window=4 * self._connections, service=service)
+        fetcher = Fetcher(self._api, kept, workers, meter, pace=self._pace, service=service)
         return list(fetcher.fetch(jobs))
 
     def _look(self, key: str) -> Version:
