@@ -1,8 +1,8 @@
 """A journal that can't be trusted: found out before it is used, put aside, and said.
 
 SQLite undoes by itself what a crash has left half-written. What remains is a file that was torn, overwritten, emptied
-or removed: then the agent starts with a new journal, keeps the old file for whoever wants to look at it, and
-`agent_core.rebuild` finds out what it can.
+or removed, or whose newest commits are lost (see `outrider.sqlite_loss`): then the agent starts with a new journal,
+keeps the old files for whoever wants to look at them, and `agent_core.rebuild` finds out what it can.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import structlog
 from agent_core.journal import Journal, distrust_file, is_damage
 from agent_core.transitions import Transition
 from outrider.errors import PermanentError
+from outrider.sqlite_loss import COMMITS, MARK_SUFFIX, commits_lost, damage_of_log
 
 log = structlog.get_logger(__name__)
 
 REBUILD = "rebuild"
 """The journal's note, as JSON, that it took the place of one that was lost: why, and what has been done about it."""
 _KEPT = 3  # damaged journals that are kept; an agent that starts and fails for ever must not fill the disk with them
-_FILES = ("", "-wal", "-shm")
+_FILES = ("", "-wal", "-shm", MARK_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +70,16 @@ def _examine(path: Path, versions: int, used: bool) -> str:
     if not path.exists():
         return "it is missing, though an agent has run here" if used else ""
     try:
+        if reason := damage_of_log(path):
+            return reason
         with closing(sqlite3.connect(path, isolation_level=None, timeout=10)) as db:
             version = int(db.execute("PRAGMA user_version").fetchone()[0])
             if version > versions:
                 return ""  # a newer agent's: that is refused, not put aside
             found = str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
             tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.Error as error:
+            lost = commits_lost(path, int(db.execute(COMMITS).fetchone()[0]))
+    except (sqlite3.Error, OSError) as error:
         if is_damage(error):
             return str(error)
         raise PermanentError(f"the journal {path} can't be read: {error}", code="journal_unreadable") from error
@@ -83,7 +87,9 @@ def _examine(path: Path, versions: int, used: bool) -> str:
         return found.replace("\n", " ")
     if version == 0 and not tables:
         return "it is empty, though an agent has run here" if used else ""
-    return "" if "runs" in tables else "it is not the journal of an agent"
+    if "runs" not in tables:
+        return "it is not the journal of an agent"
+    return f"its last commits are lost: {lost} that were on the disk are not in it" if lost else ""
 
 
 def _now() -> str:

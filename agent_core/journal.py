@@ -28,6 +28,7 @@ from agent_core.room import ReserveFile, could_be_out_of_space, is_out_of_space,
 from agent_core.transitions import Transition
 from outrider.errors import InvalidInput
 from outrider.failpoints import failpoint
+from outrider.sqlite_loss import COMMITS, CommitMark
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -168,6 +169,7 @@ class Journal:
         try:
             os.chmod(self.path, 0o600)
             self._migrate(migrations)
+            self._mark = CommitMark(self.path, int(self._writer.execute(COMMITS).fetchone()[0]))
         except BaseException:
             self._writer.close()
             raise
@@ -206,6 +208,7 @@ class Journal:
             if wants_room and not stopping:
                 self._keep_room()
         self._writer.close()
+        self._mark.close()
 
     def _commit(self, waiting: list[_Item]) -> None:
         """One transaction for all of them; once more, and again, where the disk had no room for it."""
@@ -238,6 +241,7 @@ class Journal:
         db = self._writer
         answers: list[tuple[object, BaseException | None]] = []
         db.execute("BEGIN IMMEDIATE")
+        changes = db.total_changes
         for _, work, _ in group:
             db.execute("SAVEPOINT work")
             try:
@@ -251,7 +255,12 @@ class Journal:
                 answers.append((None, error))
         for transition, _, _ in group:
             failpoint(transition.before)
+        changed = db.total_changes != changes  # where nothing did, the commit writes and syncs nothing
+        if changed:
+            self._mark.count(db)
         db.execute("COMMIT")
+        if changed:
+            self._mark.committed()
         return answers
 
     def _suspect(self, error: BaseException) -> None:
