@@ -257,7 +257,7 @@ class Journal:
             failpoint(transition.before)
         changed = db.total_changes != changes  # where nothing did, the commit writes and syncs nothing
         if changed:
-            self._mark.count(db)
+            db.execute(self._mark.counting)
         db.execute("COMMIT")
         if changed:
             self._mark.committed()

@@ -22,7 +22,7 @@ from array import array
 from contextlib import suppress
 from operator import mul
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 COMMITS = "PRAGMA application_id"
 """Tells how many commits a database counts. SQLite leaves this field of the file's header to whoever writes it; it is
@@ -36,12 +36,6 @@ _SUMS = struct.Struct(">2I")
 _WORD = 0xFFFFFFFF
 _COUNTS = 2**31  # the field is a signed integer of 32 bits; the count begins anew after this many
 _COMMITS_OF_A_CRASH = 1
-
-
-class Executes(Protocol):
-    """A connection, as far as it is needed here."""
-
-    def execute(self, sql: str, /) -> object: ...
 
 
 def damage_of_log(database: Path) -> str:
@@ -146,12 +140,13 @@ class CommitMark:
         self._number = counted
         self._file = -1
         with suppress(OSError):  # a disk without room for it: damage is found by other ways, or later
-            self._file = os.open(_mark_of(database), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._file = os.open(mark_of(database), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._write()
 
-    def count(self, connection: Executes) -> None:
-        """One commit more: to be done in its transaction."""
-        connection.execute(f"{COMMITS} = {self._next()}")
+    @property
+    def counting(self) -> str:
+        """The statement that counts one commit more, as the last one of its transaction."""
+        return f"{COMMITS} = {self._next()}"
 
     def committed(self) -> None:
         """That transaction is on the disk."""
@@ -175,7 +170,7 @@ class CommitMark:
 def commits_lost(database: Path, counted: int) -> int:
     """How many commits ``database``, which counts ``counted``, is behind its mark. 0 also without one that is whole."""
     try:
-        text = _mark_of(database).read_bytes()
+        text = mark_of(database).read_bytes()
         number = int(text.split()[0])
     except (OSError, ValueError, IndexError):
         return 0
@@ -185,12 +180,8 @@ def commits_lost(database: Path, counted: int) -> int:
     return lost if lost < _COUNTS // 2 else 0
 
 
-def forget_mark(database: Path) -> None:
-    """``database`` is no longer to be compared with its mark."""
-    _mark_of(database).unlink(missing_ok=True)
-
-
-def _mark_of(database: Path) -> Path:
+def mark_of(database: Path) -> Path:
+    """Its mark. Without it nothing is compared."""
     return Path(f"{database}{MARK_SUFFIX}")
 
 

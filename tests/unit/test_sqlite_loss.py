@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from outrider.sqlite_loss import COMMITS, CommitMark, commits_lost, damage_of_log, forget_mark
+from outrider.sqlite_loss import COMMITS, CommitMark, commits_lost, damage_of_log, mark_of
 from tests.faults import damage
 
 
@@ -29,7 +29,7 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         for _ in range(rows):
             self.connection.execute("INSERT INTO rows VALUES (randomblob(3000))")
-        self.mark.count(self.connection)
+        self.connection.execute(self.mark.counting)
         self.connection.execute("COMMIT")
         self.mark.committed()
 
@@ -95,7 +95,7 @@ def test_a_log_that_lost_its_end_is_found(way: str, database: Database) -> None:
 
 def test_more_than_one_commit_that_can_not_be_read_is_found_without_the_mark(database: Database) -> None:
     left = database.left("no mark")
-    forget_mark(left)
+    mark_of(left).unlink()
     damage.flip_in_log(left)
     assert "its write-ahead log is damaged at frame" in damage_of_log(left)
     database.close()
@@ -112,7 +112,7 @@ def test_a_commit_that_a_power_cut_tore_is_no_damage(database: Database) -> None
         assert lost(after) == 1  # as long as nobody says that it was not on the disk
         torn = database.left(f"torn-{frame}-unsynced")
         damage.flip_in_log(torn, frame)
-        torn.with_name("a.db-mark").write_bytes(before.with_name("a.db-mark").read_bytes())
+        mark_of(torn).write_bytes(mark_of(before).read_bytes())
         assert lost(torn) == 0
         assert counted(torn) == 20
     database.close()
@@ -156,7 +156,7 @@ def test_what_former_uses_of_the_log_leave_in_it_is_no_damage(database: Database
 
 def test_a_mark_that_is_not_whole_says_nothing(database: Database) -> None:
     database.close()
-    mark = database.path.with_name("a.db-mark")
+    mark = mark_of(database.path)
     whole = mark.read_bytes()
     for content in (b"", b"\n", whole[:-3], whole.replace(b"20 ", b"90 "), b"\xff" * 20):
         mark.write_bytes(content)
@@ -169,7 +169,7 @@ def test_an_older_database_in_its_place_is_behind_the_mark(database: Database) -
     older = damage.leave(database.path, database.path.parent / "older" / "a.db")
     for _ in range(3):
         database.commit()
-    older.with_name("a.db-mark").write_bytes(database.path.with_name("a.db-mark").read_bytes())
+    mark_of(older).write_bytes(mark_of(database.path).read_bytes())
     assert lost(older) == 3
     database.close()
 
@@ -178,7 +178,7 @@ def test_the_count_begins_anew_after_its_last_number(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     with closing(sqlite3.connect(path)) as db:
         mark = CommitMark(path, 2**31 - 1)
-        mark.count(db)
+        db.execute(mark.counting)
         mark.committed()
         mark.close()
     assert counted(path) == 0
