@@ -35,6 +35,7 @@ Work = Callable[[sqlite3.Connection], T]
 _Item = tuple[Transition, Work[object], Future[object]]
 
 RESERVE_BYTES = 6 * 1024**2  # SQLite begins its write-ahead log anew after 4 MiB
+MIGRATED_BEFORE, MIGRATED_AFTER = "journal.migrated.before", "journal.migrated.after"  # failpoints, for each script
 _MAX_GROUP = 500
 _FULL_WAIT_S = 0.25
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -185,7 +186,10 @@ class Journal:
                 hint="run that version; this one changes nothing in it, and containers go on",
             )
         for number, script in enumerate(migrations[done:], start=done + 1):
-            self._writer.executescript(f"BEGIN; {script}; PRAGMA user_version={number}; COMMIT;")
+            self._writer.executescript(f"BEGIN; {script}; PRAGMA user_version={number};")
+            failpoint(MIGRATED_BEFORE)
+            self._writer.execute("COMMIT")
+            failpoint(MIGRATED_AFTER)
 
     def _run(self) -> None:
         stopping = False
