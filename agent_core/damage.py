@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from agent_core.journal import Journal, distrust_file, is_damage
+from agent_core.journal import Journal, distrust_file, is_damage, lenient_text
 from agent_core.transitions import Transition
 from outrider.errors import PermanentError
 from outrider.sqlite_loss import COMMITS, MARK_SUFFIX, commits_lost, damage_of_log
@@ -46,7 +46,7 @@ def open_journal(
     ``used``: there are traces of an agent that has run here, so that a journal that is missing was lost. Raises
     PermanentError if the file can't be read at all, and what `Journal` raises.
     """
-    reason = _examine(path, len(migrations), used)
+    reason = _examine(path, migrations, used)
     if not reason:
         return Journal(path, migrations, reserve_bytes=reserve_bytes), None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def open_journal(
     return journal, damage
 
 
-def _examine(path: Path, versions: int, used: bool) -> str:
+def _examine(path: Path, migrations: Sequence[str], used: bool) -> str:
     """What is wrong with the journal, as a sentence; "": nothing."""
     with suppress(OSError):
         return distrust_file(path).read_text(encoding="utf-8") or "it was found to be damaged"
@@ -73,12 +73,15 @@ def _examine(path: Path, versions: int, used: bool) -> str:
         if reason := damage_of_log(path):
             return reason
         with closing(sqlite3.connect(path, isolation_level=None, timeout=10)) as db:
+            db.text_factory = lenient_text
             version = int(db.execute("PRAGMA user_version").fetchone()[0])
-            if version > versions:
+            if version > len(migrations):
                 return ""  # a newer agent's: that is refused, not put aside
             found = str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
-            tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            tables = _tables(db)
             lost = commits_lost(path, int(db.execute(COMMITS).fetchone()[0]))
+    except UnicodeDecodeError:  # of SQLite's own message, which quotes what it has found
+        return "what it is made of can't be read any more"
     except (sqlite3.Error, OSError) as error:
         if is_damage(error):
             return str(error)
@@ -87,9 +90,18 @@ def _examine(path: Path, versions: int, used: bool) -> str:
         return found.replace("\n", " ")
     if version == 0 and not tables:
         return "it is empty, though an agent has run here" if used else ""
-    if "runs" not in tables:
-        return "it is not the journal of an agent"
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript("".join(f"{script};" for script in migrations[:version]))
+        expected = _tables(db)
+    if any(tables.get(name) != columns for name, columns in expected.items()) or not expected:
+        return "its tables are not those of an agent's journal"
     return f"its last commits are lost: {lost} that were on the disk are not in it" if lost else ""
+
+
+def _tables(db: sqlite3.Connection) -> dict[str, list[tuple[object, ...]]]:
+    """The columns of each table: name, type and what else SQLite makes of the text that they were defined with."""
+    names = [str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    return {name: db.execute("SELECT * FROM pragma_table_info(?)", (name,)).fetchall() for name in names}
 
 
 def _now() -> str:

@@ -24,6 +24,7 @@ from typing import TypeVar, cast
 
 import structlog
 
+from agent_core import rowsums
 from agent_core.room import ReserveFile, could_be_out_of_space, is_out_of_space, preallocate
 from agent_core.transitions import Transition
 from outrider.errors import InvalidInput
@@ -48,6 +49,11 @@ log = structlog.get_logger(__name__)
 def is_damage(error: BaseException) -> bool:
     """Whether SQLite says that the file itself is not as it was written."""
     return isinstance(error, sqlite3.Error) and (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGE
+
+
+def lenient_text(data: bytes) -> str:
+    """A bit that flipped may leave what is no text: one damaged row must not keep all others from being read."""
+    return data.decode("utf-8", "replace")
 
 
 def distrust_file(path: Path) -> Path:
@@ -147,6 +153,7 @@ class Journal:
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10)
         connection.row_factory = sqlite3.Row
+        connection.text_factory = lenient_text
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
@@ -169,7 +176,9 @@ class Journal:
         self._writer = self._open()
         try:
             os.chmod(self.path, 0o600)
+            rowsums.prepare(self._writer)
             self._migrate(migrations)
+            rowsums.guard(self._writer)
             self._mark = CommitMark(self.path, int(self._writer.execute(COMMITS).fetchone()[0]))
         except BaseException:
             self._writer.close()
@@ -186,7 +195,8 @@ class Journal:
                 hint="run that version; this one changes nothing in it, and containers go on",
             )
         for number, script in enumerate(migrations[done:], start=done + 1):
-            self._writer.executescript(f"BEGIN; {script}; PRAGMA user_version={number};")
+            forget = rowsums.forgetting(self._writer)
+            self._writer.executescript(f"BEGIN; {forget} {script}; PRAGMA user_version={number};")
             failpoint(MIGRATED_BEFORE)
             self._writer.execute("COMMIT")
             failpoint(MIGRATED_AFTER)
