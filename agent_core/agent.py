@@ -93,6 +93,8 @@ class Agent:
         self._loop: asyncio.AbstractEventLoop
         self.ready = asyncio.Event()
         """Set when runs are taken up again, and how engine and server are is known, be it good or bad."""
+        self.connected = asyncio.Event()
+        """Set when the server has answered a heartbeat for the first time: then the whole way there works."""
 
     async def run(self) -> None:
         """Serve until `stop`. Raises InvalidInput for a configuration that can't work, Conflict if another agent has
@@ -166,6 +168,7 @@ class Agent:
             spool,
             labels=dict(config.labels),
             on_refused=self._refused,
+            on_answered=self.connected.set,
             operations=operations,
             environment=lambda: environment(config.state_dir),
         )
@@ -311,7 +314,8 @@ class Agent:
 
     def _refused(self, error: OutriderError) -> None:
         # A node that takes care of something stays: only its link waits for another credential.
-        if not self._runs.active and self._services.outbox.depth == 0:
+        # (Events of its own start, that the engine is away, say, are nothing that anybody waits for.)
+        if not self._runs.active and not self._services.outbox.read(("run_report", "write_back"), limit=1):
             self._refusal = error
             self.stop()
 

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agent_core.image_policy import ImagePolicy
+from outrider._model_errors import problems_of
 from outrider._yaml import read_document
-from outrider.errors import InvalidInput, PolicyViolation, Problem
+from outrider.errors import InvalidInput, PolicyViolation
 from outrider.steps import Resources, StepPlan
 
 DEFAULT_NETWORK = "outrider"
@@ -192,10 +193,7 @@ class NodePolicy(_Section):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            problems = [
-                Problem(item["msg"].removeprefix("Value error, "), path=".".join(map(str, item["loc"])))
-                for item in error.errors(include_url=False, include_input=False)
-            ]
+            problems = list(problems_of(error, cls))
             raise InvalidInput(
                 f"the policy file {path} is not valid: {'; '.join(map(str, problems))}", problems
             ) from error

@@ -98,6 +98,7 @@ class Session:
         *,
         labels: dict[str, str] | None = None,
         on_refused: Callable[[OutriderError], None] | None = None,
+        on_answered: Callable[[], None] = lambda: None,
         retry: RetryPolicy = FOREVER,
         operations: OperationCounts | None = None,
         rng: random.Random | None = None,
@@ -109,6 +110,7 @@ class Session:
         self._state = state
         self._labels = labels or {}
         self._on_refused = on_refused
+        self._on_answered = on_answered
         self._retry = retry
         self._operations = operations or OperationCounts()
         self._uplink = Uplink(outbox, spool, self._operations)
@@ -370,6 +372,7 @@ class Session:
             raise Conflict("the server knows a newer session of this node", code=SUPERSEDED)
         self._heartbeats.answered()
         self._reconnect.worked()
+        self._on_answered()
         if answer.full_report_wanted:
             self._report_wanted.set()
 

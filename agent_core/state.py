@@ -114,6 +114,7 @@ def migrations() -> list[str]:
         ports.RELEASING,
         managed_rows.SUPERVISION,
         execs.MIGRATION,
+        managed_rows.LOG_SEEN,
         SUMS,
     ]
 

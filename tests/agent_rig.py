@@ -67,6 +67,14 @@ class ShellPlugin:
             StepType(name="test.shell", params=ShellParams, outputs=AnyOutputs, resolve=resolve_shell),
             StepType(name="test.again", params=ShellParams, outputs=AnyOutputs, resolve=resolve_shell, idempotent=True),
             StepType(name="test.word", params=ShellParams, outputs=WordOutputs, resolve=resolve_shell),
+            StepType(
+                name="test.public",
+                params=ShellParams,
+                outputs=AnyOutputs,
+                resolve=resolve_shell,
+                envs=("NAME", "KEY"),
+                public_envs=("NAME",),
+            ),
             StepType(name="test.control", params=ShellParams, outputs=AnyOutputs, resolve=resolve_control),
         ]
 

@@ -242,9 +242,12 @@ def replaced(traveller: Traveller) -> None:
         lambda: rig.docker("inspect", "--format", "{{.State.StartedAt}}", name) != begun, "a restart for liveness"
     )
     look = {"name": "look", "uses": "container.exec", "with": {"name": name, "args": ["echo", "hi"], "capture": True}}
-    run = traveller.ended(rig.execute(pipeline(start(2, "true", "start-first"), look), object_=game))
+    chatty = start(2, "echo up", "start-first", live={"log": "gone wrong"})
+    run = traveller.ended(rig.execute(pipeline(chatty, look), object_=game))
     assert run.state == types.RUN_STATE_SUCCEEDED, run
     assert version() == "2"
+    seen = {T.MANAGED_LOG_SEEN.before, T.MANAGED_LOG_SEEN.after}
+    traveller.until(lambda: not seen & traveller.left, "its log read for its liveness")
     never = start(3, "true", "stop-first", ready={"log": "never said", "timeout": "2s"})
     run = traveller.ended(rig.execute(pipeline(never), object_=game))
     assert run.state == types.RUN_STATE_FAILED, run
@@ -379,7 +382,7 @@ JOURNEYS: dict[str, Journey] = {
         frozenset(
             {
                 T.MANAGED_RESTARTING, T.MANAGED_SWITCHING, T.MANAGED_SWITCHED, T.MANAGED_REPLACING,
-                T.MANAGED_BROUGHT_BACK, T.PORTS_FREED, T.EXEC_INTENDED, T.EXEC_FORGOTTEN,
+                T.MANAGED_BROUGHT_BACK, T.MANAGED_LOG_SEEN, T.PORTS_FREED, T.EXEC_INTENDED, T.EXEC_FORGOTTEN,
             }
         ),
         replaced,

@@ -195,10 +195,13 @@ async def test_a_run_outlives_the_server_and_the_agent(server: Rig, tmp_path: Pa
         assert len(creates) == len(set(creates)) == 2
 
 
+@pytest.mark.parametrize("engine", ["there", "away"])
 async def test_a_refused_token_ends_an_agent_that_takes_care_of_nothing(
-    server: Rig, tmp_path: Path, runtime: FakeRuntime
+    server: Rig, tmp_path: Path, runtime: FakeRuntime, engine: str
 ) -> None:
     await add_node(server)
+    if engine == "away":
+        runtime.stop_engine()  # which is an event that waits in the outbox
     with pytest.raises(Unauthenticated):
         async with agent_of(server, tmp_path, "wrong-token", runtime) as agent, asyncio.timeout(TIMEOUT):
             await agent._stopping.wait()

@@ -141,6 +141,21 @@ async def test_what_does_not_get_ready_is_removed_and_shows_its_last_lines(node:
     assert node.ports.held(name) == {}
 
 
+@pytest.mark.parametrize(("named", "code"), [("SIGUSR1", 10), ("USR1", 10), (None, 15)])
+async def test_stop_signal_that_is_named_is_the_one_that_is_delivered(node: Node, named: str | None, code: int) -> None:
+    """Each signal ends the program with a code of its own; killed after the grace it would be 137."""
+    script = "trap 'exit 10' USR1; trap 'exit 15' TERM; echo up; while :; do sleep 0.1; done"
+    spec = ManagedSpec.parse(
+        {"name": f"{node.id}-signal", "image": BASE, "args": ["sh", "-c", script], "ready": {"log": "up"}}
+        | {"stop_signal": named, "stop_grace_s": 20}
+    )
+    await node.containers.start(spec, await scope_of(node))
+    assert (await node.containers.stop(spec.name)).exit_code == code
+    await node.containers.start_existing(spec.name)
+    restarted = await node.containers.restart(spec.name)  # which stops it the same way
+    assert restarted.state == "running"
+
+
 async def test_readiness_by_connection_does_not_believe_the_port_proxy(node: Node) -> None:
     """The engine's proxy accepts on the published port at once; nothing listens in the container for a second."""
     late = "import socket,time; time.sleep(1.5); s=socket.socket(); s.bind(('',8080)); s.listen(); time.sleep(60)"

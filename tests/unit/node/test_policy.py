@@ -91,6 +91,7 @@ def test_every_problem_of_the_file_is_told_at_once(tmp_path: Path) -> None:
         load(tmp_path, "ports: {range: 5-2}\nimage: {}\nnetworks: {none: {network: x}}\nlimits: {cpus: -1}")
     assert len(caught.value.problems) == 4
     assert {problem.path.split(".")[0] for problem in caught.value.problems} == {"ports", "image", "networks", "limits"}
+    assert "image: there is no such setting (did you mean images?)" in str(caught.value)
     for text in ("- a list", "{", "ports: {range: many}"):
         with pytest.raises(InvalidInput):
             load(tmp_path, text)
