@@ -95,7 +95,7 @@ def _examine(path: Path, migrations: Sequence[str], used: bool) -> str:
         expected = _tables(db)
     if any(tables.get(name) != columns for name, columns in expected.items()) or not expected:
         return "its tables are not those of an agent's journal"
-    return f"its last commits are lost: {lost} that were on the disk are not in it" if lost else ""
+    return f"its last commits are lost, {lost} of them" if lost else ""
 
 
 def _tables(db: sqlite3.Connection) -> dict[str, list[tuple[object, ...]]]:

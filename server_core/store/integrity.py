@@ -43,7 +43,7 @@ def refuse_damaged(path: Path, engine: Engine) -> None:
         return
     with engine.connect() as connection:
         if lost := commits_lost(path, int(connection.exec_driver_sql(COMMITS).scalar_one())):
-            raise _loss(path, f"{lost} commits that were on the disk are not in it")
+            raise _loss(path, f"its last commits are not in it, {lost} of them")
         if path.stat().st_size > _CHECKED_UP_TO_BYTES:
             return
         result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
