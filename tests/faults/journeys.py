@@ -13,6 +13,8 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -286,13 +288,13 @@ def given_up(traveller: Traveller) -> None:
     (rig.marks / "go-a").unlink()
 
 
-def rebuilt(traveller: Traveller) -> None:
+def rebuilt(traveller: Traveller, *, harm: Callable[[Path], None] = damage.tear) -> None:
     """A journal that is damaged while a step runs."""
     rig = traveller.rig
     run_id = _with_a_running(traveller, pipeline(step_of("a", held=True), step_of("b")))
     rig.agent.kill()
     traveller._note_death()
-    damage.tear(rig.journal)
+    harm(rig.journal)
     traveller.start_agent()
     traveller.until(lambda: rig.status().get("journal", {}).get("rebuilt_at"), "the journal rebuilt")
     rig.release("a")
@@ -389,4 +391,6 @@ JOURNEYS: dict[str, Journey] = {
     "given_up": Journey(frozenset({T.RUN_GIVEN_UP}), given_up, logs=False),
     "retold": Journey(frozenset({T.RUN_RETOLD}), retold, logs=False),
     "rebuilt": Journey(frozenset({T.DAMAGE_NOTED, T.REBUILT}), rebuilt),
+    "log_flipped": Journey(frozenset({T.DAMAGE_NOTED, T.REBUILT}), partial(rebuilt, harm=damage.flip_in_log)),
+    "log_removed": Journey(frozenset({T.DAMAGE_NOTED, T.REBUILT}), partial(rebuilt, harm=damage.remove_log)),
 }  # fmt: skip
