@@ -19,7 +19,6 @@ import secrets
 import shutil
 import sqlite3
 import stat
-import struct
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from agent_core import ownership
 from agent_core.identities import SHARED_GID, Identities, owner_of
 from agent_core.journal import Journal
 from agent_core.room import disk_errors
@@ -146,6 +146,17 @@ class Volumes:
             size_bytes=size_bytes,
             group=SHARED_GID if scope == "node" and os.geteuid() == 0 else None,
         )
+
+    async def share(self, host_paths: Sequence[str], gid: int) -> None:
+        """Let a container that runs as another user than theirs write to these volumes, as a member of their ``gid``.
+
+        Those of scope "node" are everybody's from the beginning. Idempotent; called before each such container.
+        NotFound if one is not there.
+        """
+        for path in map(self._relative, host_paths):
+            if not path.startswith("node/"):
+                with disk_errors(f"set the owners of the volume {path}"):
+                    await asyncio.to_thread(self._share, path, gid)
 
     async def use(self, container: str, host_paths: Sequence[str]) -> None:
         """Note that a managed container mounts these volumes: they are kept until `unuse`. Idempotent."""
@@ -271,18 +282,25 @@ class Volumes:
         with ExitStack() as stack:
             descriptor = self._descend(stack, parts[:-1], create=True)
             volume = _open_or_make(stack, descriptor, parts[-1])
-            if os.geteuid() != 0:
-                os.fchmod(volume, 0o750)
-            elif shared:
+            root = os.geteuid() == 0
+            if shared and root:
                 os.fchown(volume, 0, SHARED_GID)
-                os.fchmod(volume, 0o2770)
-                # Whoever makes a file there has a umask that leaves its group out, but for this. Where the
-                # filesystem has no ACLs, owners that share files have to open them to the group themselves.
-                with suppress(OSError):
-                    os.setxattr(volume, "system.posix_acl_default", _GROUP_ACL)
-            else:
+                ownership.open_to_group(volume)
+                return
+            if root:
                 os.fchown(volume, uid, gid)
-                os.fchmod(volume, 0o750)
+            if ownership.is_shared(volume):
+                ownership.share(volume, gid)
+            else:
+                os.fchmod(volume, ownership.ALONE)
+
+    def _share(self, path: str, gid: int) -> None:
+        with ExitStack() as stack:
+            try:
+                volume = self._descend(stack, path.split("/"), create=False)
+            except FileNotFoundError:
+                raise NotFound(f"the volume {path} is not there any more") from None
+            ownership.share(volume, gid)
 
     def _descend(self, stack: ExitStack, parts: Sequence[str], *, create: bool) -> int:
         descriptor = os.open(self._root, _DIRECTORY)
@@ -406,14 +424,6 @@ def _walk(top: int) -> tuple[int, bool]:
                 seen.add(found.st_ino)
             total += found.st_blocks * 512
     return total, True
-
-
-def _acl(*entries: tuple[int, int]) -> bytes:
-    """A POSIX ACL as the kernel takes it (linux/posix_acl_xattr.h): version 2, then tag, rights, and no id."""
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, rights, 0xFFFFFFFF) for tag, rights in entries)
-
-
-_GROUP_ACL = _acl((0x01, 7), (0x04, 7), (0x20, 0))  # the owning user and group everything, others nothing
 
 
 def _mib(size: int) -> int:
