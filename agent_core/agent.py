@@ -44,6 +44,7 @@ from agent_core.ports import Ports
 from agent_core.quota import VolumeWatch
 from agent_core.rebuild import Rebuild
 from agent_core.remote import RemoteContainers
+from agent_core.removed_objects import RemovedObjects
 from agent_core.runner import RunEngine
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, EngineEvent, Runtime
 from agent_core.services import Background, Removals, Services
@@ -245,6 +246,7 @@ class Agent:
 
     async def _serve(self, services: Services) -> None:
         cleanup = Cleanup(services, self._runs, self._rebuild.over)
+        removed = RemovedObjects(services.volumes, self._session.removed_objects, lambda: self._runs.objects)
         log.info(
             "agent started", node=self.config.node_id, version=__version__, step_types=len(services.plugins.step_types)
         )
@@ -255,6 +257,7 @@ class Agent:
                     ("engine", services.engine.run()),
                     ("events", self._watch_events()),
                     ("cleanup", cleanup.run()),
+                    ("removed objects", removed.run()),
                     ("disk", self._watch_disk(cleanup)),
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
                     ("time", self._keep_time()),

@@ -102,6 +102,7 @@ class Volumes:
         self._root = root.resolve() if root.exists() else root.absolute()
         self._identities = identities
         self._reserve_bytes = reserve_bytes
+        self._changing = asyncio.Lock()  # held while rows and directories come and go together
         root.mkdir(parents=True, exist_ok=True, mode=0o711)
 
     async def allot(
@@ -135,9 +136,12 @@ class Volumes:
         if not await self._journal.query("SELECT 1 FROM volumes WHERE path = ? AND released = 0", (path,)):
             await asyncio.to_thread(self._check_disk)
         # The row first: a directory that nobody knows of would never be collected.
-        await self._journal.write(Transition.VOLUME_ALLOTTED, record)
-        with disk_errors(f"make the volume {name}"):
-            await asyncio.to_thread(self._make, parts, uid, gid, scope == "node")
+        async with self._changing:
+            await self._journal.write(Transition.VOLUME_ALLOTTED, record)
+            with disk_errors(f"make the volume {name}"):
+                shared = await asyncio.to_thread(self._make, parts, uid, gid, scope == "node")
+        if shared:
+            await asyncio.to_thread(self._share, path, gid)  # programs have set modes since
         return AllottedVolume(
             name=name,
             host_path=str(self._root / path),
@@ -192,10 +196,21 @@ class Volumes:
             if run_id not in active():  # asked after the row was seen: one that began since then has its id by right
                 await self._forget_run(run_id)
 
-    async def release_object(self, object_ref: str) -> None:
-        """The object is gone: remove its volumes, but for kept ones and those still in use. Idempotent."""
-        sql = "UPDATE volumes SET released = 1 WHERE scope = 'object' AND owner = ? AND keep = 0"
-        await self._journal.execute(Transition.VOLUME_RELEASED, sql, (object_ref,))
+    async def objects(self) -> list[str]:
+        """The objects (``kind/name``) of which there are volumes that go with them."""
+        sql = "SELECT DISTINCT owner FROM volumes WHERE scope = 'object' AND keep = 0 AND released = 0 ORDER BY owner"
+        return [str(row["owner"]) for row in await self._journal.query(sql)]
+
+    async def release_object(self, object_ref: str, *, busy: Callable[[], Collection[str]] = tuple) -> None:
+        """The object is gone: remove its volumes, but for kept ones and those still in use. Idempotent.
+
+        Nothing is done for one that is ``busy`` now: it was made again since somebody heard that it is gone.
+        """
+        async with self._changing:
+            if object_ref in busy():
+                return
+            sql = "UPDATE volumes SET released = 1 WHERE scope = 'object' AND owner = ? AND keep = 0"
+            await self._journal.execute(Transition.VOLUME_RELEASED, sql, (object_ref,))
         await self.collect()
 
     async def collect(self) -> int:
@@ -205,9 +220,13 @@ class Volumes:
             "WHERE released = 1 AND path NOT IN (SELECT path FROM volume_uses) ORDER BY path"
         )
         for row in rows:
-            await asyncio.to_thread(self._discard, str(row["path"]))
-            sql = "DELETE FROM volumes WHERE path = ? AND released = 1"
-            await self._journal.execute(Transition.VOLUME_REMOVED, sql, (row["path"],))
+            async with self._changing:
+                sql = "SELECT 1 FROM volumes WHERE path = ? AND released = 1"
+                if not await self._journal.query(sql, (row["path"],)):
+                    continue  # allotted again meanwhile: an object that was removed can be made anew
+                await asyncio.to_thread(self._discard, str(row["path"]))
+                sql = "DELETE FROM volumes WHERE path = ? AND released = 1"
+                await self._journal.execute(Transition.VOLUME_REMOVED, sql, (row["path"],))
             if row["scope"] == "run":
                 await self._forget_run(str(row["owner"]))
         await asyncio.to_thread(self._empty_trash)
@@ -278,21 +297,22 @@ class Volumes:
                         found.append(run_id)
         return found
 
-    def _make(self, parts: Sequence[str], uid: int, gid: int, shared: bool) -> None:
+    def _make(self, parts: Sequence[str], uid: int, gid: int, everybodys: bool) -> bool:
+        """Returns whether it is one that `share` was called for."""
         with ExitStack() as stack:
             descriptor = self._descend(stack, parts[:-1], create=True)
             volume = _open_or_make(stack, descriptor, parts[-1])
             root = os.geteuid() == 0
-            if shared and root:
+            if everybodys and root:
                 os.fchown(volume, 0, SHARED_GID)
                 ownership.open_to_group(volume)
-                return
+                return False
             if root:
                 os.fchown(volume, uid, gid)
             if ownership.is_shared(volume):
-                ownership.share(volume, gid)
-            else:
-                os.fchmod(volume, ownership.ALONE)
+                return True
+            os.fchmod(volume, ownership.ALONE)
+            return False
 
     def _share(self, path: str, gid: int) -> None:
         with ExitStack() as stack:

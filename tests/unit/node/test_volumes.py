@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 
 from agent_core.identities import Identities, owner_of
 from agent_core.journal import Journal
+from agent_core.removed_objects import RemovedObjects
 from agent_core.volumes import AllottedVolume, Volumes, _parts
-from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, TemporaryError
+from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, PermanentError, TemporaryError
 
 
 @pytest.fixture
@@ -101,6 +104,57 @@ async def test_volumes_of_a_run_go_with_it_and_others_stay(volumes: Volumes) -> 
     assert Path(saves.host_path, "world").exists()  # the link was removed, not followed
     await volumes.release_object("game/a")
     assert not Path(saves.host_path).exists()
+
+
+async def test_volumes_of_a_removed_object_go_unless_it_is_there_again(volumes: Volumes) -> None:
+    saves = await volumes.allot("r1", "game/a", "saves", "object", False, None)
+    await volumes.allot("r1", "game/b", "kept", "object", True, None)
+    await volumes.allot("r1", "game/c", "build", "run", False, None)
+    asked: list[object] = []
+    busy = ["game/a"]
+
+    async def ask(refs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        asked.append(refs)
+        return set(refs)
+
+    removed = RemovedObjects(volumes, ask, lambda: busy)
+    await removed.once()
+    assert asked == [[("game", "a")]]
+    assert Path(saves.host_path).exists()  # a run was given it since the server was asked
+    busy.clear()
+    await removed.once()
+    assert not Path(saves.host_path).exists()
+    await removed.once()
+    assert len(asked) == 2  # of what is gone, or is to be kept, nothing is asked
+
+
+async def test_a_volume_that_is_allotted_again_while_it_is_collected_is_there(volumes: Volumes) -> None:
+    saves = await volumes.allot("r1", "game/a", "saves", "object", False, None)
+    for _ in range(20):
+        await asyncio.gather(
+            volumes.release_object("game/a"), volumes.allot("r2", "game/a", "saves", "object", False, None)
+        )
+        assert Path(saves.host_path).exists() or await volumes.objects() == []
+        await volumes.allot("r2", "game/a", "saves", "object", False, None)
+
+
+async def test_a_server_that_does_not_know_the_question_is_asked_later(
+    volumes: Volumes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent_core.removed_objects.INTERVAL_S", 0.01)
+    saves = await volumes.allot("r1", "game/a", "saves", "object", False, None)
+    answers: list[set[tuple[str, str]] | None] = [None, {("game", "a")}]
+
+    async def ask(_refs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        if (answer := answers.pop(0)) is None:
+            raise PermanentError("the server does not know FindRemovedObjects")
+        return answer
+
+    asking = asyncio.create_task(RemovedObjects(volumes, ask, list).run())
+    async with asyncio.timeout(10):
+        while Path(saves.host_path).exists():
+            await asyncio.sleep(0.01)
+    asking.cancel()
 
 
 async def test_volume_in_use_by_a_container_is_kept_until_it_is_gone(volumes: Volumes) -> None:
