@@ -154,7 +154,7 @@ class Agent:
             await outbox.emit("journal.damaged", config.node_id, told)
         spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
         identities = self._make_identities(journal)
-        ports = Ports(journal, policy.ports.range, address=policy.ports.interface)
+        ports = Ports(journal, policy.ports.range, address=policy.ports.interface, interfaces=policy.ports.interfaces)
         volumes = self._make_volumes(journal, identities, policy.disk_reserve_bytes)
         containers = Containers(runtime, journal, ports, volumes, policy, config.node_id)
         removals = Removals()

@@ -157,7 +157,7 @@ class Orders:
                 container=port.container or ports[port.name],
                 host=ports[port.name],
                 protocol=protocol,
-                host_ip=self._policy.ports.interface,
+                host_ip=self._policy.ports.address_of(port.interface),
                 name=port.name,
             )
             for port in spec.ports
