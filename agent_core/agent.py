@@ -44,6 +44,7 @@ from agent_core.ports import Ports
 from agent_core.quota import VolumeWatch
 from agent_core.rebuild import Rebuild
 from agent_core.remote import RemoteContainers
+from agent_core.removed_objects import RemovedObjects
 from agent_core.runner import RunEngine
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, EngineEvent, Runtime
 from agent_core.services import Background, Removals, Services
@@ -153,7 +154,7 @@ class Agent:
             await outbox.emit("journal.damaged", config.node_id, told)
         spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
         identities = self._make_identities(journal)
-        ports = Ports(journal, policy.ports.range, address=policy.ports.interface)
+        ports = Ports(journal, policy.ports.range, address=policy.ports.interface, interfaces=policy.ports.interfaces)
         volumes = self._make_volumes(journal, identities, policy.disk_reserve_bytes)
         containers = Containers(runtime, journal, ports, volumes, policy, config.node_id)
         removals = Removals()
@@ -245,6 +246,7 @@ class Agent:
 
     async def _serve(self, services: Services) -> None:
         cleanup = Cleanup(services, self._runs, self._rebuild.over)
+        removed = RemovedObjects(services.volumes, self._session.removed_objects, lambda: self._runs.objects)
         log.info(
             "agent started", node=self.config.node_id, version=__version__, step_types=len(services.plugins.step_types)
         )
@@ -255,6 +257,7 @@ class Agent:
                     ("engine", services.engine.run()),
                     ("events", self._watch_events()),
                     ("cleanup", cleanup.run()),
+                    ("removed objects", removed.run()),
                     ("disk", self._watch_disk(cleanup)),
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
                     ("time", self._keep_time()),

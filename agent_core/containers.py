@@ -246,6 +246,9 @@ class Containers:
             if order.network != "host":
                 await ready_network(self._runtime, self._policy, self._node_id, spec.network)
             await self._volumes.use(name, [mount.source for mount in order.mounts])
+            if order.as_another:
+                written = [mount.source for mount in order.mounts if mount.writable]
+                await self._volumes.share(written, order.scope.gid)
             await asyncio.to_thread(
                 self._files.write,
                 spec.name,

@@ -37,6 +37,11 @@ class RunEngine:
         """Ids of the runs that are not terminal."""
         return list(self._active)
 
+    @property
+    def objects(self) -> set[str]:
+        """The objects (``kind/name``) that they are for."""
+        return {run.object_ref for run in self._active.values() if run.object_ref}
+
     def describe(self) -> list[dict[str, object]]:
         """The active runs for the local status: their steps and what each waits for."""
         return [

@@ -160,6 +160,17 @@ class Session:
                 self._operations.retried("envs.get", problem)
                 await asyncio.sleep(self._retry.obeying(next(waits, self._retry.max_wait_s), problem))
 
+    async def removed_objects(self, refs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Those of the objects (kind, name) that somebody has removed. Waits for a session; asks once."""
+        await self._connected.wait()
+        assert self._stub is not None
+        request = pb.FindRemovedObjectsRequest(objects=[types.ObjectRef(kind=k, name=n) for k, n in refs])
+        try:
+            answer = await self._stub.FindRemovedObjects(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, target=self._credentials.server) from error
+        return {(ref.kind, ref.name) for ref in answer.removed} & set(refs)
+
     def wake(self) -> None:
         """The outbox or a log has something new."""
         self._uplink.wake()

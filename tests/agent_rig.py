@@ -36,6 +36,7 @@ class ShellParams(BaseModel, extra="forbid"):
     script: str = "true"
     image: str = BASE_IMAGE
     network: str = "none"
+    user: str | None = None
 
 
 class AnyOutputs(BaseModel, extra="allow"):
@@ -47,7 +48,13 @@ class WordOutputs(BaseModel, extra="forbid"):
 
 
 def resolve_shell(params: ShellParams, _context: StepContext) -> StepPlan:
-    return StepPlan(image=params.image, entrypoint=("/bin/sh", "-c"), args=(params.script,), network=params.network)
+    return StepPlan(
+        image=params.image,
+        entrypoint=("/bin/sh", "-c"),
+        args=(params.script,),
+        network=params.network,
+        user=params.user,
+    )
 
 
 def resolve_control(params: ShellParams, _context: StepContext) -> StepPlan:

@@ -1,6 +1,6 @@
 """What the Docker driver says and hears: create bodies, descriptions, and the engine's errors in our words.
 
-Source for the fields: the Docker Engine API, version 1.40 and later.
+Source for the fields: the Docker Engine API, version 1.41 and later.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def create_body(spec: ContainerSpec, *, has_init: bool = False) -> Json:
         ],
         "NetworkMode": spec.network,
         "IpcMode": "private",
+        "CgroupnsMode": "private",  # on cgroup v1 the engine's own default is the host's
         "Init": spec.init and has_init,
         "GroupAdd": [str(group) for group in spec.groups],
         "Devices": [

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import stat
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from agent_core.container_spec import GrantedVolume, ManagedSpec, substitute
 from agent_core.containers import Containers
 from agent_core.policy import NodePolicy
+from agent_core.ports import Ports
 from agent_core.runtimes.base import (
     LABEL_ATTEMPT,
     LABEL_KIND,
@@ -77,6 +80,36 @@ async def test_stop_signal_that_is_named_is_the_containers_own(parts: Parts) -> 
         assert parts.runtime.spec_of(name).stop_signal == signal
     with pytest.raises(InvalidInput, match="stop_signal"):
         spec(stop_signal="kill -9")
+
+
+@pytest.mark.parametrize(
+    ("user", "groups", "mode"), [(None, (), 0o750), ("1000:1000", (200001,), 0o2770), ("steam", (200001,), 0o2770)]
+)
+async def test_a_container_that_declares_another_user_is_in_the_group_of_its_volumes(
+    parts: Parts, user: str | None, groups: tuple[int, ...], mode: int
+) -> None:
+    policy = NodePolicy.model_validate({"managed": {"users": ["1000:1000", "steam"]}})
+    containers = Containers(parts.runtime, parts.journal, parts.ports, parts.volumes, policy, "n1")
+    saves = await parts.volumes.allot("r1", "game/a", "saves", "run", False, None)
+    scope = dataclasses.replace(parts.scope, volumes={"saves": GrantedVolume(saves.host_path, True)})
+    await containers.start(spec(user=user, volumes={"saves": "/data:rw"}), scope)
+    assert parts.runtime.spec_of("arena").user == (user or "200001:200001")
+    assert parts.runtime.spec_of("arena").groups == groups
+    assert stat.S_IMODE(os.stat(saves.host_path).st_mode) == mode
+
+
+async def test_a_port_listens_on_an_interface_that_the_policy_has_by_its_name(parts: Parts) -> None:
+    policy = NodePolicy.model_validate({"ports": {"interfaces": {"private": "127.0.0.2"}}})
+    leases = Ports(parts.journal, (28700, 28799), interfaces=policy.ports.interfaces)
+    containers = Containers(parts.runtime, parts.journal, leases, parts.volumes, policy, "n1")
+    ports = [{"name": "game"}, {"name": "rcon", "interface": "private"}]
+    await containers.start(spec(ports=ports), parts.scope)
+    assert [port.host_ip for port in parts.runtime.spec_of("arena").ports] == ["0.0.0.0", "127.0.0.2"]
+    with pytest.raises(PolicyViolation, match="ports on the interface 'public'") as refused:
+        await containers.start(spec(name="b", ports=[{"name": "x", "interface": "public"}]), parts.scope)
+    assert refused.value.hint == "ports.interfaces: private"
+    with pytest.raises(InvalidInput, match="with the host's network nothing is published"):
+        spec(network="host", ports=ports)
 
 
 async def test_step_started_twice_starts_one_container(parts: Parts) -> None:

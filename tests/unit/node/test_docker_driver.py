@@ -100,6 +100,7 @@ def test_defaults_are_the_sandbox() -> None:
     assert "size=67108864" in host["Tmpfs"]["/tmp"]
     assert (host["Memory"], host["MemorySwap"], host["NanoCpus"]) == (10**7, 10**7, 500_000_000)
     assert host["LogConfig"]["Type"] == "local"
+    assert (host["IpcMode"], host["CgroupnsMode"]) == ("private", "private")
     assert "Binds" not in host
     assert not {"PidMode", "UTSMode", "UsernsMode", "Cgroup"} & set(host)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from agent_core.config import AgentConfig
 from agent_core.policy import NodePolicy
@@ -61,6 +62,12 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     file.write_text("node_id: n1\nserver: a:1\nserver: b:1")
     with pytest.raises(InvalidInput, match=r"agent\.yaml can't be read: line 3: the key 'server' stands twice"):
         settings.load(AgentConfig, env_prefix="X_", environ={}, file=file)
+
+
+@pytest.mark.parametrize("interfaces", [{"private": "eth1"}, {"private": ""}, {"10.0.0.1": "10.0.0.1"}])
+def test_an_interface_is_an_address_by_a_name(interfaces: dict[str, str]) -> None:
+    with pytest.raises(ValidationError):
+        NodePolicy.model_validate({"ports": {"interfaces": interfaces}})
 
 
 def test_users_need_no_quotes(tmp_path: Path) -> None:
