@@ -21,25 +21,27 @@ images: venv engine ## the base image and the step images
 locks: venv ## requirements.lock of every image, from its requirements.in
 	@$(PY) deploy/images/build.py lock
 
-# An engine that was started for these is stopped again, also after Ctrl-C; one that was there before is left as it is.
-WITH_ENGINE = trap '$(SUDO) scripts/engine.sh stop 2>/dev/null' EXIT; $(SUDO) $(1)
+# An engine that is started for these ends with the last of them, also after Ctrl-C; one that was there stays as it is.
+WITH_ENGINE = $(SUDO) scripts/engine.sh run bash -c '$(PY) deploy/images/build.py && $(1)'
+# Volumes of tests lie there: in memory, as /tmp may be, what a step writes would count as the memory that it uses.
+PYTEST = TMPDIR=$${TMPDIR:-/var/tmp} $(PY) -m pytest -q -n $(TEST_WORKERS) --no-loadscope-reorder
 
-demo: images ## the main job on real input: a game server deployed, played, backed up and stopped
+demo: venv ## the main job on real input: a game server deployed, played, backed up and stopped
 	@$(call WITH_ENGINE,$(PY) examples/arena/demo.py)
 
 test-tools: # what some tests need beside the engine
 	@$(SUDO) scripts/test-tools.sh
 
-test: images test-tools ## all tests
-	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder)
+test: venv test-tools ## all tests
+	@$(call WITH_ENGINE,$(PYTEST) --dist loadfile)
 
-faults: images test-tools ## every fault test, the long forms too
-	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder -m "long or not long" tests/faults)
+faults: venv test-tools ## every fault test, the long forms too
+	@$(call WITH_ENGINE,$(PYTEST) --dist loadscope -m "long or not long" tests/faults)
 
-long: images test-tools ## the long forms of all other tests
-	@$(call WITH_ENGINE,$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m long --ignore tests/faults)
+long: venv test-tools ## the long forms of all other tests
+	@$(call WITH_ENGINE,$(PYTEST) --dist loadfile -m long --ignore tests/faults)
 
-soak: images ## kills, cuts and restarts at random under load, for MINUTES=n
+soak: venv ## kills, cuts and restarts at random under load, for MINUTES=n
 	@$(call WITH_ENGINE,$(PY) -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)))
 
 model: venv ## the model-based test, with EXAMPLES=n histories drawn anew
@@ -63,7 +65,7 @@ protos: venv ## generate outrider/v1 from proto/
 protos-check: venv ## is outrider/v1 what proto/ generates?
 	@scripts/protos.sh --check
 
-bench: images ## the speed table, as ratios against named alternatives
+bench: venv ## the speed table, as ratios against named alternatives
 	@$(call WITH_ENGINE,$(PY) -m benchmarks)
 
 bench-plugins: venv ## the speed table of the four plugins; NAMES="s3 http" measures some of them

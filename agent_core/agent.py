@@ -44,6 +44,7 @@ from agent_core.ports import Ports
 from agent_core.quota import VolumeWatch
 from agent_core.rebuild import Rebuild
 from agent_core.remote import RemoteContainers
+from agent_core.removed_objects import RemovedObjects
 from agent_core.runner import RunEngine
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, EngineEvent, Runtime
 from agent_core.services import Background, Removals, Services
@@ -93,6 +94,8 @@ class Agent:
         self._loop: asyncio.AbstractEventLoop
         self.ready = asyncio.Event()
         """Set when runs are taken up again, and how engine and server are is known, be it good or bad."""
+        self.connected = asyncio.Event()
+        """Set when the server has answered a heartbeat for the first time: then the whole way there works."""
 
     async def run(self) -> None:
         """Serve until `stop`. Raises InvalidInput for a configuration that can't work, Conflict if another agent has
@@ -151,7 +154,7 @@ class Agent:
             await outbox.emit("journal.damaged", config.node_id, told)
         spool = Spool(config.state_dir / "spool", journal, max_bytes=config.spool_max_bytes)
         identities = self._make_identities(journal)
-        ports = Ports(journal, policy.ports.range, address=policy.ports.interface)
+        ports = Ports(journal, policy.ports.range, address=policy.ports.interface, interfaces=policy.ports.interfaces)
         volumes = self._make_volumes(journal, identities, policy.disk_reserve_bytes)
         containers = Containers(runtime, journal, ports, volumes, policy, config.node_id)
         removals = Removals()
@@ -166,6 +169,7 @@ class Agent:
             spool,
             labels=dict(config.labels),
             on_refused=self._refused,
+            on_answered=self.connected.set,
             operations=operations,
             environment=lambda: environment(config.state_dir),
         )
@@ -243,6 +247,7 @@ class Agent:
 
     async def _serve(self, services: Services) -> None:
         cleanup = Cleanup(services, self._runs, self._rebuild.over)
+        removed = RemovedObjects(services.volumes, self._session.removed_objects, lambda: self._runs.objects)
         log.info(
             "agent started", node=self.config.node_id, version=__version__, step_types=len(services.plugins.step_types)
         )
@@ -253,6 +258,7 @@ class Agent:
                     ("engine", services.engine.run()),
                     ("events", self._watch_events()),
                     ("cleanup", cleanup.run()),
+                    ("removed objects", removed.run()),
                     ("disk", self._watch_disk(cleanup)),
                     ("volumes", VolumeWatch(services.volumes, services.outbox.emit).run()),
                     ("time", self._keep_time()),
@@ -312,7 +318,8 @@ class Agent:
 
     def _refused(self, error: OutriderError) -> None:
         # A node that takes care of something stays: only its link waits for another credential.
-        if not self._runs.active and self._services.outbox.depth == 0:
+        # (Events of its own start, that the engine is away, say, are nothing that anybody waits for.)
+        if not self._runs.active and not self._services.outbox.read(("run_report", "write_back"), limit=1):
             self._refusal = error
             self.stop()
 

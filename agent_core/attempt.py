@@ -193,6 +193,7 @@ class Attempt:
             self._services.disk.check(f"run step {self._order.step}")
             with disk_errors(f"prepare step {self._order.step}"):
                 await asyncio.to_thread(self._directory.prepare, self._order.inputs, *self._order.runs_as)
+            await self._services.volumes.share(self._order.shared, self._order.gid)
         await self._serve_control(stack)
         if info is None:
             if former is None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from agent_core.policy import NodePolicy
+from agent_core.policy import INTERFACE_NAME, NodePolicy
 from agent_core.ports import PortWish, Protocols
 from agent_core.probes import Liveness, PortName, Readiness
 from agent_core.runtimes.base import LABEL_PREFIX, Device, Mount
@@ -42,13 +42,15 @@ class _Model(BaseModel):
 
 class ManagedPort(_Model):
     """A port to publish. ``container`` left out: the same number as the leased host port. ``host`` asks for one,
-    ``range`` for one of those. ``protocol``: "tcp+udp" is the same number for both."""
+    ``range`` for one of those. ``protocol``: "tcp+udp" is the same number for both. ``interface``: one of the node's
+    policy; ``None``: where its ports are by default."""
 
     name: PortName
     container: PortNumber | None = None
     protocol: Protocols = "tcp"
     host: PortNumber | None = None
     range: tuple[PortNumber, PortNumber] | None = None
+    interface: Annotated[str, StringConstraints(pattern=INTERFACE_NAME)] | None = None
 
     @model_validator(mode="after")
     def _either(self) -> ManagedPort:
@@ -61,7 +63,7 @@ class ManagedPort(_Model):
     @property
     def wish(self) -> PortWish:
         """What to lease for it."""
-        return PortWish(self.name, self.protocol, self.host, self.range)
+        return PortWish(self.name, self.protocol, self.host, self.range, self.interface)
 
 
 class Restart(_Model):
@@ -184,6 +186,8 @@ class ManagedSpec(_Model):
                     raise ValueError(f"$({reference}): there is no such port; write $(ports.NAME), or $$( for $(")
         if self.ports and self.network == "none":
             raise ValueError("ports can't be published with network 'none'")
+        if self.network == "host" and any(port.interface for port in self.ports):
+            raise ValueError("with the host's network nothing is published: the program itself chooses the interface")
         if self.private_network and self.network == "host":
             raise ValueError("a container with the host's network can't be on a private one as well")
         if self.aliases and not self.private_network:
@@ -306,6 +310,8 @@ def check_against_policy(spec: ManagedSpec, policy: NodePolicy) -> tuple[str, Re
         writable_root=spec.writable_root,
         user=spec.user,
     )
+    for port in spec.ports:
+        policy.ports.address_of(port.interface)
     network = "host" if spec.network == "host" else policy.network_of(spec.network)
     return network, policy.limits_for(spec.resources)
 
@@ -321,8 +327,9 @@ def digest_of(spec: ManagedSpec, mounts: tuple[Mount, ...], user: str) -> str:
         if not content[name]:
             del content[name]
     for port in content["ports"]:
-        if port["range"] is None:
-            del port["range"]
+        for name in ("range", "interface"):
+            if port[name] is None:
+                del port[name]
     document = {
         "spec": content,
         "mounts": [[mount.source, mount.target, mount.writable] for mount in mounts],

@@ -12,9 +12,9 @@ import logging
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from agent_core.container_spec import (
     NEXT,
@@ -33,7 +33,7 @@ from agent_core.networks import ready_network
 from agent_core.policy import NodePolicy
 from agent_core.ports import Ports
 from agent_core.private_networks import PrivateNetworks
-from agent_core.readiness import wait_ready
+from agent_core.readiness import NotReady, wait_ready
 from agent_core.replacing import Replacing, base_of
 from agent_core.runtimes.base import (
     LABEL_KIND,
@@ -53,6 +53,7 @@ from outrider.masking import Masker
 
 Owner = Literal["managed", "step", "pause", "foreign"]
 DEFAULT_GRACE_S = 10.0
+_MAKING_S = 5.0  # that a container which is being made is waited for by one that is cancelled
 _STATES_TO_ADOPT = ("running", "created", "exited")
 
 log = logging.getLogger(__name__)
@@ -245,6 +246,9 @@ class Containers:
             if order.network != "host":
                 await ready_network(self._runtime, self._policy, self._node_id, spec.network)
             await self._volumes.use(name, [mount.source for mount in order.mounts])
+            if order.as_another:
+                written = [mount.source for mount in order.mounts if mount.writable]
+                await self._volumes.share(written, order.scope.gid)
             await asyncio.to_thread(
                 self._files.write,
                 spec.name,
@@ -254,9 +258,9 @@ class Containers:
                 user=order.user,
                 secrets=order.scope.secrets,
             )
-            container_id = await self._create(order, name, ports, image_id)
+            container_id = await _seen_through(self._create(order, name, ports, image_id))
             await self._runtime.start(container_id)
-            await wait_ready(self._runtime, container_id, spec, ports)
+            await wait_ready(self._runtime, container_id, spec, ports, secrets=order.scope.secrets)
         except OutriderError as error:
             await self._give_up(name, error)
             if error.code == "port_taken" and all(port.host is None for port in spec.ports):
@@ -300,7 +304,8 @@ class Containers:
             if info.state != "running":
                 await self._runtime.start(info.id)
             if info.state != "running" or not proven:
-                await wait_ready(self._runtime, info.id, spec, ports)
+                secrets, since = order.scope.secrets, info.finished_at
+                await wait_ready(self._runtime, info.id, spec, ports, secrets=secrets, since=since)
         except OutriderError as error:
             # One that was ready once is somebody's game: it is stopped only by those who mean it.
             if not proven:
@@ -314,7 +319,9 @@ class Containers:
         """After a start that failed: undo it, and say in the error what became of the former container."""
         row = self.rows.get(name)
         told = await self._replacing.abandon(row) if row is not None else ""
-        if told:
+        if told and isinstance(error, NotReady):
+            error.became(told)
+        elif told:
             error.hint = "; ".join(filter(None, (error.hint, told)))
 
     async def start_existing(self, name: str, scope: ContainerScope | None = None) -> ContainerInfo:
@@ -550,6 +557,22 @@ class Containers:
             self._files.secrets, labels.get(LABEL_NAME) or info.name, labels.get(LABEL_SPEC, "-")
         )
         return (*info.secrets, *in_files)
+
+
+async def _seen_through(making: Coroutine[Any, Any, str]) -> str:
+    """What is made, or that it was, though who wants it is cancelled meanwhile.
+
+    The engine goes on with a request that is broken off: what it made a moment later would be undone by nobody, and
+    adopted by the next one who asks for it.
+    """
+    task = asyncio.ensure_future(making)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=_MAKING_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 def owner_of(scope: ContainerScope) -> str:

@@ -27,7 +27,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ from typing import Any
 from aiohttp import web
 
 from agent_core.container_spec import ContainerScope, ManagedSpec, Replace
-from agent_core.containers import Containers
+from agent_core.containers import Containers, Started
 from agent_core.execs import ExecRequest, Executed
+from agent_core.images import Tell
 from agent_core.runtimes.base import ContainerInfo
 from outrider.errors import (
     Conflict,
@@ -82,6 +83,7 @@ class ControlSocket:
         self._directory = directory
         self._runner: web.AppRunner | None = None
         self._listening: asyncio.Server | None = None
+        self._starts: set[asyncio.Task[Started]] = set()
 
     async def start(self) -> None:
         """Bind; a socket left by a former agent in the same directory is replaced."""
@@ -122,6 +124,9 @@ class ControlSocket:
         if self._listening is not None:
             self._listening.close()
             self._listening = None
+        # The server forgets a request whose connection is gone, and the program that asked mostly is by now. Left to
+        # itself its container might get ready, and would be kept, after the attempt that wanted it.
+        await _cancelled(self._starts)
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -165,17 +170,29 @@ class ControlSocket:
                 f"replace: {again!r} is no way to replace a container", hint='"no", "stop-first" or "start-first"'
             )
         spec = ManagedSpec.parse(body)
-        if not _wants_lines(request):
-            return web.json_response(asdict(await self._containers.start(spec, self._scope, replace=strategy)))
-        return await _Lines(request).answer(lambda lines: self._start_telling(spec, strategy, lines))
+        if _wants_lines(request):
+            return await _Lines(request).answer(lambda lines: self._start_telling(spec, strategy, lines))
+        async with self._starting(spec, strategy) as starting:
+            return web.json_response(asdict(await starting))
+
+    @contextlib.asynccontextmanager
+    async def _starting(
+        self, spec: ManagedSpec, strategy: Replace, tell: Tell | None = None
+    ) -> AsyncIterator[asyncio.Task[Started]]:
+        """A start under way, which ends with the context. What was begun then is undone when the attempt is over."""
+        start = self._containers.start(spec, self._scope, replace=strategy, tell=tell)
+        task = asyncio.create_task(start, name=f"start {spec.name}")
+        self._starts.add(task)
+        try:
+            yield task
+        finally:
+            await _cancelled({task})
+            self._starts.discard(task)
 
     async def _start_telling(self, spec: ManagedSpec, strategy: Replace, lines: _Lines) -> dict[str, Any]:
         """Start, and tell how the pull goes on: the newest state, as often as the reader takes it."""
         pulled = _Newest()
-        starting = asyncio.create_task(
-            self._containers.start(spec, self._scope, replace=strategy, tell=pulled.set), name=f"start {spec.name}"
-        )
-        try:
+        async with self._starting(spec, strategy, pulled.set) as starting:
             while not starting.done():
                 news = asyncio.create_task(pulled.next())
                 await asyncio.wait({starting, news}, return_when=asyncio.FIRST_COMPLETED)
@@ -187,10 +204,6 @@ class ControlSocket:
                 else:
                     news.cancel()
             return asdict(starting.result())
-        finally:
-            # Who asked is gone, or the agent stops: what was begun is undone when the attempt is over.
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
 
     async def _inspect(self, request: web.Request) -> web.Response:
         return web.json_response(describe(await self._containers.inspect(_name(request), self._scope)))
@@ -286,6 +299,12 @@ class ControlSocket:
             await response.prepare(request)
         await response.write_eof()
         return response
+
+
+async def _cancelled(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Newest:

@@ -1,8 +1,8 @@
 """A journal that can't be trusted: found out before it is used, put aside, and said.
 
 SQLite undoes by itself what a crash has left half-written. What remains is a file that was torn, overwritten, emptied
-or removed: then the agent starts with a new journal, keeps the old file for whoever wants to look at it, and
-`agent_core.rebuild` finds out what it can.
+or removed, or whose newest commits are lost (see `outrider.sqlite_loss`): then the agent starts with a new journal,
+keeps the old files for whoever wants to look at them, and `agent_core.rebuild` finds out what it can.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from pathlib import Path
 
 import structlog
 
-from agent_core.journal import Journal, distrust_file, is_damage
+from agent_core.journal import Journal, distrust_file, is_damage, lenient_text
 from agent_core.transitions import Transition
 from outrider.errors import PermanentError
+from outrider.sqlite_loss import COMMITS, MARK_SUFFIX, commits_lost, damage_of_log
 
 log = structlog.get_logger(__name__)
 
 REBUILD = "rebuild"
 """The journal's note, as JSON, that it took the place of one that was lost: why, and what has been done about it."""
 _KEPT = 3  # damaged journals that are kept; an agent that starts and fails for ever must not fill the disk with them
-_FILES = ("", "-wal", "-shm")
+_FILES = ("", "-wal", "-shm", MARK_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def open_journal(
     ``used``: there are traces of an agent that has run here, so that a journal that is missing was lost. Raises
     PermanentError if the file can't be read at all, and what `Journal` raises.
     """
-    reason = _examine(path, len(migrations), used)
+    reason = _examine(path, migrations, used)
     if not reason:
         return Journal(path, migrations, reserve_bytes=reserve_bytes), None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,20 +63,26 @@ def open_journal(
     return journal, damage
 
 
-def _examine(path: Path, versions: int, used: bool) -> str:
+def _examine(path: Path, migrations: Sequence[str], used: bool) -> str:
     """What is wrong with the journal, as a sentence; "": nothing."""
     with suppress(OSError):
         return distrust_file(path).read_text(encoding="utf-8") or "it was found to be damaged"
     if not path.exists():
         return "it is missing, though an agent has run here" if used else ""
     try:
+        if reason := damage_of_log(path):
+            return reason
         with closing(sqlite3.connect(path, isolation_level=None, timeout=10)) as db:
+            db.text_factory = lenient_text
             version = int(db.execute("PRAGMA user_version").fetchone()[0])
-            if version > versions:
+            if version > len(migrations):
                 return ""  # a newer agent's: that is refused, not put aside
             found = str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
-            tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.Error as error:
+            tables = _tables(db)
+            lost = commits_lost(path, int(db.execute(COMMITS).fetchone()[0]))
+    except UnicodeDecodeError:  # of SQLite's own message, which quotes what it has found
+        return "what it is made of can't be read any more"
+    except (sqlite3.Error, OSError) as error:
         if is_damage(error):
             return str(error)
         raise PermanentError(f"the journal {path} can't be read: {error}", code="journal_unreadable") from error
@@ -83,7 +90,18 @@ def _examine(path: Path, versions: int, used: bool) -> str:
         return found.replace("\n", " ")
     if version == 0 and not tables:
         return "it is empty, though an agent has run here" if used else ""
-    return "" if "runs" in tables else "it is not the journal of an agent"
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript("".join(f"{script};" for script in migrations[:version]))
+        expected = _tables(db)
+    if any(tables.get(name) != columns for name, columns in expected.items()) or not expected:
+        return "its tables are not those of an agent's journal"
+    return f"its last commits are lost, {lost} of them" if lost else ""
+
+
+def _tables(db: sqlite3.Connection) -> dict[str, list[tuple[object, ...]]]:
+    """The columns of each table: name, type and what else SQLite makes of the text that they were defined with."""
+    names = [str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    return {name: db.execute("SELECT * FROM pragma_table_info(?)", (name,)).fetchall() for name in names}
 
 
 def _now() -> str:

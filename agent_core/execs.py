@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from agent_core.journal import Journal
 from agent_core.runtimes.base import Runtime, StreamName
 from agent_core.transitions import Transition
-from outrider.errors import Conflict, InvalidInput, NotFound, OperationTimeout, OutriderError, Problem
+from outrider.errors import Conflict, ErrorClass, InvalidInput, NotFound, OperationTimeout, OutriderError, Problem
 from outrider.masking import Masker
 
 MIGRATION = """
@@ -129,8 +129,9 @@ class Execs:
     ) -> AsyncGenerator[Piece | Executed, None]:
         """Run it, or find the one of this id: its output, and `Executed` last. ``owner``: run/step/attempt.
 
-        Raises Conflict for an id that something else was asked with, OperationTimeout if it takes too long (it is
-        killed then), NotFound if it was carried out and nobody knows how it ended, because its container is gone.
+        Raises Conflict for an id that something else was asked with, OperationTimeout (a permanent one) if it takes too
+        long (it is killed then), NotFound if it was carried out and nobody knows how it ended, because its container is
+        gone.
         """
         key = f"{owner}/{request.id or secrets.token_hex(8)}"
         digest = _digest(container_id, request)
@@ -253,11 +254,15 @@ class Execs:
                 return await self._ended(running.execution)
         except TimeoutError:
             killed = await kill(self._runtime, running.execution)
-            raise OperationTimeout(
+            over = OperationTimeout(
                 f"{request.args[0]} did not end within {request.timeout_s:g} s"
                 f"{', and was killed' if killed else ' and could not be killed'}",
                 code="exec_timeout",
-            ) from None
+            )
+            # Nothing is left to look up: it was begun, and how much of it was done nobody knows. The next attempt
+            # has ids of its own, and would do that once more.
+            over.error_class = ErrorClass.PERMANENT
+            raise over from None
 
     async def _ended(self, execution: str) -> int:
         looks = 0

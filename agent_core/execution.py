@@ -72,7 +72,8 @@ class RunExecution:
         self.uid = self.gid = -1
         self.pipeline: Pipeline
         self.planner: Planner
-        self.object_ref: str | None = None
+        ref = record.command.object.ref
+        self.object_ref = f"{ref.kind}/{ref.name}" if record.command.HasField("object") else None
         self._context: dict[str, Any] = {}
         self._done: dict[str, asyncio.Event] = {}
         self._attempts: dict[str, Attempt] = {}
@@ -132,7 +133,6 @@ class RunExecution:
             ref = command.object.ref
             attributes = load_json_object(command.object.attributes_json, "attributes")
             object_ = ObjectContext(ref.kind, ref.name, attributes)
-            self.object_ref = f"{ref.kind}/{ref.name}"
             version = command.object.version
             context["object"] = {"kind": ref.kind, "name": ref.name, "attributes": attributes, "version": version}
         services = self.services

@@ -24,16 +24,19 @@ from typing import TypeVar, cast
 
 import structlog
 
+from agent_core import rowsums
 from agent_core.room import ReserveFile, could_be_out_of_space, is_out_of_space, preallocate
 from agent_core.transitions import Transition
 from outrider.errors import InvalidInput
 from outrider.failpoints import failpoint
+from outrider.sqlite_loss import COMMITS, CommitMark
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 _Item = tuple[Transition, Work[object], Future[object]]
 
 RESERVE_BYTES = 6 * 1024**2  # SQLite begins its write-ahead log anew after 4 MiB
+MIGRATED_BEFORE, MIGRATED_AFTER = "journal.migrated.before", "journal.migrated.after"  # failpoints, for each script
 _MAX_GROUP = 500
 _FULL_WAIT_S = 0.25
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -46,6 +49,11 @@ log = structlog.get_logger(__name__)
 def is_damage(error: BaseException) -> bool:
     """Whether SQLite says that the file itself is not as it was written."""
     return isinstance(error, sqlite3.Error) and (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGE
+
+
+def lenient_text(data: bytes) -> str:
+    """A bit that flipped may leave what is no text: one damaged row must not keep all others from being read."""
+    return data.decode("utf-8", "replace")
 
 
 def distrust_file(path: Path) -> Path:
@@ -145,6 +153,7 @@ class Journal:
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10)
         connection.row_factory = sqlite3.Row
+        connection.text_factory = lenient_text
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
@@ -167,7 +176,10 @@ class Journal:
         self._writer = self._open()
         try:
             os.chmod(self.path, 0o600)
+            rowsums.prepare(self._writer)
             self._migrate(migrations)
+            rowsums.guard(self._writer)
+            self._mark = CommitMark(self.path, int(self._writer.execute(COMMITS).fetchone()[0]))
         except BaseException:
             self._writer.close()
             raise
@@ -183,7 +195,11 @@ class Journal:
                 hint="run that version; this one changes nothing in it, and containers go on",
             )
         for number, script in enumerate(migrations[done:], start=done + 1):
-            self._writer.executescript(f"BEGIN; {script}; PRAGMA user_version={number}; COMMIT;")
+            forget = rowsums.forgetting(self._writer)
+            self._writer.executescript(f"BEGIN; {forget} {script}; PRAGMA user_version={number};")
+            failpoint(MIGRATED_BEFORE)
+            self._writer.execute("COMMIT")
+            failpoint(MIGRATED_AFTER)
 
     def _run(self) -> None:
         stopping = False
@@ -206,6 +222,7 @@ class Journal:
             if wants_room and not stopping:
                 self._keep_room()
         self._writer.close()
+        self._mark.close()
 
     def _commit(self, waiting: list[_Item]) -> None:
         """One transaction for all of them; once more, and again, where the disk had no room for it."""
@@ -238,6 +255,7 @@ class Journal:
         db = self._writer
         answers: list[tuple[object, BaseException | None]] = []
         db.execute("BEGIN IMMEDIATE")
+        changes = db.total_changes
         for _, work, _ in group:
             db.execute("SAVEPOINT work")
             try:
@@ -251,7 +269,12 @@ class Journal:
                 answers.append((None, error))
         for transition, _, _ in group:
             failpoint(transition.before)
+        changed = db.total_changes != changes  # where nothing did, the commit writes and syncs nothing
+        if changed:
+            db.execute(self._mark.counting)
         db.execute("COMMIT")
+        if changed:
+            self._mark.committed()
         return answers
 
     def _suspect(self, error: BaseException) -> None:

@@ -13,7 +13,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from agent_core.container_spec import ManagedSpec, Restart
 from agent_core.managed_rows import ManagedRow, ManagedRows
 from agent_core.probes import Liveness, ask
-from agent_core.runtimes.base import ContainerInfo, EngineEvent, Runtime
+from agent_core.runtimes.base import ContainerInfo, EngineEvent, Runtime, run_began
 from outrider.errors import Conflict, NotFound, OutriderError
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _ENGINE_S = 5.0  # between two questions to an engine that does not answer
 _LOOK_S = 60.0  # at one that does not run, in case its start was not told
 _TOLD = 500  # characters of a reason
+_SEEN_EVERY_S = 10.0  # between two notes of how far a log was read
+_SEEN_MARGIN_S = 2.0  # what was printed so shortly before may still be on its way to the reader
 
 log = logging.getLogger(__name__)
 Emit = Callable[[str, str, Mapping[str, Any]], Awaitable[object]]
@@ -138,11 +142,13 @@ class _Watch:
     def __init__(self, supervisor: Supervisor, row: ManagedRow, supervision: Supervision) -> None:
         self._runtime = supervisor._runtime
         self._containers = supervisor._containers
+        self._rows = supervisor._rows
         self._emit = supervisor._emit
         self._available = supervisor._available
         self.name, self.digest = row.name, row.digest
         self.supervision = supervision
         self._restarts = row.restarts
+        self._seen, self._noted = row.log_seen, float("-inf")
         self._wake = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
@@ -217,9 +223,8 @@ class _Watch:
             raise _Changed from error  # it does not run any more
 
     async def _logged(self, info: ContainerInfo, wanted: bytes, within_s: float) -> str:
-        """Whether the text comes up in its log within that time. The log is read from now on: never attached to."""
-        window = b""
-        reading = asyncio.create_task(self._read(info, wanted, window))
+        """Whether the text comes up in its log, which is read for as long as it goes on, and never attached to."""
+        reading = asyncio.create_task(self._read(info, wanted))
         waking = asyncio.create_task(self._wake.wait())
         try:
             await asyncio.wait({reading, waking}, return_when=asyncio.FIRST_COMPLETED)
@@ -234,15 +239,36 @@ class _Watch:
                 task.cancel()
             await asyncio.gather(reading, waking, return_exceptions=True)
 
-    async def _read(self, info: ContainerInfo, wanted: bytes, window: bytes) -> bool:
+    async def _read(self, info: ContainerInfo, wanted: bytes) -> bool:
+        """From the beginning of this run of it, or from where it was read before, by a former agent too.
+
+        What is read a second time had nothing in it, and what had is of a former run as soon as it was restarted: no
+        line counts twice.
+        """
         self._is("live")
-        async with contextlib.aclosing(self._runtime.logs(info.id, follow=True, tail=0)) as chunks:
+        window, since = b"", self._unseen_since(info)
+        async with contextlib.aclosing(self._runtime.logs(info.id, follow=True, since=since)) as chunks:
             async for _, chunk in chunks:
                 window += chunk
                 if wanted in window:
                     return True
                 window = window[-len(wanted) :]
+                await self._saw()
         return False
+
+    def _unseen_since(self, info: ContainerInfo) -> datetime | None:
+        began = run_began(info)
+        seen = datetime.fromtimestamp(self._seen, UTC)
+        if seen > datetime.now(UTC):
+            return began  # the clock was set back
+        return seen if self._seen and (began is None or seen > began) else began
+
+    async def _saw(self) -> None:
+        """Remember how far the log was read; on the disk only now and then."""
+        self._seen = time.time() - _SEEN_MARGIN_S
+        if (now := asyncio.get_running_loop().time()) - self._noted >= _SEEN_EVERY_S:
+            self._noted = now
+            await self._rows.log_seen(self.name, self.digest, self._seen)
 
     async def _failed(self, run: ContainerInfo, reason: str) -> None:
         restart, reason = self.supervision.restart, reason[:_TOLD]

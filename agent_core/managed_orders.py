@@ -56,6 +56,17 @@ class Order:
     def intent(self, supervision: str = "{}") -> Intent:
         return Intent(self.digest, self.scope, self.spec.stop_grace_s, supervision)
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Further groups: of what all owners share, and the allotted one for a user that is another."""
+        of_volumes = {g.group for n, g in self.scope.volumes.items() if n in self.spec.volumes and g.group}
+        return tuple(sorted(of_volumes | {self.scope.gid} if self.as_another else of_volumes))
+
+    @property
+    def as_another(self) -> bool:
+        """Whether it runs as another user than the one that its volumes belong to."""
+        return self.user != f"{self.scope.uid}:{self.scope.gid}"
+
     def is_made_as(self, info: ContainerInfo) -> bool:
         return info.labels.get(LABEL_SPEC) == self.digest
 
@@ -79,7 +90,7 @@ class Orders:
 
     def container(self, order: Order, name: str, ports: dict[str, int], private: str) -> ContainerSpec:
         """What the engine is told. ``private``: the network of its object, "" for none."""
-        spec, scope = order.spec, order.scope
+        spec = order.spec
         alone = private and order.network == "none"  # the engine joins nothing else to one without a network
         return ContainerSpec(
             name=name,
@@ -90,7 +101,7 @@ class Orders:
             labels=self._labels(order, ports, private),
             mounts=(*order.mounts, *order.files),
             user=order.user,
-            groups=tuple(sorted({g.group for n, g in scope.volumes.items() if n in spec.volumes and g.group})),
+            groups=order.groups,
             workdir=spec.workdir,
             network=private if alone else order.network,
             aliases=tuple(aliases_of(spec)) if alone else (),
@@ -146,7 +157,7 @@ class Orders:
                 container=port.container or ports[port.name],
                 host=ports[port.name],
                 protocol=protocol,
-                host_ip=self._policy.ports.interface,
+                host_ip=self._policy.ports.address_of(port.interface),
                 name=port.name,
             )
             for port in spec.ports

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,10 @@ ALTER TABLE managed ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0;    -- for wa
 ALTER TABLE managed ADD COLUMN reason TEXT NOT NULL DEFAULT '';        -- of the last of them
 """
 
+LOG_SEEN = """
+ALTER TABLE managed ADD COLUMN log_seen REAL NOT NULL DEFAULT 0; -- up to when its log was read for its liveness
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class ManagedRow:
@@ -63,6 +68,7 @@ class ManagedRow:
     supervision: dict[str, Any]
     restarts: int
     reason: str
+    log_seen: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +117,20 @@ class ManagedRows:
         await self._journal.write(Transition.MANAGED_STARTING, lambda db: _put(db, name, intent))
 
     async def ready(self, name: str, supervision: str) -> None:
-        """It was ready; from here on it is watched as ``supervision`` says."""
-        sql = "UPDATE managed SET state = 'ready', supervision = ?, restarts = 0, reason = '' WHERE name = ?"
-        await self._journal.execute(Transition.MANAGED_READY, sql, (supervision, name))
+        """It was ready; from here on it is watched as ``supervision`` says.
+
+        What one that was ready before has printed by now is nothing to a new rule.
+        """
+        sql = (
+            "UPDATE managed SET log_seen = CASE WHEN state = 'ready' AND supervision != ? THEN ? ELSE log_seen END, "
+            "state = 'ready', supervision = ?, restarts = 0, reason = '' WHERE name = ?"
+        )
+        await self._journal.execute(Transition.MANAGED_READY, sql, (supervision, time.time(), supervision, name))
+
+    async def log_seen(self, name: str, digest: str, until: float) -> None:
+        """Its log was read up to then (seconds of the epoch), and there was nothing in it."""
+        sql = "UPDATE managed SET log_seen = max(log_seen, ?) WHERE name = ? AND digest = ?"
+        await self._journal.execute(Transition.MANAGED_LOG_SEEN, sql, (until, name, digest))
 
     async def restarting(self, name: str, restarts: int, reason: str) -> None:
         """It does not work any more; ``restarts``: how often it has been restarted for that, this one counted."""
@@ -176,7 +193,7 @@ def _put(db: sqlite3.Connection, name: str, intent: Intent) -> None:
         "VALUES (?, ?, 'starting', ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET digest = excluded.digest, "
         "state = excluded.state, run_id = excluded.run_id, step = excluded.step, attempt = excluded.attempt, "
         "object_ref = excluded.object_ref, grace_s = excluded.grace_s, supervision = excluded.supervision, "
-        "restarts = 0, reason = ''",
+        "restarts = 0, reason = '', log_seen = 0",
         (
             name, intent.digest, scope.run_id, scope.step, scope.attempt, scope.object_ref, intent.grace_s,
             intent.supervision,
@@ -210,4 +227,5 @@ def _row(row: sqlite3.Row) -> ManagedRow:
         supervision=supervision if isinstance(supervision, dict) else {},
         restarts=int(row["restarts"]),
         reason=str(row["reason"]),
+        log_seen=float(row["log_seen"]),
     )

@@ -62,6 +62,13 @@ class AttemptOrder:
         uid, _, gid = self.plan.user.partition(":")
         return int(uid), int(gid) if gid else self.gid
 
+    @property
+    def shared(self) -> list[str]:
+        """Volumes on the node that it writes to as another user than the one they belong to."""
+        if self.runs_as[0] == self.uid:
+            return []
+        return [volume.host_path for volume, _, writable in self.volumes.values() if writable]
+
     def labels(self, node_id: str) -> dict[str, str]:
         """What the container is found by after a restart."""
         labels = {

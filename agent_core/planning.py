@@ -123,9 +123,15 @@ class Planner:
             node=copy.deepcopy(dict(self._facts)),
         )
 
-    def outputs(self, step: Step, given: dict[str, Any], secrets: tuple[str, ...]) -> dict[str, Any]:
-        """What the step gave, by its outputs model. StepFailed if it is not that, too long, or has a secret in it."""
-        model = self.step_type(step).step_type.outputs
+    def outputs(
+        self, step: Step, given: dict[str, Any], secrets: tuple[str, ...], env: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """What the step gave, by its outputs model. StepFailed if it is not that, too long, or has a secret in it.
+
+        ``env`` is what the step was allotted: some of it may be shown although it comes from an env set.
+        """
+        step_type = self.step_type(step).step_type
+        model = step_type.outputs
         try:
             outputs = guarded(
                 lambda: model.model_validate(given).model_dump(mode="json", by_alias=True),
@@ -146,8 +152,16 @@ class Planner:
                 code="outputs_too_long",
                 hint="write data to a volume, and its path to the outputs",
             )
-        if secrets and contains_secret(text.encode("utf-8", "surrogatepass"), secrets):
-            raise StepFailed(f"the outputs of step {step.name} contain a secret", code="secret_in_outputs")
+        # The same value under another name, which the pipeline may have mixed up with it, stays a secret.
+        hidden = {value for name, value in env.items() if name not in step_type.public_envs}
+        public = {env[name] for name in step_type.public_envs if name in env} - hidden
+        kept = [secret for secret in secrets if secret not in public]
+        if kept and contains_secret(text.encode("utf-8", "surrogatepass"), kept):
+            raise StepFailed(
+                f"the outputs of step {step.name} contain a secret",
+                code="secret_in_outputs",
+                hint="let it write to a file on a volume what all who may see the run must not read",
+            )
         return outputs
 
     def _validated(

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agent_core.image_policy import ImagePolicy
+from outrider._model_errors import problems_of
 from outrider._yaml import read_document
-from outrider.errors import InvalidInput, PolicyViolation, Problem
+from outrider.errors import InvalidInput, PolicyViolation
 from outrider.steps import Resources, StepPlan
 
 DEFAULT_NETWORK = "outrider"
@@ -27,7 +28,9 @@ PRIVATE_RANGES = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/1
 """What ``allow: [private]`` means: RFC 1918, RFC 6598 (carriers, and the overlay networks that borrow it), RFC 4193."""
 PRIVATE_PREFIX = 27
 """How large a network that containers of one object share is: 29 addresses for them."""
+INTERFACE_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
 _MIB = 1024**2
+_INTERFACE = re.compile(INTERFACE_NAME)
 # Digits alone: the engine takes "+0" for 0, too.
 _STEP_USER = re.compile(r"[1-9][0-9]{0,9}(:[1-9][0-9]{0,9})?", re.ASCII)
 
@@ -37,12 +40,31 @@ class _Section(BaseModel):
 
 
 class PortPolicy(_Section):
-    """``range``: host ports for managed containers, ``"27000-27999"``. ``interface``: where they listen.
+    """``range``: host ports for managed containers, ``"27000-27999"``. ``interface``: the address where they listen.
+    ``interfaces``: other addresses of this node that a port may ask for, by the name that pipelines have for them.
     ``advertise``: the address told to others; empty: the one that the node's default route uses."""
 
     range: tuple[int, int] = (27000, 27999)
     interface: str = "0.0.0.0"
+    interfaces: dict[str, str] = Field(default_factory=dict)
     advertise: str = ""
+
+    def address_of(self, interface: str | None) -> str:
+        """Where a port listens that asks for this interface. PolicyViolation if the node has none of that name."""
+        if interface is None:
+            return self.interface
+        if interface not in self.interfaces:
+            raise _not_allowed(f"ports on the interface {interface!r}", "ports.interfaces", tuple(self.interfaces))
+        return self.interfaces[interface]
+
+    @field_validator("interfaces")
+    @classmethod
+    def _addresses(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, address in value.items():
+            if not _INTERFACE.fullmatch(name):
+                raise ValueError(f"{name!r} is not a name for an interface; it reads like private or lan-2")
+            ip_address(address)
+        return value
 
     @field_validator("range", mode="before")
     @classmethod
@@ -192,10 +214,7 @@ class NodePolicy(_Section):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            problems = [
-                Problem(item["msg"].removeprefix("Value error, "), path=".".join(map(str, item["loc"])))
-                for item in error.errors(include_url=False, include_input=False)
-            ]
+            problems = list(problems_of(error, cls))
             raise InvalidInput(
                 f"the policy file {path} is not valid: {'; '.join(map(str, problems))}", problems
             ) from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from agent_core.journal import Journal
@@ -54,12 +55,14 @@ DEFAULT_RANGE = (27000, 27999)
 @dataclass(frozen=True, slots=True)
 class PortWish:
     """A port that a container needs. ``host``: exactly this one; ``None``: any free one, of the node's range or, with
-    ``within``, of a part of it. ``protocol``: "tcp+udp" is one number for both."""
+    ``within``, of a part of it. ``protocol``: "tcp+udp" is one number for both. ``interface``: the name of one of
+    the policy."""
 
     name: str
     protocol: Protocols = "tcp"
     host: int | None = None
     within: tuple[int, int] | None = None
+    interface: str | None = None
 
     @property
     def protocols(self) -> tuple[Protocol, ...]:
@@ -75,7 +78,8 @@ def bindable(port: int, protocols: Iterable[Protocol] = ("tcp", "udp"), address:
     """Whether the kernel would let somebody listen on ``port`` now, for every one of ``protocols``."""
     for protocol in protocols:
         kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        with socket.socket(socket.AF_INET, kind) as probe:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, kind) as probe:
             if protocol == "tcp":
                 # What only lingers in TIME_WAIT does not keep the engine from listening.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,10 +91,19 @@ def bindable(port: int, protocols: Iterable[Protocol] = ("tcp", "udp"), address:
 
 
 class Ports:
-    """Leases of host ports, durable in the journal. ``port_range`` is inclusive at both ends."""
+    """Leases of host ports, durable in the journal. ``port_range`` is inclusive at both ends.
+
+    A number is one container's at a time, whatever interfaces there are: ``address`` by default, and ``interfaces``,
+    addresses by name.
+    """
 
     def __init__(
-        self, journal: Journal, port_range: tuple[int, int] = DEFAULT_RANGE, *, address: str = "0.0.0.0"
+        self,
+        journal: Journal,
+        port_range: tuple[int, int] = DEFAULT_RANGE,
+        *,
+        address: str = "0.0.0.0",
+        interfaces: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         first, last = port_range
         if not 1 <= first <= last <= 65535:
@@ -100,6 +113,7 @@ class Ports:
         self._journal = journal
         self._first, self._last = first, last
         self._address = address
+        self._interfaces = interfaces
         self._lock = asyncio.Lock()  # between the test of a port and its lease
         self._next = first
 
@@ -172,6 +186,9 @@ class Ports:
             found.setdefault(row["name"], (int(row["port"]), set()))[1].add(row["protocol"])
         return found
 
+    def _address_of(self, wish: PortWish) -> str:
+        return self._address if wish.interface is None else self._interfaces[wish.interface]
+
     def _choose(self, owner: str, wish: PortWish, chosen: set[tuple[int, Protocol]]) -> int:
         rows = self._journal.query_now("SELECT port, protocol, owner FROM port_leases")
         if wish.host is not None:
@@ -185,7 +202,7 @@ class Ports:
         begin = self._next if first <= self._next <= last else first
         for step in range(size):
             port = first + (begin - first + step) % size
-            if port not in taken and bindable(port, address=self._address):
+            if port not in taken and bindable(port, address=self._address_of(wish)):
                 self._next = port + 1 if port < self._last else self._first
                 return port
         where = "this node's range" if wish.within is None else "the range asked for,"
@@ -241,7 +258,7 @@ class Ports:
                         code="port_releasing",
                         hint="it is free in a moment",
                     )
-            if not bindable(port, (protocol,), self._address):
+            if not bindable(port, (protocol,), self._address_of(wish)):
                 raise Conflict(
                     f"port {port}/{protocol} is taken by another program on this node",
                     code="port_taken",

@@ -9,6 +9,7 @@ a step is                                       then it
 ==============================================  ==================================================================
 over, as the server was told                    stays so
 there as a container, running or ended          is adopted; one that never started is made anew
+there, and the engine hangs on it               is adopted, and waited for
 not begun: its run's directory has none of it   waits its turn, as before
 begun, and idempotent                           is tried again
 begun, or nobody can tell                       is unknown, with the reason
@@ -24,6 +25,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ from agent_core.services import Services
 from agent_core.spool import STREAMS
 from agent_core.state import TERMINAL_STEPS, AttemptRecord, Cancellation, Change, Phase
 from agent_core.transitions import Transition
-from outrider.errors import OutriderError, Unavailable
+from outrider.errors import EngineUnavailable, NotFound, OutriderError, Unavailable
 from outrider.pipeline import Pipeline, Step, graph, load_pipeline
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import node_service_pb2_grpc as pb_grpc
@@ -62,6 +64,8 @@ log = structlog.get_logger(__name__)
 
 _CALL_TIMEOUT_S = 30.0
 _ENGINE_WAIT_S = 20.0
+_INSPECT_WAIT_S = 5.0  # for each container: an engine may hang on one and answer for all others
+_INSPECTED_AT_ONCE = 16
 Attempts = Mapping[int, ContainerInfo]
 
 
@@ -97,18 +101,19 @@ class Rebuild:
     async def recover(self, stub: pb_grpc.NodeServiceAsyncStub) -> None:
         """Ask the server, look around, write down what is found and go on with it. Nothing if there is no need.
 
-        Raises Unavailable while the engine does not answer, and what the call raises.
+        Raises Unavailable or EngineUnavailable while the engine does not answer, and what the call raises.
         """
         if not self.pending:
             return
         try:
             async with asyncio.timeout(_ENGINE_WAIT_S):
                 await self._services.engine.available()
-                containers = await self._own_containers()
+                listed = await self._services.runtime.list()
         except TimeoutError as error:
             raise Unavailable(
                 "the journal was lost, and to rebuild it the container engine is needed, which does not answer"
             ) from error
+        containers = await self._own_containers(listed)
         steps = [info for info in containers if self._services.containers.owner(info) == "step"]
         seen = {(info.labels.get(LABEL_RUN, ""), info.labels.get(LABEL_LEASE, "")) for info in steps}
         request = pb.RecoverRunsRequest(seen=[pb.RunRef(run_id=run, lease_id=lease) for run, lease in sorted(seen)])
@@ -152,21 +157,35 @@ class Rebuild:
 
     # Runs.
 
-    async def _own_containers(self) -> list[ContainerInfo]:
+    async def _own_containers(self, listed: Iterable[ContainerInfo]) -> list[ContainerInfo]:
         """Everything of this agent, looked at closely. Steps of another agent's state directory are not."""
         services = self._services
-        found = []
-        for info in await services.runtime.list():
-            if services.containers.owner(info) not in ("step", "managed"):
-                continue
-            try:
-                info = await services.runtime.inspect(info.id)
-            except OutriderError as error:
-                log.warning("a container can't be looked at", container=info.name, error=str(error))
-                continue
-            if services.containers.owner(info) == "managed" or _is_below(services.attempts_dir, info):
-                found.append(info)
-        return found
+        at_once = asyncio.Semaphore(_INSPECTED_AT_ONCE)
+
+        async def look(info: ContainerInfo) -> ContainerInfo | None:
+            async with at_once:
+                return await self._look_at(info)
+
+        own = [info for info in listed if services.containers.owner(info) in ("step", "managed")]
+        return [
+            info
+            for info in await asyncio.gather(*(look(each) for each in own))
+            if info and (services.containers.owner(info) == "managed" or _is_below(services.attempts_dir, info))
+        ]
+
+    async def _look_at(self, info: ContainerInfo) -> ContainerInfo | None:
+        """What can be known of a container that was listed; None if it is gone by now. Raises EngineUnavailable."""
+        try:
+            async with asyncio.timeout(_INSPECT_WAIT_S):
+                return await self._services.runtime.inspect(info.id)
+        except NotFound:
+            return None
+        except EngineUnavailable:
+            raise
+        except (OutriderError, TimeoutError) as error:
+            log.warning("a container can't be looked at", container=info.name, error=str(error) or "no answer in time")
+        # It is there, and a list does not say whether it was ever started: so it perhaps was, and is adopted as if.
+        return replace(info, started_at=info.started_at or info.created_at or datetime.now(UTC))
 
     def _find(self, recovered: pb.RecoverRunsResponse.Recovered, steps: Iterable[ContainerInfo]) -> list[FoundStep]:
         command = recovered.command

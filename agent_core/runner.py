@@ -6,14 +6,13 @@ import asyncio
 import hashlib
 import re
 import shutil
-import time
 from collections.abc import Iterable
 
 import structlog
 
 from agent_core.execution import RunExecution
 from agent_core.services import Services
-from agent_core.state import Cancellation, RunRecord
+from agent_core.state import Cancellation, RunRecord, damaged_record
 from agent_core.transitions import Transition
 from outrider.errors import Conflict, InvalidInput, OutriderError, PermanentError
 from outrider.pipeline import Pipeline, graph, load_pipeline
@@ -37,6 +36,11 @@ class RunEngine:
     def active(self) -> list[str]:
         """Ids of the runs that are not terminal."""
         return list(self._active)
+
+    @property
+    def objects(self) -> set[str]:
+        """The objects (``kind/name``) that they are for."""
+        return {run.object_ref for run in self._active.values() if run.object_ref}
 
     def describe(self) -> list[dict[str, object]]:
         """The active runs for the local status: their steps and what each waits for."""
@@ -63,9 +67,9 @@ class RunEngine:
             # It becomes part of paths and of containers' names.
             raise InvalidInput(f"{run.run_id[:64]!r} is not the id of a run", code="bad_run_id")
         state = self._services.state
-        held = state.find(run.run_id)
-        if held is not None:
-            if held.command.lease_id != run.lease_id:
+        lease = state.lease_of(run.run_id)
+        if lease is not None:
+            if lease != run.lease_id:
                 raise Conflict(f"run {run.run_id} is held under another lease", code="lease_mismatch")
             await state.commit(Transition.COMMAND_RECEIVED, state.command_received(command_id, digest))
             await self.retell([run.run_id])  # where it is over, its end is what the server has lost
@@ -117,10 +121,8 @@ class RunEngine:
         records, unreadable = self._services.state.unfinished()
         for held, error in unreadable:
             log.error("a run's record in the journal can't be read", run=held.run_id, error=str(error))
-            failure = OutriderError(
-                f"the record of this run on its node can't be read: {error}", code="journal_damaged"
-            )
-            self._services.background.start(self._abandon(held.run_id, held.lease_id, failure), f"run {held.run_id}")
+            abandoning = self._abandon(held.run_id, held.lease_id, damaged_record(error))
+            self._services.background.start(abandoning, f"run {held.run_id}")
         for record in records:
             log.info("run resumed", run=record.command.run_id, attempts=len(record.attempts))
             self._start(record)
@@ -158,7 +160,7 @@ class RunEngine:
         await state.commit(
             Transition.RUN_GIVEN_UP,
             *self._services.spool.abandon(run_id),
-            state.run_state(run_id, types.RUN_STATE_UNKNOWN, failure=failure, finished_at=time.time()),
+            *state.give_up(run_id, failure),
             self._services.outbox.run_report(report),
         )
         self._services.outbox.notify()

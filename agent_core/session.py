@@ -100,6 +100,7 @@ class Session:
         *,
         labels: dict[str, str] | None = None,
         on_refused: Callable[[OutriderError], None] | None = None,
+        on_answered: Callable[[], None] = lambda: None,
         retry: RetryPolicy = FOREVER,
         operations: OperationCounts | None = None,
         rng: random.Random | None = None,
@@ -111,6 +112,7 @@ class Session:
         self._state = state
         self._labels = labels or {}
         self._on_refused = on_refused
+        self._on_answered = on_answered
         self._retry = retry
         self._operations = operations or OperationCounts()
         self._uplink = Uplink(outbox, spool, self._operations)
@@ -163,6 +165,17 @@ class Session:
                     raise problem from error
                 self._operations.retried("envs.get", problem)
                 await asyncio.sleep(self._retry.obeying(next(waits, self._retry.max_wait_s), problem))
+
+    async def removed_objects(self, refs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Those of the objects (kind, name) that somebody has removed. Waits for a session; asks once."""
+        await self._connected.wait()
+        assert self._stub is not None
+        request = pb.FindRemovedObjectsRequest(objects=[types.ObjectRef(kind=k, name=n) for k, n in refs])
+        try:
+            answer = await self._stub.FindRemovedObjects(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, target=self._credentials.server) from error
+        return {(ref.kind, ref.name) for ref in answer.removed} & set(refs)
 
     def wake(self) -> None:
         """The outbox or a log has something new."""
@@ -384,6 +397,7 @@ class Session:
             raise Conflict("the server knows a newer session of this node", code=SUPERSEDED)
         self._heartbeats.answered(answer)
         self._reconnect.worked()
+        self._on_answered()
         if answer.full_report_wanted:
             self._report_wanted.set()
 

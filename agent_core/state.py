@@ -6,11 +6,12 @@ outbox row that reports it belong to the same transaction: what happened is repo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,15 @@ from typing import Any, Literal
 
 from google.protobuf.message import DecodeError
 
-from agent_core import outbox, spool
+from agent_core import outbox, rowsums, spool
 from agent_core.journal import Journal
 from agent_core.steady import SteadyClock
 from agent_core.transitions import Transition
+from outrider.errors import OutriderError
 from outrider.reports import TERMINAL
 from outrider.v1 import node_service_pb2 as pb
 from outrider.v1 import types_pb2 as types
-from outrider.wire import seconds
+from outrider.wire import failure_of, seconds
 
 MIGRATION = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -97,6 +99,12 @@ MASKED = """
 ALTER TABLE attempts ADD COLUMN masked INTEGER NOT NULL DEFAULT 1; -- its log is masked with the secrets of its run
 """
 
+SUMS = """
+ALTER TABLE runs ADD COLUMN row_sum BLOB;                          -- see agent_core.rowsums
+ALTER TABLE steps ADD COLUMN row_sum BLOB;
+ALTER TABLE attempts ADD COLUMN row_sum BLOB;
+"""
+
 
 def migrations() -> list[str]:
     """All scripts of the agent's journal, in the order in which they came; never edited, only added to."""
@@ -116,6 +124,8 @@ def migrations() -> list[str]:
         ports.RELEASING,
         managed_rows.SUPERVISION,
         execs.MIGRATION,
+        managed_rows.LOG_SEEN,
+        SUMS,
         outbox.IDENTITY,
         RESTARTED,
         READY,
@@ -226,6 +236,18 @@ _ALL_TOLD = (
 """Of a run's row: it is over, and the server has acknowledged its reports and logs."""
 
 
+_UNREADABLE = (DecodeError, ValueError, TypeError, KeyError)
+
+
+def damaged_record(error: Exception) -> OutriderError:
+    """What is told of a run whose record is damaged."""
+    return OutriderError(f"the record of this run on its node can't be read: {error}", code="journal_damaged")
+
+
+def _held(row: sqlite3.Row) -> types.HeldRun:
+    return types.HeldRun(run_id=row["run_id"], lease_id=row["lease_id"], state=row["state"])
+
+
 class State:
     """The repository of runs. Reads are for start-up and reports; the engine keeps what it works on in memory."""
 
@@ -267,7 +289,7 @@ class State:
 
     def unfinished(self) -> tuple[list[RunRecord], list[tuple[types.HeldRun, Exception]]]:
         """The runs to go on with after a restart, in the order in which they were accepted, and those whose record
-        can't be read any more."""
+        can't be read or relied on any more: also one that says the run is over."""
         marks = ",".join("?" * len(TERMINAL))
         sql = f"SELECT * FROM runs WHERE state NOT IN ({marks}) ORDER BY accepted_at"  # noqa: S608 - question marks
         records: list[RunRecord] = []
@@ -275,17 +297,39 @@ class State:
         for row in self.journal.query_now(sql, tuple(TERMINAL)):
             try:
                 records.append(self._record(row))
-            except (DecodeError, ValueError, TypeError, KeyError) as error:
-                held = types.HeldRun(run_id=row["run_id"], lease_id=row["lease_id"], state=row["state"])
-                unreadable.append((held, error))
+            except _UNREADABLE as error:
+                unreadable.append((_held(row), error))
+        over = self.journal.query_now(f"SELECT run_id FROM runs WHERE state IN ({marks})", tuple(TERMINAL))  # noqa: S608
+        for each in over:  # one by one: what they hold is not needed
+            row = self.journal.query_now("SELECT * FROM runs WHERE run_id = ?", (each["run_id"],))[0]
+            try:
+                rowsums.check(row)
+            except ValueError as error:
+                unreadable.append((_held(row), error))
         return records, unreadable
 
     def find(self, run_id: str) -> RunRecord | None:
+        """Raises ValueError and its like if the record can't be read."""
         rows = self.journal.query_now("SELECT * FROM runs WHERE run_id = ?", (run_id,))
         return self._record(rows[0]) if rows else None
 
+    def lease_of(self, run_id: str) -> str | None:
+        """Under which the run is held; None if it is not known."""
+        rows = self.journal.query_now("SELECT lease_id FROM runs WHERE run_id = ?", (run_id,))
+        return str(rows[0]["lease_id"]) if rows else None
+
+    def _rows(self, table: Literal["steps", "attempts"], run_id: str, order: str) -> Iterator[sqlite3.Row]:
+        sql = f"SELECT * FROM {table} WHERE run_id = ? ORDER BY {order}"  # noqa: S608 - our own names
+        for row in self.journal.query_now(sql, (run_id,)):
+            rowsums.check(row)
+            yield row
+
     def _record(self, row: sqlite3.Row) -> RunRecord:
         run_id = row["run_id"]
+        rowsums.check(row)
+        command = pb.RunPipeline.FromString(row["command"])
+        if command.pipeline_sha256 and hashlib.sha256(command.pipeline_yaml).digest() != command.pipeline_sha256:
+            raise ValueError("its pipeline is damaged: its checksum is another")
         steps = {
             each["name"]: StepRecord(
                 types.StepStatus.FromString(each["status"]),
@@ -295,7 +339,7 @@ class State:
                 each["ready_clock"],
                 each["ready_spent_s"],
             )
-            for each in self.journal.query_now("SELECT * FROM steps WHERE run_id = ? ORDER BY position", (run_id,))
+            for each in self._rows("steps", run_id, "position")
         }
         attempts = {
             each["step"]: AttemptRecord(
@@ -310,11 +354,11 @@ class State:
                 each["spent_s"],
                 bool(each["masked"]),
             )
-            for each in self.journal.query_now("SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt", (run_id,))
+            for each in self._rows("attempts", run_id, "attempt")
         }
         cancel = json.loads(row["cancel"]) if row["cancel"] else None
         return RunRecord(
-            command=pb.RunPipeline.FromString(row["command"]),
+            command=command,
             state=row["state"],
             cancel=Cancellation(cancel["reason"], cancel["grace_s"]) if cancel else None,
             started_at=row["started_at"],
@@ -365,6 +409,12 @@ class State:
             " finished_at = coalesce(?, finished_at) WHERE run_id = ?",
             (state, blob, started_at, finished_at, run_id),
         )
+
+    def give_up(self, run_id: str, failure: types.Failure) -> list[Change]:
+        """The run is unknown, whatever its row said: from now on that is what it says."""
+        sql = "UPDATE runs SET row_sum = NULL WHERE run_id = ?"
+        end = self.run_state(run_id, types.RUN_STATE_UNKNOWN, failure=failure, finished_at=time.time())
+        return [lambda db: db.execute(sql, (run_id,)), end]
 
     def step_status(self, run_id: str, status: types.StepStatus) -> Change:
         blob, name = status.SerializeToString(), status.name
@@ -508,9 +558,13 @@ class State:
                 continue
             row = rows[0]
             report = pb.RunReport(run_id=run_id, lease_id=row["lease_id"], state=row["state"])
-            report.steps.extend(each.status for each in self._record(row).steps.values())
+            try:
+                report.steps.extend(each.status for each in self._record(row).steps.values())
+            except _UNREADABLE as error:  # what is left of it says nothing: the run's end is as good as unknown
+                report.state = types.RUN_STATE_UNKNOWN
+                report.failure.CopyFrom(failure_of(damaged_record(error)))
             report.logs_gone = not self.journal.query_now("SELECT 1 FROM logs WHERE run_id = ? LIMIT 1", (run_id,))
-            if row["failure"]:
+            if row["failure"] and not report.HasField("failure"):
                 report.failure.ParseFromString(row["failure"])
             for name in ("started_at", "finished_at"):
                 if row[name] is not None:

@@ -130,7 +130,7 @@ class StepRunner:
             result.error, result.outputs = unavailable, {}  # whether a secret is among them can't be known
         if result.error is None:
             try:
-                result.outputs = await asyncio.to_thread(run.planner.outputs, step, result.outputs, run.secrets)
+                result.outputs = await asyncio.to_thread(run.planner.outputs, step, result.outputs, run.secrets, env)
             except OutriderError as error:
                 result.error, result.outputs = error, {}
         await self._hooks(planned, result)

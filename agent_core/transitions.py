@@ -65,6 +65,7 @@ class Transition(Enum):
     MANAGED_SWITCHING = "managed_switching"  # the one beside it is ready: from here on it takes the former one's place
     MANAGED_SWITCHED = "managed_switched"
     MANAGED_RESTARTING = "managed_restarting"  # it does not work any more, and is about to be restarted or given up
+    MANAGED_LOG_SEEN = "managed_log_seen"  # how far its log was read for its liveness
     MANAGED_REMOVED = "managed_removed"
     EXEC_INTENDED = "exec_intended"  # a program is about to be run inside a managed container
     EXEC_FORGOTTEN = "exec_forgotten"

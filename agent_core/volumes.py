@@ -19,13 +19,13 @@ import secrets
 import shutil
 import sqlite3
 import stat
-import struct
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from agent_core import ownership
 from agent_core.identities import SHARED_GID, Identities, owner_of
 from agent_core.journal import Journal
 from agent_core.room import disk_errors
@@ -101,6 +101,7 @@ class Volumes:
         self._root = root.resolve() if root.exists() else root.absolute()
         self._identities = identities
         self._reserve_bytes = reserve_bytes
+        self._changing = asyncio.Lock()  # held while rows and directories come and go together
         root.mkdir(parents=True, exist_ok=True, mode=0o711)
 
     async def allot(
@@ -134,9 +135,12 @@ class Volumes:
         if not await self._journal.query("SELECT 1 FROM volumes WHERE path = ? AND released = 0", (path,)):
             await asyncio.to_thread(self._check_disk)
         # The row first: a directory that nobody knows of would never be collected.
-        await self._journal.write(Transition.VOLUME_ALLOTTED, record)
-        with disk_errors(f"make the volume {name}"):
-            await asyncio.to_thread(self._make, parts, uid, gid, scope == "node")
+        async with self._changing:
+            await self._journal.write(Transition.VOLUME_ALLOTTED, record)
+            with disk_errors(f"make the volume {name}"):
+                shared = await asyncio.to_thread(self._make, parts, uid, gid, scope == "node")
+        if shared:
+            await asyncio.to_thread(self._share, path, gid)  # programs have set modes since
         return AllottedVolume(
             name=name,
             host_path=str(self._root / path),
@@ -145,6 +149,17 @@ class Volumes:
             size_bytes=size_bytes,
             group=SHARED_GID if scope == "node" and os.geteuid() == 0 else None,
         )
+
+    async def share(self, host_paths: Sequence[str], gid: int) -> None:
+        """Let a container that runs as another user than theirs write to these volumes, as a member of their ``gid``.
+
+        Those of scope "node" are everybody's from the beginning. Idempotent; called before each such container.
+        NotFound if one is not there.
+        """
+        for path in map(self._relative, host_paths):
+            if not path.startswith("node/"):
+                with disk_errors(f"set the owners of the volume {path}"):
+                    await asyncio.to_thread(self._share, path, gid)
 
     async def use(self, container: str, host_paths: Sequence[str]) -> None:
         """Note that a managed container mounts these volumes: they are kept until `unuse`. Idempotent."""
@@ -180,10 +195,21 @@ class Volumes:
             if run_id not in active():  # asked after the row was seen: one that began since then has its id by right
                 await self._forget_run(run_id)
 
-    async def release_object(self, object_ref: str) -> None:
-        """The object is gone: remove its volumes, but for kept ones and those still in use. Idempotent."""
-        sql = "UPDATE volumes SET released = 1 WHERE scope = 'object' AND owner = ? AND keep = 0"
-        await self._journal.execute(Transition.VOLUME_RELEASED, sql, (object_ref,))
+    async def objects(self) -> list[str]:
+        """The objects (``kind/name``) of which there are volumes that go with them."""
+        sql = "SELECT DISTINCT owner FROM volumes WHERE scope = 'object' AND keep = 0 AND released = 0 ORDER BY owner"
+        return [str(row["owner"]) for row in await self._journal.query(sql)]
+
+    async def release_object(self, object_ref: str, *, busy: Callable[[], Collection[str]] = tuple) -> None:
+        """The object is gone: remove its volumes, but for kept ones and those still in use. Idempotent.
+
+        Nothing is done for one that is ``busy`` now: it was made again since somebody heard that it is gone.
+        """
+        async with self._changing:
+            if object_ref in busy():
+                return
+            sql = "UPDATE volumes SET released = 1 WHERE scope = 'object' AND owner = ? AND keep = 0"
+            await self._journal.execute(Transition.VOLUME_RELEASED, sql, (object_ref,))
         await self.collect()
 
     async def collect(self) -> int:
@@ -193,9 +219,13 @@ class Volumes:
             "WHERE released = 1 AND path NOT IN (SELECT path FROM volume_uses) ORDER BY path"
         )
         for row in rows:
-            await asyncio.to_thread(self._discard, str(row["path"]))
-            sql = "DELETE FROM volumes WHERE path = ? AND released = 1"
-            await self._journal.execute(Transition.VOLUME_REMOVED, sql, (row["path"],))
+            async with self._changing:
+                sql = "SELECT 1 FROM volumes WHERE path = ? AND released = 1"
+                if not await self._journal.query(sql, (row["path"],)):
+                    continue  # allotted again meanwhile: an object that was removed can be made anew
+                await asyncio.to_thread(self._discard, str(row["path"]))
+                sql = "DELETE FROM volumes WHERE path = ? AND released = 1"
+                await self._journal.execute(Transition.VOLUME_REMOVED, sql, (row["path"],))
             if row["scope"] == "run":
                 await self._forget_run(str(row["owner"]))
         await asyncio.to_thread(self._empty_trash)
@@ -263,22 +293,30 @@ class Volumes:
                         found.append(run_id)
         return found
 
-    def _make(self, parts: Sequence[str], uid: int, gid: int, shared: bool) -> None:
+    def _make(self, parts: Sequence[str], uid: int, gid: int, everybodys: bool) -> bool:
+        """Returns whether it is one that `share` was called for."""
         with ExitStack() as stack:
             descriptor = self._descend(stack, parts[:-1], create=True)
             volume = _open_or_make(stack, descriptor, parts[-1])
-            if os.geteuid() != 0:
-                os.fchmod(volume, 0o750)
-            elif shared:
+            root = os.geteuid() == 0
+            if everybodys and root:
                 os.fchown(volume, 0, SHARED_GID)
-                os.fchmod(volume, 0o2770)
-                # Whoever makes a file there has a umask that leaves its group out, but for this. Where the
-                # filesystem has no ACLs, owners that share files have to open them to the group themselves.
-                with suppress(OSError):
-                    os.setxattr(volume, "system.posix_acl_default", _GROUP_ACL)
-            else:
+                ownership.open_to_group(volume)
+                return False
+            if root:
                 os.fchown(volume, uid, gid)
-                os.fchmod(volume, 0o750)
+            if ownership.is_shared(volume):
+                return True
+            os.fchmod(volume, ownership.ALONE)
+            return False
+
+    def _share(self, path: str, gid: int) -> None:
+        with ExitStack() as stack:
+            try:
+                volume = self._descend(stack, path.split("/"), create=False)
+            except FileNotFoundError:
+                raise NotFound(f"the volume {path} is not there any more") from None
+            ownership.share(volume, gid)
 
     def _descend(self, stack: ExitStack, parts: Sequence[str], *, create: bool) -> int:
         descriptor = os.open(self._root, _DIRECTORY)
@@ -402,14 +440,6 @@ def _walk(top: int) -> tuple[int, bool]:
                 seen.add(found.st_ino)
             total += found.st_blocks * 512
     return total, True
-
-
-def _acl(*entries: tuple[int, int]) -> bytes:
-    """A POSIX ACL as the kernel takes it (linux/posix_acl_xattr.h): version 2, then tag, rights, and no id."""
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, rights, 0xFFFFFFFF) for tag, rights in entries)
-
-
-_GROUP_ACL = _acl((0x01, 7), (0x04, 7), (0x20, 0))  # the owning user and group everything, others nothing
 
 
 def _mib(size: int) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 
 from benchmarks._rig import OUTRIDER, Result
 
 ROUNDS = 15
+INVALID = 4
 AIM = 10.0
 
 
@@ -30,10 +33,33 @@ def measure() -> list[Result]:
                 f"{median(ours) * 1000:.0f} ms against {median(bare) * 1000:.0f} ms",
             )
         )
+    results.append(_refusal())
     return results
 
 
-def _time(command: list[str]) -> float:
+def _refusal() -> Result:
+    """Wrong parameters of a step: the plugins are imported for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "wrong.yaml"
+        file.write_text("name: wrong\nsteps:\n  - {name: a, uses: http.download, with: {ulr: x}}\n")
+        ours, bare = [], []
+        for _ in range(ROUNDS):
+            bare.append(_time([sys.executable, "-c", "pass"]))
+            ours.append(_time([str(OUTRIDER), "pipeline", "validate", str(file)], code=INVALID))
+    ratio = median(mine / yours for mine, yours in zip(ours, bare, strict=True))
+    return Result(
+        "a wrong pipeline is refused, wall time",
+        "python -c pass",
+        f"{ratio:.0f}×",
+        "within 1 s",
+        f"{median(ours) * 1000:.0f} ms against {median(bare) * 1000:.0f} ms",
+    )
+
+
+def _time(command: list[str], code: int = 0) -> float:
     started = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - started
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    took = time.perf_counter() - started
+    if done.returncode != code:
+        raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}: {done.stderr.decode()}")
+    return took

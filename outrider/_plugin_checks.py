@@ -16,7 +16,7 @@ from outrider._plugin_bounds import article, said
 from outrider._plugin_discovery import CONTRACT_ATTRIBUTE, UNDECLARED, PluginError
 from outrider._plugin_hooks import HOOK_PREFIX, hook_names, new_manager
 from outrider._suggest import did_you_mean
-from outrider.steps import NoOutputs, StepHooks, StepType
+from outrider.steps import NoOutputs, StepHooks, StepType, _WrongName
 
 MAX_SCHEMA_BYTES = 256 * 1024
 """Of one step type, parameters and outputs together: all of a node travel in one message when it registers."""
@@ -97,7 +97,9 @@ def _check_hook(hook: str, function: Any, options: Any, name: str) -> bool:
             return False
         raise PluginError(
             f"plugin {name!r} implements {hook}, and there is no such hook",
-            did_you_mean(hook, hook_names(), otherwise=f"there are {', '.join(sorted(hook_names()))}"),
+            did_you_mean(
+                hook, hook_names(), otherwise=f"there are {', '.join(sorted(hook_names()))}", prefix=HOOK_PREFIX
+            ),
         )
     if options.get("wrapper") or options.get("hookwrapper"):
         raise PluginError(
@@ -140,7 +142,7 @@ def collect(plugin: object, name: str, distribution: str, version: str) -> list[
         except BaseException as error:
             raise PluginError(
                 f"outrider_step_types of plugin {name!r} failed: {said(error)}",
-                f"install another version of {distribution}",
+                fix_of(error, f"install another version of {distribution}"),
             ) from error
         if not isinstance(answer, list | tuple):
             raise PluginError(
@@ -154,6 +156,11 @@ def collect(plugin: object, name: str, distribution: str, version: str) -> list[
                 )
             collected[registered.name] = registered
     return list(collected.values())
+
+
+def fix_of(error: BaseException, otherwise: str) -> str:
+    """What would be right where a plugin raises ``error``: another version of it has its step types' names, too."""
+    return "its author has to rename that step type" if isinstance(error, _WrongName) else otherwise
 
 
 def notes_on(plugin: object, types: Sequence[RegisteredStepType]) -> list[str]:
@@ -188,6 +195,9 @@ def _checked(step_type: object, plugin: str, distribution: str, version: str) ->
         raise PluginError(
             f"envs of step type {name} must be a list of names of environment variables", 'write envs=["NAME"]'
         )
+    public = step_type.public_envs
+    if isinstance(public, str) or not all(isinstance(each, str) and each in envs for each in public):
+        raise PluginError(f"public_envs of step type {name} must be a list of names among its envs", "list them there")
     if not isinstance(step_type.description, str) or not isinstance(step_type.idempotent, bool):
         raise PluginError(f"step type {name} has a wrong description or idempotent", "give a string, and a bool")
     registered = RegisteredStepType(step_type, plugin, distribution, version)

@@ -15,6 +15,11 @@ has said that it is ready (sd_notify) and has stayed for `--steady` seconds. If 
 itself as often as `--tries` says, it is refused, and the current one is started again. The journal decides whether that
 can be: an older agent does not read a newer one's, and then the new environment is kept and the reason is told.
 
+Where the agent of the current environment has been connected to the server, one on trial has to connect, too (it says
+so in X_OUTRIDER_CONNECTED; one that says nothing of it is judged by the rest). Its time for that, `--connect-within`,
+only runs while the server's port can be reached: a server that is away is no fault of the environment. Then the trial
+goes on, for `--away` seconds at most; after that the environment which is known to connect is taken again.
+
 SIGHUP: look at wanted.json. SIGTERM, SIGINT, SIGABRT are handed on to the agent; whatever runs on the node goes on.
 """
 
@@ -40,10 +45,14 @@ from typing import Any
 WANTED, STATE, LOCK, LINK, ABOUT = "wanted.json", "state.json", "launcher.lock", "current", "environment.json"
 INITIAL_ABOUT = "initial.json"
 READY_WITHIN_S, STEADY_S, TRIES, GRACE_S, PAUSE_S = 120.0, 30.0, 3, 30.0, 1.0
+CONNECT_WITHIN_S, AWAY_S = 180.0, 86400.0
 _BEAT_S = 5.0
 _SILENT_START_S = 90.0
 _PR_SET_PDEATHSIG = 1
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid (unix(7))
+_CONNECTED = "X_OUTRIDER_CONNECTED="  # as in outrider.sdnotify
+_DIAL = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)"
+_DIAL_EVERY_S, _DIAL_ENDS_S = 15.0, 10.0
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGABRT, signal.SIGCHLD)
 
 
@@ -90,6 +99,42 @@ class Ended(Exception):
         self.code = code
 
 
+class Reach:
+    """Whether a port, ``address``, can be reached, asked every ``every_s`` seconds.
+
+    In a process of its own: a name that nobody resolves, or a packet that nobody answers, must hold up nothing here.
+    """
+
+    def __init__(self, address: str, every_s: float) -> None:
+        self.address = address
+        self.known = False
+        self.since = 0.0  # it has been reached each time since then (`time.monotonic`); 0: not the last time
+        self._every_s, self._next_at, self._ends_at = every_s, 0.0, 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def look(self, now: float) -> None:
+        """Take up an answer, and ask again when it is time."""
+        if self._process is not None:
+            if self._process.poll() is None and now < self._ends_at:
+                return
+            self.known, self.since = True, (self.since or now) if self._process.poll() == 0 else 0.0
+            self.close()
+        elif now >= self._next_at:
+            host, _, port = self.address.rpartition(":")
+            self._next_at, self._ends_at = now + self._every_s, now + _DIAL_ENDS_S
+            dial = [sys.executable, "-IS", "-c", _DIAL, host.strip("[]"), port]
+            null = subprocess.DEVNULL
+            with contextlib.suppress(OSError):  # a machine that has no room for a process: nothing is known then
+                self._process = subprocess.Popen(dial, stdin=null, stdout=null, stderr=null)
+
+    def close(self) -> None:
+        """Ask no more."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
 class Launcher:
     """One launcher; see the module. ``command``: what stands behind the environment's program."""
 
@@ -102,6 +147,8 @@ class Launcher:
         self.tries: int = options.tries
         self.grace_s: float = options.grace
         self.pause_s: float = options.pause
+        self.connect_within_s: float = options.connect_within
+        self.away_s: float = options.away
         self.manager = os.environ.get("NOTIFY_SOCKET", "")
         self.child: subprocess.Popen[bytes] | None = None
         self.asked_to_end = False
@@ -149,7 +196,7 @@ class Launcher:
             self._refuse(trial, f"there is no program {self._program(name)}")
             return None
         # Counted before it is started: an environment that takes the whole machine down must not be tried for ever.
-        self._save(trial=trial | {"starts": trial["starts"] + 1, "ready": False})
+        self._save(trial=trial | {"starts": trial["starts"] + 1, "ready": False, "waits": ""})
         return name
 
     def _refuse(self, trial: dict[str, Any], why: str) -> None:
@@ -167,13 +214,13 @@ class Launcher:
         told = {"environment": name, "request": trial["request"], "reason": why, "time": int(time.time())}
         self._save(trial={}, refused=told)
 
-    def _confirm(self, trial: dict[str, Any]) -> None:
+    def _confirm(self, trial: dict[str, Any], server: str = "") -> None:
         draft = self.home / f".{LINK}.new"
         with contextlib.suppress(OSError):  # for people only
             draft.unlink(missing_ok=True)
             draft.symlink_to(trial["environment"] or self.initial.parent.parent)
             draft.replace(self.home / LINK)
-        self._save(current=trial["environment"], former=self._state()["current"], trial={})
+        self._save(current=trial["environment"], former=self._state()["current"], server=server, trial={})
         self._say(f"{spoken(trial['environment'])} is the current one from now on")
 
     def _state(self) -> dict[str, Any]:
@@ -181,6 +228,7 @@ class Launcher:
         return {
             "initial": str(found.get("initial", "")),
             "current": found["current"] if isinstance(found.get("current"), str) else "",
+            "server": found["server"] if isinstance(found.get("server"), str) else "",
             "former": found["former"] if isinstance(found.get("former"), str) else None,
             "trial": found["trial"] if isinstance(found.get("trial"), dict) else {},
             "refused": found["refused"] if isinstance(found.get("refused"), dict) else {},
@@ -220,7 +268,10 @@ class Launcher:
             return
         began, ready_at = time.monotonic(), 0.0
         alive_until, beat_at, killed_at = began + _SILENT_START_S, 0.0, 0.0
-        ending = late = False  # ``ending``: it was told to end, by whomever
+        ending, failure = False, ""  # ``ending``: it was told to end, by whomever
+        link: str | None = None  # the server that it is connected to; empty: to none yet; None: it says nothing of it
+        needed = self._state()["server"]  # what the agent of the current environment has been connected to
+        reach = Reach(needed, min(_DIAL_EVERY_S, self.connect_within_s / 10))
         assert self.child is not None
         while (status := self.child.poll()) is None:
             self._wait(0.2 if trial is not None or ending else 1.0 if not ready_at else _BEAT_S)
@@ -231,6 +282,10 @@ class Launcher:
                         ready_at, self.was_ready = now, True
                         if trial is not None:
                             self._save(trial=self._state()["trial"] | {"ready": True})
+                    elif word.startswith(_CONNECTED):
+                        link = word.removeprefix(_CONNECTED)
+                        if trial is None and link and link != self._state()["server"]:
+                            self._save(server=link)
                     elif word.startswith("EXTEND_TIMEOUT_USEC=") and word[20:].isdecimal():
                         alive_until = now + int(word[20:]) / 1e6
                 # A change of environments is no end of the service.
@@ -239,11 +294,15 @@ class Launcher:
                 beat_at = now + _BEAT_S
                 self._notify("WATCHDOG=1")  # between two agents nobody else says that
             if trial is not None and not ending:
-                if ready_at and now - ready_at >= self.steady_s:
-                    self._confirm(self._state()["trial"])
+                if ready_at and needed and link == "":
+                    reach.look(now)
+                    failure = self._unconnected(reach, now, ready_at)
+                    ending = bool(failure)
+                elif ready_at and now - ready_at >= self.steady_s:
+                    self._confirm(self._state()["trial"], link or "")
                     trial = None
                 elif not ready_at and now - began >= self.ready_within_s:
-                    late = ending = True
+                    ending, failure = True, f"it was not ready within {self.ready_within_s:g} s"
                 elif not ready_at and now >= beat_at:
                     beat_at = now + _BEAT_S
                     self._notify(f"EXTEND_TIMEOUT_USEC={int((self.ready_within_s + self.grace_s) * 1e6)}")
@@ -255,7 +314,24 @@ class Launcher:
                 self.child.terminate()
             elif ending and now >= killed_at:
                 self.child.kill()
-        self._ended(status, trial, ending=ending, late=late)
+        reach.close()
+        self._ended(status, trial, ending=ending, failure=failure)
+
+    def _unconnected(self, reach: Reach, now: float, ready_at: float) -> str:
+        """Why an agent on trial that is ready, and not connected, is given up; empty: it is waited for."""
+        if reach.since and now - reach.since >= self.connect_within_s:
+            return f"it did not connect to the server {reach.address} within {self.connect_within_s:g} s"
+        if now - ready_at >= self.away_s:
+            return f"the server {reach.address} could not be reached for {self.away_s:g} s, so it could not connect"
+        if reach.known and now - ready_at >= self.steady_s:
+            waits = "its agent is ready, and has yet to connect to the server"
+            if not reach.since:
+                waits = f"the server {reach.address} can't be reached: the trial goes on until it can"
+            trial = self._state()["trial"]
+            if waits != trial.get("waits"):
+                self._say(f"{spoken(trial.get('environment', ''))} on trial: {waits}")
+                self._save(trial=trial | {"waits": waits})
+        return ""
 
     def _is_news(self, trial: str | None) -> bool:
         """Whether wanted.json asks for something else than what runs."""
@@ -265,7 +341,7 @@ class Launcher:
             return False
         return bool(name != state["current"] if trial is None else request != state["trial"].get("request"))
 
-    def _ended(self, status: int, trial: str | None, *, ending: bool, late: bool) -> None:
+    def _ended(self, status: int, trial: str | None, *, ending: bool, failure: str) -> None:
         """What the end of an agent means. Raises `Ended` where it is that of the launcher, too."""
         self.child = None
         how = f"with exit code {status}" if status >= 0 else f"by signal {-status} ({signal.strsignal(-status)})"
@@ -277,8 +353,8 @@ class Launcher:
                 state = self._state()["trial"]
                 self._save(trial=state | {"starts": max(0, state.get("starts", 1) - 1), "ready": False})
             raise Ended(code)
-        if late:
-            self._note_trial(f"it was not ready within {self.ready_within_s:g} s", last=True)
+        if failure:
+            self._note_trial(failure, last=True)
         elif ending:
             return
         elif trial is not None:
@@ -398,6 +474,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tries", type=int, default=TRIES, help="how often a new one may end by itself")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds for an agent to end")
     parser.add_argument("--pause", type=float, default=PAUSE_S, help="seconds between two tries")
+    within, away = "seconds to connect to a server that can be reached", "seconds to wait for one that can't be"
+    parser.add_argument("--connect-within", type=float, default=CONNECT_WITHIN_S, help=within)
+    parser.add_argument("--away", type=float, default=AWAY_S, help=away)
     parser.add_argument("command", nargs="+", help="the command of the program, after --: agent run …")
     return Launcher(parser.parse_args(arguments)).run()
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from outrider._plugin_bounds import LIMIT_S, Raised, bounded, guarded, said
-from outrider._plugin_checks import RegisteredStepType, check_binding, collect, notes_on
+from outrider._plugin_checks import RegisteredStepType, check_binding, collect, fix_of, notes_on
 from outrider._plugin_discovery import (
     CONTRACT_ATTRIBUTE,
     Candidate,
@@ -76,7 +76,7 @@ class StepPlugins(PluginHooks):
 
     plugins: list[PluginReport] = field(default_factory=list)
     step_types: dict[str, RegisteredStepType] = field(default_factory=dict)
-    slow_s: float = 2.0  # an import that takes longer is noted
+    slow_s: float = 2.0  # an import that takes longer is noted, or a fifteenth of what it may take
 
     @classmethod
     def load(
@@ -174,7 +174,7 @@ class StepPlugins(PluginHooks):
         except PluginError as error:
             return _failed(name, distribution, version, error, module=module)
         took = time.monotonic() - began
-        if took > self.slow_s:
+        if took > min(self.slow_s, self.limit_s / 15):
             examined.notes.append(f"it took {took:.1f} s to import; let it import what is heavy where it is used")
         return PluginReport(
             name,
@@ -224,7 +224,7 @@ def _import(candidate: Candidate) -> object:
     try:
         (extension,) = Chosen(PROJECT, names=[candidate.name], on_load_failure_callback=failed).extensions
     except BaseException as error:
-        raise PluginError(f"{what}: {said(error)}", fix) from error
+        raise PluginError(f"{what}: {said(error)}", fix_of(error, fix)) from error
     plugin: object = extension.plugin
     return plugin
 

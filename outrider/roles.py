@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
+from outrider._model_errors import problems_of
 from outrider._yaml import compose, plain
 from outrider.errors import InvalidInput, Problem
 
@@ -74,11 +75,24 @@ class Role(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A distribution as it is on a node. ``error``: why its plugin can't be used, or empty."""
+    """A distribution as it is on a node, by one of its plugins.
+
+    ``error``: why the plugin can't be used; ``disabled``: why it is not even imported; both empty: it is well.
+    """
 
     distribution: str
     version: str
     error: str = ""
+    disabled: str = ""
+
+    @classmethod
+    def reported(
+        cls, distribution: str, version: str, *, ok: bool, state: str, error: str, notes: Sequence[str]
+    ) -> Installed:
+        """From what a node, or `outrider plugin doctor`, says of a plugin. ``state``: empty from older agents."""
+        if state == "disabled":
+            return cls(distribution, version, disabled=notes[0] if notes else "by the agent's settings")
+        return cls(distribution, version, "" if ok else error or "it does not say why")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +124,7 @@ def make_role(document: Mapping[str, object]) -> Role:
     try:
         return Role.model_validate(document)
     except ValidationError as error:
-        found = [
-            Problem(item["msg"].removeprefix("Value error, "), path=".".join(str(part) for part in item["loc"]))
-            for item in error.errors(include_url=False, include_input=False)
-        ]
+        found = list(problems_of(error, Role))
         raise InvalidInput(f"the role is not valid: {'; '.join(map(str, found))}", found) from error
 
 
@@ -176,16 +187,32 @@ def compare(role: Role, lock: Mapping[str, Sequence[str]], there: Iterable[Insta
     """How each distribution stands: those of the role in its order, the agent first, then those it does not name.
 
     ``drift`` is "missing", "version" (outside the range), "lock" (inside it, but not the locked one), "broken",
-    "extra", or empty.
+    "disabled", "extra", or empty.
     """
-    present: dict[str, Installed] = {canonicalize_name(each.distribution): each for each in there if each.distribution}
+    present = by_distribution(there)
     stands = []
     for name, versions in {AGENT: role.agent, **role.plugins}.items():
         stands.append(_stand(name, versions, lock.get(name, ()), present.pop(name, None)))
     for name, each in sorted(present.items()):
-        words = f"{name} {each.version} is there, and the role does not have it"
-        stands.append(Stand(name, "", "", each.version, "extra", named=False, words=words))
+        drift, words = "extra", f"{name} {each.version} is there, and the role does not have it"
+        if not each.version:  # a damaged distribution, or a name in the settings that nothing has
+            drift, words = "broken", f"{name} can't be used: {each.error}"
+        stands.append(Stand(name, "", "", each.version, drift, named=False, words=words))
     return stands
+
+
+def by_distribution(there: Iterable[Installed]) -> dict[str, Installed]:
+    """What is there, by canonical name. Of a distribution with several plugins, what is wrong with any counts."""
+    found: dict[str, Installed] = {}
+    for each in there:
+        if not each.distribution or (each.disabled and not each.version):  # the latter is only named in the settings
+            continue
+        name = canonicalize_name(each.distribution)
+        former = found.get(name)
+        if former is not None:
+            each = replace(each, error=former.error or each.error, disabled=former.disabled or each.disabled)
+        found[name] = each
+    return found
 
 
 def _stand(name: str, versions: str, locked: Sequence[str], there: Installed | None) -> Stand:
@@ -198,6 +225,8 @@ def _stand(name: str, versions: str, locked: Sequence[str], there: Installed | N
         drift, words = "version", f"{name} is {there.version}{wanted}"
     elif there.error:
         drift, words = "broken", f"{name} {there.version} can't be used: {there.error}"
+    elif there.disabled:
+        drift, words = "disabled", f"{name} {there.version} is there and disabled ({there.disabled})"
     elif locked and there.version not in locked:
         drift, words = "lock", f"{name} is {there.version}, and the lock has {lock}"
     return Stand(name, versions, lock, there.version, drift, named=True, words=words)

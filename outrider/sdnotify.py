@@ -62,6 +62,13 @@ class Notifier:
         if line and line != self._status and self._send(f"STATUS={line}"):
             self._status = line
 
+    def connected(self, server: str) -> None:
+        """For our own launcher: which server this service is connected to; empty: it will say when it is.
+
+        A service manager ignores names that begin with X_ (sd_notify(3)).
+        """
+        self._send(f"X_OUTRIDER_CONNECTED={server}")
+
     def alive(self) -> None:
         """The watchdog's limit begins anew."""
         if self.watchdog_s:

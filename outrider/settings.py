@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from outrider._model_errors import problems_of
 from outrider._yaml import read_document
-from outrider.errors import InvalidInput, Problem
+from outrider.errors import InvalidInput
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -54,11 +55,7 @@ def load(
     try:
         return Loaded(model.model_validate(values), sources)
     except ValidationError as error:
-        problems = []
-        for item in error.errors(include_url=False, include_input=False):
-            path = ".".join(str(part) for part in item["loc"])
-            source = sources.get(str(item["loc"][0]), "") if item["loc"] else ""
-            problems.append(Problem(item["msg"], path=path, hint=f"from {source}" if source else ""))
+        problems = list(problems_of(error, model, lambda name: sources.get(name, "")))
         raise InvalidInput(f"the configuration is not valid: {'; '.join(map(str, problems))}", problems) from error
 
 

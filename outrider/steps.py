@@ -210,14 +210,19 @@ class NoOutputs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class _WrongName(ValueError):
+    """A step type has a name that can't be one."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepType:
     """A step type: what ``uses:`` names.
 
     ``envs`` are the environment variables that the program understands; the pipeline decides which of
-    them it gets. ``idempotent`` says that doing it twice does no harm: only then is a step whose outcome
-    is uncertain tried again. ``network`` of the plan and the rest of its wishes are checked against the
-    node's policy.
+    them it gets. ``public_envs`` are those of them whose values may stand in this step's outputs, also
+    where they come from an env set; all other values from there are secrets. ``idempotent`` says that
+    doing it twice does no harm: only then is a step whose outcome is uncertain tried again. ``network``
+    of the plan and the rest of its wishes are checked against the node's policy.
     """
 
     name: str
@@ -227,10 +232,11 @@ class StepType:
     envs: Sequence[str] = ()
     idempotent: bool = False
     description: str = ""
+    public_envs: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not STEP_TYPE_NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name!r} is not the name of a step type; it reads like 's3.download'")
+            raise _WrongName(f"{self.name!r} is not the name of a step type; it reads like 's3.download'")
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,7 @@ def _transport_error(code: grpc.StatusCode, details: str, target: str) -> Outrid
             return errors.Unavailable(
                 f"the certificate of {target} is not signed by the CA that is trusted here",
                 code="tls_untrusted",
-                hint="give the server's own CA file (OUTRIDER_CA, --ca or `ca` in the context)",
+                hint="give the server's own CA file (`ca_file` of an agent, OUTRIDER_CA or `ca` of a context)",
             )
         if "hostname verification check failed" in lower or "peer name" in lower:
             return errors.Unavailable(

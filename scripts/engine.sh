@@ -2,7 +2,8 @@
 # A container engine for this machine, and the packet filter's command, which agents guard networks with.
 #
 #   engine.sh start     make sure that both are there; installs docker.io and nftables where they are missing
-#   engine.sh stop      end the engine that `start` started; any other is left alone
+#   engine.sh stop      end the engine that was started from here; any other is left alone
+#   engine.sh run CMD…  run a command with both; an engine that was started for it ends with the last such command
 #   engine.sh status    say what there is
 #
 # An engine that answers is never touched: not restarted, not reconfigured, not stopped. Where systemd runs, the
@@ -17,6 +18,7 @@ dir=${OUTRIDER_ENGINE_DIR:-/var/lib/outrider-engine}
 pidfile=$dir/dockerd.pid
 log=$dir/dockerd.log
 mark=$dir/started-by-us   # "systemd" or "dockerd", and the boot: what a reboot brought up again was not started by us
+passing=$dir/stop-when-unused   # it was started by `run`, and nobody has asked for it to stay
 boot=$(cat /proc/sys/kernel/random/boot_id)
 wait_s=${OUTRIDER_ENGINE_WAIT:-60}
 
@@ -132,7 +134,38 @@ start_dockerd() {
   done
 }
 
+# Of an engine that only passes, `start` makes one that stays.
 start() {
+  bring_up
+  rm -f "$passing" 2>/dev/null || need_root "keeping the engine" start
+}
+
+run() {
+  mkdir -p "$dir" 2>/dev/null || need_root "running a command with an engine" "run …"
+  exec 9>>"$dir/users"
+  flock -s 9
+  trap leave EXIT
+  if ! answers; then
+    touch "$passing"
+    bring_up 9>&-
+  else
+    install_packet_filter
+  fi
+  # Nothing that the command leaves behind may count as one who uses the engine.
+  "$@" 9>&-
+}
+
+leave() {
+  local code=$?
+  trap - EXIT
+  if flock -xn 9 && [ -e "$passing" ]; then
+    rm -f "$passing"
+    stop 9>&- || true
+  fi
+  exit "$code"
+}
+
+bring_up() {
   install_packet_filter
   if answers; then
     say "Docker Engine $(version) answers; nothing to do"
@@ -194,7 +227,7 @@ stop() {
       return 0
       ;;
   esac
-  rm -f "$mark"
+  rm -f "$mark" "$passing"
 }
 
 status() {
@@ -211,9 +244,14 @@ status() {
 case ${1:-} in
   start) start ;;
   stop) stop ;;
+  run)
+    shift
+    [ $# -gt 0 ] || die "run needs a command"
+    run "$@"
+    ;;
   status) status ;;
   *)
-    sed -n '4,6s/^# *//p' "$0" >&2
+    sed -n '4,7s/^# *//p' "$0" >&2
     exit 2
     ;;
 esac

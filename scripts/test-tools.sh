@@ -8,6 +8,8 @@ while read -r program package; do
   PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || packages+=("$package")
 done <<'EOF'
 7zz 7zip
+bzip2 bzip2
+xz xz-utils
 ip iproute2
 iptables iptables
 EOF

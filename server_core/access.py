@@ -97,6 +97,7 @@ NODE = {
     "GetEnvs": _NODE,
     "WriteBack": _NODE,
     "RecoverRuns": _NODE,
+    "FindRemovedObjects": _NODE,
     "GetOwnRole": Rule(tokens.NODE),
 }
 HEALTH = {"Check": _PUBLIC, "Watch": _PUBLIC, "List": _PUBLIC}

@@ -32,6 +32,7 @@ from server_core.store.runs import RunRow
 
 log = structlog.get_logger(__name__)
 
+_MAX_OBJECTS = 1000  # in one question
 _ATTRIBUTE = re.compile(ATTRIBUTE_PATTERN)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -204,6 +205,14 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             return objects.get(connection, types_pb2.ObjectRef(kind=row.object_kind, name=row.object_name))
 
         return await self._s.db.read(read)
+
+    async def FindRemovedObjects(
+        self, request: node_service_pb2.FindRemovedObjectsRequest, context: Context
+    ) -> node_service_pb2.FindRemovedObjectsResponse:
+        if len(request.objects) > _MAX_OBJECTS:
+            raise InvalidInput(f"ask for at most {_MAX_OBJECTS} objects at a time", code="too_many")
+        gone = await self._s.db.read(lambda c: [ref for ref in request.objects if objects.was_removed(c, ref)])
+        return node_service_pb2.FindRemovedObjectsResponse(removed=gone)
 
     async def RecoverRuns(
         self, request: node_service_pb2.RecoverRunsRequest, context: Context

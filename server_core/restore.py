@@ -24,7 +24,7 @@ from server_core.store.commits import Commit
 from server_core.store.common import now_us
 from server_core.store.sqlite import SqliteDatabase
 
-_STORE_FILES = ("store.db", "store.db-wal", "store.db-shm", "store.db.seal")
+_STORE_FILES = ("store.db", "store.db-wal", "store.db-shm", "store.db.seal", "store.db-mark")
 
 
 @dataclass(frozen=True, slots=True)

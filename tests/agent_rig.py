@@ -36,6 +36,7 @@ class ShellParams(BaseModel, extra="forbid"):
     script: str = "true"
     image: str = BASE_IMAGE
     network: str = "none"
+    user: str | None = None
 
 
 class AnyOutputs(BaseModel, extra="allow"):
@@ -47,7 +48,13 @@ class WordOutputs(BaseModel, extra="forbid"):
 
 
 def resolve_shell(params: ShellParams, _context: StepContext) -> StepPlan:
-    return StepPlan(image=params.image, entrypoint=("/bin/sh", "-c"), args=(params.script,), network=params.network)
+    return StepPlan(
+        image=params.image,
+        entrypoint=("/bin/sh", "-c"),
+        args=(params.script,),
+        network=params.network,
+        user=params.user,
+    )
 
 
 def resolve_control(params: ShellParams, _context: StepContext) -> StepPlan:
@@ -67,6 +74,14 @@ class ShellPlugin:
             StepType(name="test.shell", params=ShellParams, outputs=AnyOutputs, resolve=resolve_shell),
             StepType(name="test.again", params=ShellParams, outputs=AnyOutputs, resolve=resolve_shell, idempotent=True),
             StepType(name="test.word", params=ShellParams, outputs=WordOutputs, resolve=resolve_shell),
+            StepType(
+                name="test.public",
+                params=ShellParams,
+                outputs=AnyOutputs,
+                resolve=resolve_shell,
+                envs=("NAME", "KEY"),
+                public_envs=("NAME",),
+            ),
             StepType(name="test.control", params=ShellParams, outputs=AnyOutputs, resolve=resolve_control),
         ]
 

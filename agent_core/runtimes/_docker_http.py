@@ -18,7 +18,7 @@ from agent_core.runtimes import _docker_wire as wire
 from agent_core.runtimes._docker_wire import Json
 from outrider.errors import OperationTimeout, PermanentError
 
-_VERSIONS = ("1.40", "1.44")  # the oldest that has all we use; the oldest that engines from 29 on still speak
+_VERSIONS = ("1.41", "1.44")  # the oldest that has all we use; the oldest that engines from 29 on still speak
 _KEEP_S = 5.0
 
 

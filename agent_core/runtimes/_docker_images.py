@@ -1,6 +1,6 @@
 """Images of a Docker engine: found, pulled, named, and as a stream of bytes out of one engine into another.
 
-Source for the calls: the Docker Engine API, version 1.40 and later, section "Images".
+Source for the calls: the Docker Engine API, version 1.41 and later, section "Images".
 """
 
 from __future__ import annotations

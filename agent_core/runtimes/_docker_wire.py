@@ -1,6 +1,6 @@
 """What the Docker driver says and hears: create bodies, descriptions, and the engine's errors in our words.
 
-Source for the fields: the Docker Engine API, version 1.40 and later.
+Source for the fields: the Docker Engine API, version 1.41 and later.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import errno
 import os
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, cast
 
 from agent_core.runtimes.base import LABEL_IMAGE, ContainerInfo, ContainerSpec, Mount, PortBinding, secrets_in
@@ -48,6 +48,7 @@ _REGISTRY_BUSY = (
     "unexpected eof",
 )
 _HTTP_5XX = re.compile(r"(?:http status|status code|status from [^:]*request)[^0-9]{0,40}5\d\d\b|: eof$")
+_EPOCH = datetime.fromtimestamp(0, UTC)
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 
 
@@ -76,6 +77,7 @@ def create_body(spec: ContainerSpec, *, has_init: bool = False) -> Json:
         ],
         "NetworkMode": spec.network,
         "IpcMode": "private",
+        "CgroupnsMode": "private",  # on cgroup v1 the engine's own default is the host's
         "Init": spec.init and has_init,
         "GroupAdd": [str(group) for group in spec.groups],
         "Devices": [
@@ -159,7 +161,7 @@ def info_from_inspect(answer: Json) -> ContainerInfo:
         error=state.get("Error") or "",
         created_at=moment(answer.get("Created")),
         started_at=moment(state.get("StartedAt")),
-        finished_at=moment(state.get("FinishedAt")) if ended else None,
+        finished_at=moment(state.get("FinishedAt")),
         ports=_bindings(host.get("PortBindings") or {}),
         mounts=tuple(
             Mount(mount.get("Source", ""), mount.get("Destination", ""), bool(mount.get("RW")))
@@ -210,6 +212,12 @@ def moment(text: str | None) -> datetime | None:
         return None
     zone = "+00:00" if match[3] == "Z" else match[3]
     return datetime.fromisoformat(f"{match[1]}{(match[2] or '.0')[:7].ljust(7, '0')}{zone}")
+
+
+def since(moment: datetime) -> str:
+    """A moment as the logs' parameter ``since`` has it: seconds of the epoch, and their fraction."""
+    seconds, fraction = divmod(moment - _EPOCH, timedelta(seconds=1))
+    return f"{seconds}.{fraction.microseconds:06d}"
 
 
 def unavailable(url: str, error: object) -> EngineUnavailable:

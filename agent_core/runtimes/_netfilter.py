@@ -21,12 +21,13 @@ from agent_core.runtimes.base import NetworkGuard
 from outrider.errors import PolicyViolation
 
 REFUSED = (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
-    "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
     "::/96", "64:ff9b:1::/48", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
 )  # fmt: skip
 """What a guarded network does not reach by default: the special-purpose ranges of IANA (RFC 6890) that are nobody's
-on the internet."""
+on the internet, and 168.63.129.16, where Azure's platform hands its machines their configuration and certificates:
+an address of the internet by its looks, and the machine's own host everywhere in Azure."""
 
 _TRANSLATED = (("64:ff9b::", 96), ("2002::", 16), ("::ffff:0:0", 96))
 """Where an IPv4 address stands inside an IPv6 one: NAT64, 6to4, mapped; and at which bit."""

@@ -111,7 +111,7 @@ class ContainerInfo:
     error: str = ""
     created_at: datetime | None = None
     started_at: datetime | None = None  # None: never started
-    finished_at: datetime | None = None
+    finished_at: datetime | None = None  # of the last run that has ended: of the one before, where it runs
     ports: tuple[PortBinding, ...] = ()
     mounts: tuple[Mount, ...] = ()
     restart_policy: str = ""
@@ -121,6 +121,18 @@ class ContainerInfo:
     raw: Mapping[str, object] = field(default_factory=dict)  # inspect only
     # Inspect only: the values in its environment that its label LABEL_SECRETS names, so that its log can be masked.
     secrets: tuple[str, ...] = field(default=(), repr=False)
+
+
+def run_began(info: ContainerInfo) -> datetime | None:
+    """A moment that the log of the run of a running container is after, and that of its former runs before; None: it
+    never ran before.
+
+    Halfway from the former's end to its start, which are a tenth of a second apart at least: engines take down the last
+    line of a run a moment after its end, and older ones note a start when the first line may be there already.
+    """
+    if info.started_at is None or info.finished_at is None:
+        return None
+    return info.finished_at + (info.started_at - info.finished_at) / 2
 
 
 def secrets_in(env: Mapping[str, str], labels: Mapping[str, str]) -> tuple[str, ...]:
@@ -280,9 +292,10 @@ class Runtime(Protocol):
         """
 
     def logs(
-        self, container: str, *, follow: bool = False, tail: int | None = None
+        self, container: str, *, follow: bool = False, tail: int | None = None, since: datetime | None = None
     ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
-        """The engine's own log from its beginning (or its last ``tail`` lines), byte-exact."""
+        """The engine's own log from its beginning, byte-exact; of its last ``tail`` lines, and of what the engine took
+        down at ``since`` or later."""
 
     async def exec_create(
         self,

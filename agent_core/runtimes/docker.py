@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
@@ -231,7 +232,7 @@ class DockerRuntime:
             raise wire.unavailable(self._http.url, error) from error
 
     async def logs(
-        self, container: str, *, follow: bool = False, tail: int | None = None
+        self, container: str, *, follow: bool = False, tail: int | None = None, since: datetime | None = None
     ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
         info = await self.inspect(container)
         config: Any = info.raw.get("Config")
@@ -241,6 +242,8 @@ class DockerRuntime:
             "follow": int(follow),
             "tail": "all" if tail is None else tail,
         }
+        if since is not None:
+            parameters["since"] = wire.since(since)
         async with (
             self._http.stream(
                 "GET", f"/containers/{info.id}/logs", parameters, f"read the log of {info.name}"

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
 from agent_core.runtimes.base import (
@@ -43,11 +44,13 @@ class FakeProcess:
     spec: ContainerSpec
     signalled: asyncio.Event = field(default_factory=asyncio.Event)
     log: list[tuple[StreamName, bytes]] = field(default_factory=list)
+    times: list[datetime] = field(default_factory=list)  # of what is in the log
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def write(self, data: bytes, stream: StreamName = "stdout") -> None:
         """Output, as a program would print it."""
         self.log.append((stream, data))
+        self.times.append(_now())
         self.notify()
 
     def notify(self) -> None:
@@ -55,6 +58,19 @@ class FakeProcess:
         former, self.changed = self.changed, asyncio.Event()
         former.set()
 
+
+class _Clock:
+    """The time, never the same twice: two microseconds apart, so that a moment fits between any two."""
+
+    def __init__(self) -> None:
+        self._last = datetime.min.replace(tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        self._last = max(datetime.now(UTC), self._last + timedelta(microseconds=2))
+        return self._last
+
+
+_now = _Clock()
 
 Program = Callable[[FakeProcess], Awaitable[int]]
 Executed = Callable[[FakeProcess, Sequence[str]], Awaitable[tuple[int, bytes]]]
@@ -216,12 +232,10 @@ class FakeRuntime:
         former = found.process
         if former.spec.oci_runtime in self.failing_oci_runtimes:
             raise PermanentError(f"{container} can't be started", code="cannot_start")
-        found.process = FakeProcess(former.spec, log=former.log)
+        found.process = FakeProcess(former.spec, log=former.log, times=former.times)
         found.ended.clear()
         found.engine_stopped = False
-        found.info = replace(
-            found.info, state="running", started_at=datetime.now(UTC), exit_code=None, finished_at=None
-        )
+        found.info = replace(found.info, state="running", started_at=_now(), exit_code=None)
         former.notify()
         self._publish("start", found)
         found.task = asyncio.create_task(self._run(found))
@@ -299,11 +313,13 @@ class FakeRuntime:
         yield self._output(found, position=len(found.process.log), follow=True)
 
     async def logs(
-        self, container: str, *, follow: bool = False, tail: int | None = None
+        self, container: str, *, follow: bool = False, tail: int | None = None, since: datetime | None = None
     ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
         self._call("logs", container)
         found = self._find(container)
         position = 0 if tail is None else max(0, len(found.process.log) - tail)
+        if since is not None:
+            position = max(position, bisect_left(found.process.times, since))
         async for item in self._output(found, position=position, follow=follow):
             yield item
 
@@ -337,6 +353,7 @@ class FakeRuntime:
         found = self._executions.get(execution)
         if found is None:
             raise NotFound("no such execution", code="exec_not_found")
+        self._call("exec_inspect", found.container.info.name)
         running = found.started and found.exit_code is None
         return ExecInfo(found.container.info.id, running, found.exit_code, 0)
 
@@ -378,7 +395,7 @@ class FakeRuntime:
         self._end(container, code)
 
     def _end(self, container: _Container, code: int) -> None:
-        container.info = replace(container.info, state="exited", exit_code=code, finished_at=datetime.now(UTC))
+        container.info = replace(container.info, state="exited", exit_code=code, finished_at=_now())
         container.ended.set()
         container.process.notify()
         self._publish("die", container)

@@ -2,7 +2,7 @@
 
 Objects are files: GET and HEAD are nginx's own, PUT its WebDAV module's. What begins and ends a multipart upload, and
 what lists, is answered here, without putting parts together: that is the store's work, and none of those compared.
-Signatures are not looked at.
+Signatures are not looked at, nor checksums, which are said back as by a store that has compared them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,13 @@ http {{
         ssl_certificate_key {folder}/key.pem;
         location / {{ rewrite ^ /.$kind$uri last; }}
         location /.get/ {{ alias {data}/; }}
-        location /.put/ {{ alias {data}/; dav_methods PUT; create_full_put_path on; add_header ETag '"00"' always; }}
+        location /.put/ {{
+            alias {data}/;
+            dav_methods PUT;
+            create_full_put_path on;
+            add_header ETag '"00"' always;
+            add_header x-amz-checksum-crc64nvme $http_x_amz_checksum_crc64nvme always;
+        }}
         location /.part/ {{ rewrite ^/.part(.*)$ /.put/.parts$1.$part last; }}
         location /.control/ {{
             rewrite ^/.control(.*)$ $1 break;

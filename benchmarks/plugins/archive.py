@@ -48,7 +48,7 @@ DEFAULTS = {
         "permissions": "keep",
         "max_bytes": 64 * GIB,
         "max_entries": 1_000_000,
-        "max_depth": 100,
+        "max_depth": 128,
         "max_ratio": 1000,
     },
     "create": {

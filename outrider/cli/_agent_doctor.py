@@ -173,7 +173,7 @@ def _server(config: AgentConfig) -> Finding:
 
 def _step_plugins(config: AgentConfig) -> Iterator[Finding]:
     chosen = {"enabled": config.plugins, "disabled": config.disabled_plugins, "limit_s": config.plugin_limit_s}
-    rows = _plugins.as_rows(_plugins.look(lambda: chosen, facts=True))
+    rows = _plugins.as_rows(_plugins.look(lambda: chosen), closely=True)
     good = [row["name"] for row in rows if row["state"] == "ok"]
     if good:
         yield Finding("plugins", "ok", " ".join(good))

@@ -92,9 +92,8 @@ def sync(
         base_python(),
     )
     home = _home(config)
-    given = [("--config", file), ("--state-dir", config.state_dir), ("--node-id", config.node_id)]
-    settings = [word for flag, value in given if value is not None for word in (flag, str(value))]
-    environments = Environments(home, settings, os.environ, note)
+    settings = ["--state-dir", str(config.state_dir), "--node-id", config.node_id]
+    environments = Environments(home, settings, os.environ, note, file)
     if dry_run:
         _tell_plan(environments, wanted, as_json)
         return
@@ -138,7 +137,9 @@ def list_(as_json: bool, **flags: Any) -> None:
         return
     headers = ("ENVIRONMENT", "STATE", "ROLE", "ROLE VERSION", "PACKAGES", "MADE")
     table(headers, [[value or "" for value in row.values()] for row in rows], empty="")
-    refused = state.get("refused") or {}
+    trial, refused = state.get("trial") or {}, state.get("refused") or {}
+    if trial.get("waits"):
+        note(f"{launcher.spoken(trial['environment'])} is on trial: {trial['waits']}")
     if refused:
         note(f"{refused['environment']} was tried and left again: {refused['reason']}")
 
@@ -147,12 +148,13 @@ def list_(as_json: bool, **flags: Any) -> None:
 @_options
 @output_option
 def back(as_json: bool, **flags: Any) -> None:
-    """Restart the agent in the former environment. `sync` goes forward again."""
+    """Restart the agent in the former environment, or end a trial. `sync` goes forward again."""
     from outrider import launcher
 
     config = load(flags["file"], **{name: value for name, value in flags.items() if name != "file"})
     environments = _environments(config)
-    former = environments.state().get("former")
+    state = environments.state()
+    former = state.get("current", "") if state.get("trial") else state.get("former")
     if former is None:
         raise NotFound("there is no former environment to go back to", code="no_former")
     with environments.held():

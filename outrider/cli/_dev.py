@@ -13,6 +13,7 @@ import grpc
 
 from agent_core.agent import Agent
 from agent_core.config import AgentConfig
+from agent_core.policy import NodePolicy
 from agent_core.telemetry.logs import configure_logging
 from outrider import settings, tls
 from outrider.cli._client import request_id
@@ -72,6 +73,8 @@ class Dev:
         config = settings.load(ServerConfig, env_prefix="OUTRIDER_SERVER_", environ=os.environ, flags=flags).value
         dev = cls(folder, config, node_id, policy_file, log_level, contexts, context)
         dev._agent_config("127.0.0.1:1")
+        if policy_file is not None:
+            NodePolicy.load(policy_file)  # before the server has made anything
         return dev
 
     async def run(self, stop: asyncio.Event) -> None:

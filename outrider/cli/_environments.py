@@ -66,12 +66,13 @@ class Wanted:
 
 @dataclass(slots=True)
 class Environments:
-    """The environments of one agent. ``settings``: options and variables with which its settings are read."""
+    """The environments of one agent. ``settings`` and ``config`` (their file): with what its settings are read."""
 
     home: Path
     settings: Sequence[str] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
     tell: Callable[[str], None] = note
+    config: Path | None = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -173,6 +174,7 @@ class Environments:
 
     def _until_settled(self, name: str, request: str) -> bool:
         limit = (launcher.READY_WITHIN_S + launcher.STEADY_S + launcher.GRACE_S) * launcher.TRIES + launcher.GRACE_S
+        limit += launcher.CONNECT_WITHIN_S
         deadline = time.monotonic() + limit
         said = ""
         while time.monotonic() < deadline:
@@ -186,7 +188,11 @@ class Environments:
                 )
             if state.get("current") == name and not trial:
                 return True
-            news = trial.get("said") or ("its agent is ready, and has to stay so" if trial.get("ready") else "")
+            news = (
+                trial.get("waits")
+                or trial.get("said")
+                or ("its agent is ready, and has to stay so" if trial.get("ready") else "")
+            )
             if trial.get("request") == request and news and news != said:
                 said = news
                 self.tell(news)
@@ -195,7 +201,11 @@ class Environments:
                     "the launcher ended", code="launcher_ended", hint="its log has the reason; it goes on when started"
                 )
             time.sleep(0.2)
-        raise Unavailable(f"nothing became of {launcher.spoken(name)} within {limit:g} s", code="switch_timeout")
+        raise Unavailable(
+            f"nothing became of {launcher.spoken(name)} within {limit:g} s{said and f': {said}'}",
+            code="switch_timeout",
+            hint="the launcher goes on with it; `outrider agent plugins list` says what becomes of it",
+        )
 
     def _check(self, target: Path, wanted: Wanted) -> int:
         """Ask the environment itself; the form of journal that its agent writes. Raises InvalidInput."""
@@ -206,26 +216,35 @@ class Environments:
                 code="environment_bad",
                 hint="make it anew: outrider node role lock FILE",
             )
+        config = [] if self.config is None else ["--config", str(self.config)]
         # Its exit code tells of plugins that are broken; which, and why, stands in what it prints.
-        _, text, words = self._ask([program, "plugin", "doctor", "-o", "json"])
+        _, text, words = self._ask([program, "plugin", "doctor", "-o", "json", *config])
         try:
             told = json.loads(text)
             there = [Installed(AGENT, told["outrider"])]
-            there += [Installed(each["distribution"], each["version"], each["error"]) for each in told["plugins"]]
+            there += [
+                Installed.reported(
+                    each["distribution"],
+                    each["version"],
+                    ok=each["ok"],
+                    state=each["state"],
+                    error=each["error"],
+                    notes=each["notes"],
+                )
+                for each in told["plugins"]
+            ]
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInput(
                 f"the plugins of the environment can't be checked: {words or text[-500:]}", code="environment_bad"
             ) from error
         stands = compare(wanted.role, read_lock(wanted.lock), there)
         wrong = [each.words for each in stands if each.drift and each.drift != "extra"]
-        wrong += [
-            f"{each.distribution} can't be used: {each.error}" for each in there if each.error and not each.version
-        ]
+        wrong += [each.error for each in there if each.error and not each.distribution]
         if wrong:
             raise InvalidInput(
                 f"the environment of role {wanted.role.name} is not well: {'; '.join(wrong)}", code="environment_bad"
             )
-        code, _, words = self._ask([program, "agent", "config", "-o", "json", *self.settings])
+        code, _, words = self._ask([program, "agent", "config", "-o", "json", *config, *self.settings])
         if code != 0:
             raise InvalidInput(f"the agent's settings are not right for it: {words}", code="environment_bad")
         return self._form(target / "bin" / "python")

@@ -87,6 +87,9 @@ def run(arguments: Sequence[str]) -> int:
         result: Any = root.main(args=list(arguments), prog_name="outrider", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else DONE
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)  # the help itself, as it is
+        return USAGE
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "outrider"
         say_error(f"{error.format_message().rstrip('.')} (see `{where} --help`)")

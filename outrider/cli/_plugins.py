@@ -58,24 +58,29 @@ plugin_options = (
 )
 
 
-def look(selection: Callable[[], dict[str, Any]], *, facts: bool = False) -> Probe:
-    """The plugins of this environment, looked at in a process of their own. Raises InvalidInput for bad settings."""
+def look(selection: Callable[[], dict[str, Any]]) -> Probe:
+    """The plugins of this environment, looked at in a process of their own, and asked for facts as an agent asks them.
+
+    Raises InvalidInput for bad settings.
+    """
     for package in ("stevedore", "pluggy"):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     from outrider.plugin_probe import probe
 
-    return probe(**selection(), facts=facts)
+    return probe(**selection(), facts=True)
 
 
-def as_rows(probe: Probe) -> list[dict[str, Any]]:
-    """A plugin a row, as JSON values. A hook that failed makes its plugin one that is broken."""
+def as_rows(probe: Probe, *, closely: bool = False) -> list[dict[str, Any]]:
+    """A plugin a row, as JSON values. A hook that failed is noted; ``closely``, its plugin is one that is broken."""
     rows = [plain(asdict(report)) for report in probe.plugins]
     failures = {each["plugin"]: each for each in probe.failures}
     for row in rows:
         failure = failures.get(row["name"])
-        if failure is not None and row["state"] == "ok":
+        if failure is not None and row["state"] == "ok" and closely:
             row |= {"state": "error", "ok": False, "error": failure["error"], "fix": f"mend {failure['hook']}"}
+        elif failure is not None and row["state"] == "ok":
+            row["notes"].append(failure["error"])
         wants = unmet(row["distribution"]) if row["distribution"] else []
         row["notes"] += [f"{row['distribution']} needs {each}" for each in wants]
     return rows
@@ -132,9 +137,8 @@ def show(rows: Iterable[dict[str, Any]], *, contract: bool = False) -> bool:
         if fix:
             note(f"  to mend it: {fix}")
     for row in rows:
-        if contract or state_of(row) == "disabled":
-            for each in row.get("notes") or ():
-                note(f"{row['name'] or '?'}: {each}")
+        for each in row.get("notes") or ():
+            note(f"{row['name'] or '?'}: {each}")
     return bool(broken)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, str] = {
     "dev": "Start server and agent in one process, for a first try and for tests.",
-    "server": "The server: init, run, config, install.",
+    "server": "The server: init, run, backup, restore, config, install.",
     "agent": "The agent of a node: run, status, doctor, config, install, plugins.",
     "node": "Nodes and their roles: add, list, show, drain, role, rm.",
     "pipeline": "Pipelines: validate, schema.",

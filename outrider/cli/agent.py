@@ -78,6 +78,10 @@ def run(**flags: Any) -> None:
     configure_logging(config.log_level, config.log_format)
     notifier = Notifier.from_environment(os.environ)
 
+    async def tell_when_connected(agent: Agent) -> None:
+        await agent.connected.wait()
+        notifier.connected(config.server)
+
     async def main(stop: asyncio.Event) -> None:
         agent = Agent(config)
         running = asyncio.create_task(agent.run())
@@ -86,8 +90,11 @@ def run(**flags: Any) -> None:
         async with starting(notifier, "opening the journal"):
             await asyncio.wait({running, asked, ready}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done() and not running.done():
+            notifier.connected("")
+            telling = asyncio.create_task(tell_when_connected(agent))
             async with serving(notifier, agent.status_line):
                 await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
+            telling.cancel()
         asked.cancel()
         ready.cancel()
         agent.stop()

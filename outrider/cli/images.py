@@ -236,11 +236,13 @@ def _verified(stream: IO[bytes], file: Path) -> Contents:
 @contextmanager
 def _sentences() -> Iterator[None]:
     """What goes wrong in the workshop as an error of ours."""
-    from outrider.cli.imagebuild import BuildError
-    from outrider.errors import PermanentError
+    from outrider.cli.imagebuild import BuildError, UnknownImage
+    from outrider.errors import NotFound, PermanentError
 
     try:
         yield
+    except UnknownImage as error:
+        raise NotFound(str(error), code="unknown_image") from error
     except BuildError as error:
         raise PermanentError(str(error), code="image_build") from error
 

@@ -160,7 +160,7 @@ def show(app: App, node_id: str, as_json: bool) -> None:
         stands = [
             (
                 each.distribution,
-                (each.wanted or "any") if each.named else "not by the role",
+                (each.wanted or "any") if each.named else "not by the role" if node.role else "",
                 each.locked,
                 each.actual or "missing",
                 _DRIFTS.get(each.drift, each.drift),

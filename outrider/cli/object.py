@@ -148,7 +148,7 @@ def list_(app: App, kind: str, as_json: bool) -> None:
 @output_option
 @click.pass_obj
 def rm(app: App, refs: tuple[tuple[str, str], ...], as_json: bool) -> int:
-    """Remove objects."""
+    """Remove objects. Their volumes go from their nodes, but for those with `keep`."""
     from outrider.cli._client import request_id
     from outrider.cli._many import each
     from outrider.v1 import control_service_pb2 as pb

@@ -26,7 +26,8 @@ def command() -> None:
 def list_(app: App, node: str | None, selection: Callable[[], dict[str, Any]], as_json: bool) -> int:
     """List step plugins with their step types; one that can't be used is listed with the reason and the fix.
 
-    Those of this machine are what an agent here would load, by its settings. The exit code is 1 if one can't be used.
+    Those of this machine are what an agent here would load, by its settings, with what it would note of them. The exit
+    code is 1 if one can't be used.
     """
     rows = _of_node(app, node) if node else _plugins.as_rows(_plugins.look(selection))
     if as_json:
@@ -42,10 +43,10 @@ def doctor(selection: Callable[[], dict[str, Any]], as_json: bool) -> int:
     """Look closer at the step plugins of this environment: contract, requirements, facts, and what could be better.
 
     Each is imported in a process of its own making, so that one which crashes it is named, too. The exit code is 1 if
-    one can't be used.
+    one can't be used, or fails when it is asked for facts: the agent goes on with such a plugin, and only notes it.
     """
-    found = _plugins.look(selection, facts=True)
-    rows = _plugins.as_rows(found)
+    found = _plugins.look(selection)
+    rows = _plugins.as_rows(found, closely=True)
     broken = any(row["state"] == "error" for row in rows)
     if as_json:
         emit_json({"ok": not broken, **_plugins.environment(), "plugins": rows, "facts": found.facts})

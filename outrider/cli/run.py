@@ -134,7 +134,10 @@ def _sentence(run: types.Run, failed: list[types.StepStatus]) -> str:
     for step in failed:
         cause = _cause(step.failure) or f"it ended with exit code {step.exit_code}"
         causes.append(cause if cause.startswith(f"step {step.name} ") else f"step {step.name}: {cause}")
-    if not causes and _cause(run.failure):
+    if run.failure.code == "run_timeout":
+        # What its steps say of it sounds as if it were a timeout of their own.
+        causes = [f"{_cause(run.failure)} (it was at {', '.join(step.name for step in failed)})"]
+    elif not causes and _cause(run.failure):
         causes = [_cause(run.failure)]
     return clean(f"{sentence}: {'; '.join(causes)}" if causes else sentence)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -84,7 +85,15 @@ def init(app: App, /, write_context: str | None, new_token: bool, as_json: bool,
         return
     click.echo(made.admin_token)
     note(f"the server in {config.data_dir} is ready; its CA is {made.ca_path}, the operator's token stands above")
-    note(f"start it with: outrider server run --data-dir {config.data_dir}")
+    note(f"start it with: {_start_command(config, **flags)}")
+
+
+def _start_command(config: ServerConfig, file: Path | None, names: tuple[str, ...], **flags: Any) -> str:
+    """`outrider server run` with what was given here, and where the data lies in any case."""
+    given: list[tuple[str, object]] = [("--config", file)]
+    given += [("--data-dir", config.data_dir), ("--listen", flags["listen"]), *(("--name", each) for each in names)]
+    words = [str(word) for option, value in given if value is not None for word in (option, value)]
+    return shlex.join(["outrider", "server", "run", *words])
 
 
 def _context_file(app: App, name: str, config: ServerConfig) -> ContextFile:

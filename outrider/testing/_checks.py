@@ -32,8 +32,8 @@ from outrider.steps import NoOutputs, StepContext, StepPlan, StepType
 from outrider.testing import _isolated
 from outrider.testing._isolated import context_as_json
 from outrider.testing._purity import watched
+from outrider.testing._schemas import open_objects, secrets
 
-_SECRET_NAME = re.compile(r"secret|token|passw|passphrase|credential|private_?key|api_?key|access_?key$", re.IGNORECASE)
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _CRASH = re.compile(r"^(\w+\.)*\w*(Error|Exception)\b|Traceback|<class '|object at 0x")
 # A name of an image: the grammar of references (distribution/reference), with a tag or a digest demanded.
@@ -96,12 +96,9 @@ def load(module: str, step_type: str) -> Subject:
 
 
 def plan(subject: Subject, request: StepRequest, policy: NodePolicy) -> PlannedStep:
-    """The plan, made as on a node; the check fails with the node's sentence if there is none."""
+    """The plan, made as on a node. Raises OutriderError with the node's sentence if there is none."""
     subject.usable  # noqa: B018 - skips
-    try:
-        return plan_step(request, subject.host, policy)
-    except OutriderError as error:
-        pytest.fail(f"the example is refused: {error}", pytrace=False)
+    return plan_step(request, subject.host, policy)
 
 
 def schema_problems(subject: Subject) -> Iterator[str]:
@@ -119,8 +116,10 @@ def schema_problems(subject: Subject) -> Iterator[str]:
             continue
         if schema.get("type") != "object":
             yield f"{label} must be a model with fields: its JSON Schema is no object"
-        if label == "params" and schema.get("additionalProperties") is not False:
-            yield 'params take keys that they don\'t know; write: class Params(BaseModel, extra="forbid")'
+        if label == "params" and not schema.get("properties") and schema.get("additionalProperties") is not False:
+            yield "params take any keys: give the model a field for each"
+        for where, model in open_objects(schema, label):
+            yield f'{where}: keys pass that are no fields of it; write: class {model}(BaseModel, extra="forbid")'
 
 
 def impurities(subject: Subject, params: BaseModel, context: StepContext) -> list[str]:
@@ -151,17 +150,13 @@ def differences(subject: Subject, params: BaseModel, context: StepContext) -> li
 
 def secret_parameters(subject: Subject) -> list[str]:
     """Parameters that look like secrets."""
-    problems = []
-    for name, field in subject.usable.params.model_fields.items():
-        shown = field.alias or name
-        secret = "Secret" in str(field.annotation)
-        text = field.annotation in (str, str | None) or secret
-        if secret or (text and _SECRET_NAME.search(name) and not re.search(r"(_|^)(env|from|name)$", name)):
-            problems.append(
-                f"the parameter {shown} looks like a secret: parameters stand in pipelines and plans for everybody to "
-                "read; take it as an env, and name that in the step type's envs"
-            )
-    return problems
+    model = subject.usable.params
+    found = {path: None for by_alias in (True, False) for path in secrets(model.model_json_schema(by_alias=by_alias))}
+    return [
+        f"the parameter {path} looks like a secret: parameters stand in pipelines and plans for everybody to read; "
+        "take it as an env, and name that in the step type's envs"
+        for path in found
+    ]
 
 
 def secrets_in_plan(subject: Subject, params: BaseModel, context: StepContext) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import pytest
 
+from outrider.errors import OutriderError
 from outrider.masking import contains_secret
 from outrider.steps import EXIT_TEMPORARY
 from outrider.testing import _checks as checks
@@ -78,10 +79,13 @@ class StepConformance:
 
     def test_example_is_accepted(self, outrider_step: StepUnderTest, example: Example) -> None:
         """The parameters of the example fit schema, model, volumes and the node's policy."""
-        outrider_step.planned(example)
+        try:
+            outrider_step.accept(example)
+        except OutriderError as error:
+            _fail(f"the example is refused: {error}")
 
     def test_resolve_is_pure(self, outrider_step: StepUnderTest, example: Example) -> None:
-        """No I/O, no clock, no randomness, no environment; and what it is given stays as it was."""
+        """No I/O, no thread, no clock, no randomness, no environment; and what it is given stays as it was."""
         _none(checks.impurities(outrider_step.subject, *outrider_step.given(example)))
 
     def test_resolve_is_deterministic(self, outrider_step: StepUnderTest, example: Example) -> None:

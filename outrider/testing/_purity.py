@@ -40,10 +40,7 @@ _EVENTS = {
     "smtplib.": "uses the network",
 }
 _HARMLESS = {"fspath", "fsencode", "fsdecode", "get_blocking", "cpu_count", "WIFEXITED", "strerror"}
-_CLOCKS = {
-    "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time",
-    "localtime", "gmtime", "ctime", "sleep", "strftime", "asctime",
-}  # fmt: skip
+_NO_CLOCKS = {"mktime", "strptime"}  # of the module time; all the rest of it may be one, also what is added to it
 _ENVIRON = {
     getattr(type(os.environ), name).__code__ for name in ("__getitem__", "__iter__", "__setitem__", "__delitem__")
 }
@@ -106,7 +103,7 @@ def watched() -> Iterator[list[str]]:
 def _meaning(function: Any) -> str:
     """What a call of a built-in is, if it is none that a pure function makes."""
     name, module, owner = function.__name__, getattr(function, "__module__", None), getattr(function, "__self__", None)
-    if module == "time" and name in _CLOCKS:
+    if module == "time" and name not in _NO_CLOCKS:
         return f"reads the clock (time.{name})"
     if isinstance(owner, type) and issubclass(owner, datetime.date) and name in ("now", "utcnow", "today"):
         return f"reads the clock ({owner.__name__}.{name})"
@@ -114,6 +111,10 @@ def _meaning(function: Any) -> str:
         return "uses randomness"
     if module == "posix" and name not in _HARMLESS:
         return f"asks the system (os.{name})"
+    if module == "_thread" and name.startswith("start_"):
+        return "starts a thread"  # and what that does, nobody watches
+    if module == "_posixsubprocess":
+        return "starts a process"
     if module == "_socket":
         return f"uses the network (socket.{name})"
     return ""

@@ -61,11 +61,18 @@ class StepUnderTest:
         """The values that must turn up nowhere."""
         return tuple(str(value) for value in values(example.secrets, self._environment).values())
 
-    def planned(self, example: Example) -> PlannedStep:
-        """The plan, made as on a node; fails with the node's sentence if there is none."""
+    def accept(self, example: Example) -> PlannedStep:
+        """The plan, made as on a node. Raises OutriderError with the node's sentence if there is none."""
         envs = values(example.envs, self._environment) | values(example.secrets, self._environment)
         request = self._request(example.params, _mounted(example.volumes), envs=envs, object_ref=example.object)
         return checks.plan(self.subject, request, self._policy)
+
+    def planned(self, example: Example) -> PlannedStep:
+        """The plan; the check is skipped if there is none, which another check says."""
+        try:
+            return self.accept(example)
+        except OutriderError:
+            pytest.skip("the example is refused; see test_example_is_accepted")
 
     def given(self, example: Example) -> tuple[BaseModel, StepContext]:
         """What resolve gets."""

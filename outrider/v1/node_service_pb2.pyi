@@ -125,6 +125,42 @@ class RegisterResponse(google.protobuf.message.Message):
 global___RegisterResponse = RegisterResponse
 
 @typing.final
+class FindRemovedObjectsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OBJECTS_FIELD_NUMBER: builtins.int
+    @property
+    def objects(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.ObjectRef]:
+        """at most 1000"""
+
+    def __init__(
+        self,
+        *,
+        objects: collections.abc.Iterable[outrider.v1.types_pb2.ObjectRef] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["objects", b"objects"]) -> None: ...
+
+global___FindRemovedObjectsRequest = FindRemovedObjectsRequest
+
+@typing.final
+class FindRemovedObjectsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REMOVED_FIELD_NUMBER: builtins.int
+    @property
+    def removed(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[outrider.v1.types_pb2.ObjectRef]:
+        """of those; one that is there again, or never was, is none of them"""
+
+    def __init__(
+        self,
+        *,
+        removed: collections.abc.Iterable[outrider.v1.types_pb2.ObjectRef] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["removed", b"removed"]) -> None: ...
+
+global___FindRemovedObjectsResponse = FindRemovedObjectsResponse
+
+@typing.final
 class GetOwnRoleRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -65,6 +65,11 @@ class NodeServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.FromString,
                 )
+        self.FindRemovedObjects = channel.unary_unary(
+                '/outrider.v1.NodeService/FindRemovedObjects',
+                request_serializer=outrider_dot_v1_dot_node__service__pb2.FindRemovedObjectsRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_node__service__pb2.FindRemovedObjectsResponse.FromString,
+                )
         self.GetOwnRole = channel.unary_unary(
                 '/outrider.v1.NodeService/GetOwnRole',
                 request_serializer=outrider_dot_v1_dot_node__service__pb2.GetOwnRoleRequest.SerializeToString,
@@ -136,6 +141,13 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindRemovedObjects(self, request, context):
+        """Which of these objects somebody has removed; asked from time to time, for the volumes that the node has of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetOwnRole(self, request, context):
         """The node's role and what it has, with its lock. Needs no session: it is asked by who makes environments on the node.
         """
@@ -195,6 +207,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.RecoverRuns,
                     request_deserializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.SerializeToString,
+            ),
+            'FindRemovedObjects': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindRemovedObjects,
+                    request_deserializer=outrider_dot_v1_dot_node__service__pb2.FindRemovedObjectsRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_node__service__pb2.FindRemovedObjectsResponse.SerializeToString,
             ),
             'GetOwnRole': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOwnRole,
@@ -378,6 +395,23 @@ class NodeService(object):
         return grpc.experimental.unary_unary(request, target, '/outrider.v1.NodeService/RecoverRuns',
             outrider_dot_v1_dot_node__service__pb2.RecoverRunsRequest.SerializeToString,
             outrider_dot_v1_dot_node__service__pb2.RecoverRunsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def FindRemovedObjects(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/outrider.v1.NodeService/FindRemovedObjects',
+            outrider_dot_v1_dot_node__service__pb2.FindRemovedObjectsRequest.SerializeToString,
+            outrider_dot_v1_dot_node__service__pb2.FindRemovedObjectsResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -75,6 +75,12 @@ class NodeServiceStub:
     ]
     """Asked after Register and before Connect by an agent that has lost its journal."""
 
+    FindRemovedObjects: grpc.UnaryUnaryMultiCallable[
+        outrider.v1.node_service_pb2.FindRemovedObjectsRequest,
+        outrider.v1.node_service_pb2.FindRemovedObjectsResponse,
+    ]
+    """Which of these objects somebody has removed; asked from time to time, for the volumes that the node has of them."""
+
     GetOwnRole: grpc.UnaryUnaryMultiCallable[
         outrider.v1.node_service_pb2.GetOwnRoleRequest,
         outrider.v1.node_service_pb2.OwnRole,
@@ -132,6 +138,12 @@ class NodeServiceAsyncStub:
         outrider.v1.node_service_pb2.RecoverRunsResponse,
     ]
     """Asked after Register and before Connect by an agent that has lost its journal."""
+
+    FindRemovedObjects: grpc.aio.UnaryUnaryMultiCallable[
+        outrider.v1.node_service_pb2.FindRemovedObjectsRequest,
+        outrider.v1.node_service_pb2.FindRemovedObjectsResponse,
+    ]
+    """Which of these objects somebody has removed; asked from time to time, for the volumes that the node has of them."""
 
     GetOwnRole: grpc.aio.UnaryUnaryMultiCallable[
         outrider.v1.node_service_pb2.GetOwnRoleRequest,
@@ -210,6 +222,14 @@ class NodeServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[outrider.v1.node_service_pb2.RecoverRunsResponse, collections.abc.Awaitable[outrider.v1.node_service_pb2.RecoverRunsResponse]]:
         """Asked after Register and before Connect by an agent that has lost its journal."""
+
+    @abc.abstractmethod
+    def FindRemovedObjects(
+        self,
+        request: outrider.v1.node_service_pb2.FindRemovedObjectsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[outrider.v1.node_service_pb2.FindRemovedObjectsResponse, collections.abc.Awaitable[outrider.v1.node_service_pb2.FindRemovedObjectsResponse]]:
+        """Which of these objects somebody has removed; asked from time to time, for the volumes that the node has of them."""
 
     @abc.abstractmethod
     def GetOwnRole(

@@ -1099,9 +1099,7 @@ class Node(google.protobuf.message.Message):
         """set: it takes no new runs"""
 
     @property
-    def role_state(self) -> global___RoleState:
-        """set: it has a role"""
-
+    def role_state(self) -> global___RoleState: ...
     @property
     def environment(self) -> global___Environment:
         """set: its agent was started by the launcher"""
@@ -1202,7 +1200,7 @@ global___RolePlugin = RolePlugin
 
 @typing.final
 class RoleState(google.protobuf.message.Message):
-    """How a node stands to its role, by what its agent reported when it registered."""
+    """How a node stands to its role, by what its agent reported when it registered. Without a role: what it has."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1212,6 +1210,7 @@ class RoleState(google.protobuf.message.Message):
     DRIFT_FIELD_NUMBER: builtins.int
     PROBLEM_FIELD_NUMBER: builtins.int
     role: builtins.str
+    """empty: it has none, and there is no drift"""
     role_version: builtins.int
     """0: the server has no such role"""
     drift: builtins.bool
@@ -1250,7 +1249,7 @@ class PluginState(google.protobuf.message.Message):
     actual: builtins.str
     """the version on the node; empty: it is not there"""
     drift: builtins.str
-    """missing, version, lock, broken, extra; empty: as it should be"""
+    """missing, version, lock, broken, disabled, extra; empty: as it should be"""
     named: builtins.bool
     """the role names it"""
     def __init__(

@@ -65,14 +65,14 @@ class Runs(Part):
             raise InvalidInput(f"a timeout of {timeout_s:g} s is not between 0 and 30 days", code="bad_timeout")
         node = await self._s.db.read(lambda c: nodes.get(c, request.node_id))
         never_came = not node.epoch
-        if never_came or not (request.allow_offline or self._s.fleet.is_online(node.node_id)):
-            # Without a registration nobody knows its step types, so nothing can be checked.
-            raise self._s.fleet.offline_error(node.node_id)
         pipeline = await asyncio.to_thread(checks.load, request.pipeline_yaml, request.pipeline_sha256)
-        problems, args = await self._problems(pipeline, request.node_id, ref, given)
+        # Of a node that never registered nobody knows the step types; all else can be checked.
+        problems, args = await self._problems(pipeline, "" if never_came else request.node_id, ref, given)
         if ref is None:
             problems += checks.without_object(pipeline)
         checks.refuse(f"pipeline {pipeline.name} can't run", problems)
+        if never_came or not (request.allow_offline or self._s.fleet.is_online(node.node_id)):
+            raise self._s.fleet.offline_error(node.node_id)
         run_id = new_run_id()
 
         def accept(connection: Connection) -> types_pb2.Run:
@@ -113,9 +113,16 @@ class Runs(Part):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         limit = min(request.limit, _MAX_LISTED) if request.limit > 0 else 100
-        found = await self._s.db.read(
-            lambda c: runs.listed(c, node_id=request.node_id, ref=request.object, states=request.states, limit=limit)
-        )
+
+        def read(connection: Connection) -> list[types_pb2.Run]:
+            listed = runs.listed(
+                connection, node_id=request.node_id, ref=request.object, states=request.states, limit=limit
+            )
+            if not listed and request.node_id:
+                nodes.get(connection, request.node_id)  # runs outlive their node: only here can it be a wrong name
+            return listed
+
+        found = await self._s.db.read(read)
         return pb.ListRunsResponse(runs=[self._shown(run) for run in found])
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> types_pb2.Run:

@@ -2,7 +2,8 @@
 
 SQLite keeps no checksums of its pages: a flipped byte within a value reads as another value. So a server that
 stops leaves a seal beside the file, its size and SHA-256, and the next start compares them. After a crash there is
-no seal; then SQLite's own quick check tells damage of the structure, and that alone.
+no seal; then it is told whether commits are lost (see `outrider.sqlite_loss`), and SQLite's own quick check tells
+damage of the structure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from sqlalchemy import Engine
 
 from outrider.errors import InvalidInput
+from outrider.sqlite_loss import COMMITS, commits_lost, damage_of_log, mark_of
 from server_core.security.files import sync_directory, write_private
 
 RESTORE_HINT = "restore a backup with `outrider server restore FILE`; the file is left as it is"
@@ -25,6 +27,13 @@ _SEALED_UP_TO_BYTES = 1024**3
 _CHECKED_UP_TO_BYTES = 256 * 1024**2
 
 
+def refuse_damaged_log(path: Path) -> None:
+    """Raise InvalidInput if commits are lost from the store's write-ahead log. To be asked before SQLite opens it,
+    and then throws away what it can't read."""
+    if damage := damage_of_log(path):
+        raise _loss(path, damage)
+
+
 def refuse_damaged(path: Path, engine: Engine) -> None:
     """Raise InvalidInput unless the store is as it was left, as far as that can be told in about a second.
 
@@ -32,16 +41,18 @@ def refuse_damaged(path: Path, engine: Engine) -> None:
     """
     if _is_as_sealed(path):
         return
-    if path.stat().st_size > _CHECKED_UP_TO_BYTES:
-        return
     with engine.connect() as connection:
+        if lost := commits_lost(path, int(connection.exec_driver_sql(COMMITS).scalar_one())):
+            raise _loss(path, f"its last commits are not in it, {lost} of them")
+        if path.stat().st_size > _CHECKED_UP_TO_BYTES:
+            return
         result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
     if result != "ok":
         raise sqlite3.DatabaseError(f"malformed: {result}")
 
 
 def break_seal(path: Path) -> None:
-    """From now on the store is written to. Durable when this returns."""
+    """From now on the store is written to; or it is another one. Durable when this returns."""
     seal = _seal_of(path)
     if seal.exists():
         seal.unlink()
@@ -58,7 +69,8 @@ def set_seal(path: Path) -> None:
     try:
         write_private(_seal_of(path), text.encode() + b"\n")
     except OSError:
-        return  # a full disk: the next start makes do with the structural check
+        return  # a full disk: the next start makes do with what it does after a crash
+    mark_of(path).unlink(missing_ok=True)  # the seal says more, and goes with whoever puts another store in its place
 
 
 def sha256_of(path: Path) -> str:
@@ -87,6 +99,15 @@ def _refusal(path: Path, why: str) -> InvalidInput:
         f"the store {path} is not what the server left when it stopped: {why}",
         code="store_damaged",
         hint=f"{RESTORE_HINT}. If you changed it yourself, remove {_seal_of(path)} to have it taken as it is",
+    )
+
+
+def _loss(path: Path, what: str) -> InvalidInput:
+    return InvalidInput(
+        f"the store {path} has lost the end of its history: {what}",
+        code="store_damaged",
+        hint=f"{RESTORE_HINT}. If you put another store there, or want to go on without what is lost, remove {path}-wal"
+        f" and {mark_of(path)}",
     )
 
 

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util.exc import CommandError
 from sqlalchemy import Engine, exc, inspect
 
 from outrider.errors import InvalidInput
 from outrider.failpoints import failpoint
 from server_core.store.commits import Commit
+
+
+@contextlib.contextmanager
+def _without_entry_points() -> Iterator[None]:
+    """While Alembic is imported: it looks for plugins of its own then, and the store has no use for any. That look
+    raises for all of them when the metadata of a single distribution, of whomever, is damaged."""
+    found = importlib.metadata.entry_points
+    importlib.metadata.entry_points = lambda **_: ()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        importlib.metadata.entry_points = found
+
+
+with _without_entry_points():
+    from alembic import command
+    from alembic.config import Config
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+    from alembic.util.exc import CommandError
 
 
 def refuse_foreign(engine: Engine) -> None:

@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from outrider.errors import InvalidInput, NotFound
 from outrider.v1 import types_pb2
 from server_core.store import schema
-from server_core.store.common import dump, now_us, refuse_stale, stamp
+from server_core.store.common import dump, get_meta, now_us, refuse_stale, set_meta, stamp
 from server_core.store.nodes import listing
 
 MAX_ATTRIBUTES_BYTES = 256 * 1024
 _MAX_VALUE_BYTES = 64 * 1024
+_REMOVALS_SINCE = "object_removals_since"  # in `meta`: the number in the audit log after which removals count
 
 
 def spoken(ref: types_pb2.ObjectRef) -> str:
@@ -99,6 +100,27 @@ def remove(connection: Connection, ref: types_pb2.ObjectRef) -> None:
     get(connection, ref)
     for table in (schema.object_status, schema.objects):
         connection.execute(delete(table).where(table.c.kind == ref.kind, table.c.name == ref.name))
+
+
+def was_removed(connection: Connection, ref: types_pb2.ObjectRef) -> bool:
+    """Whether somebody removed the object, and it is not there again. Not merely: whether it is not there.
+
+    What a store has never heard of, or forgot, may be there under a name that somebody's files rely on. That it was
+    removed stands in the audit log, for ever; what was removed before a backup may have been made again after it, so
+    rows from before a restore don't count.
+    """
+    if find(connection, ref) is not None:
+        return False
+    row = schema.audit.c
+    since = int(get_meta(connection, _REMOVALS_SINCE) or 0)
+    query = select(row.number).where(row.subject == spoken(ref), row.resource == "objects", row.verb == "delete")
+    return connection.execute(query.where(row.number > since).limit(1)).first() is not None
+
+
+def distrust_removals(connection: Connection) -> None:
+    """Let no removal that is known by now count for `was_removed` any more."""
+    last = connection.execute(select(func.max(schema.audit.c.number))).scalar()
+    set_meta(connection, _REMOVALS_SINCE, str(last or 0))
 
 
 def write_back(

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select, text, update
 from outrider.v1 import types_pb2
 from server_core.store import events, runs, schema
 from server_core.store.common import get_meta, now_us, set_meta
+from server_core.store.objects import distrust_removals
 
 NUMBERS_STEP = 1_000_000_000
 """Epochs, run sequences, and the numbers of events and log chunks grow by it: more than anybody counted since."""
@@ -37,6 +38,7 @@ def make_safe(connection: Connection, made_at: datetime) -> list[str]:
         )
     )
     connection.execute(update(env_sets).values(version=env_sets.c.version + VERSIONS_STEP))
+    distrust_removals(connection)
     roles = schema.node_roles
     connection.execute(update(roles).values(version=roles.c.version + VERSIONS_STEP))
     set_meta(connection, "run_sequence", str(int(get_meta(connection, "run_sequence") or 0) + NUMBERS_STEP))

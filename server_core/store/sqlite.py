@@ -24,6 +24,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 
 from outrider.errors import Conflict, InvalidInput, OutriderError, PermanentError, TemporaryError
 from outrider.failpoints import failpoint
+from outrider.sqlite_loss import COMMITS, CommitMark, mark_of
 from server_core.store import integrity, migrate
 from server_core.store.commits import Commit
 
@@ -52,6 +53,7 @@ class SqliteDatabase:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
             integrity.break_seal(path)  # that of a store which was moved away
+            mark_of(path).unlink(missing_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._writer_engine = _engine(path, writing=True)
         self._reader_engine = _engine(path, writing=False)
@@ -59,10 +61,13 @@ class SqliteDatabase:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
         self._closed = False
         try:
+            integrity.refuse_damaged_log(path)
             migrate.refuse_foreign(self._writer_engine)
             integrity.refuse_damaged(path, self._writer_engine)
             integrity.break_seal(path)
             migrate.upgrade(self._writer_engine, copy=path.with_name(path.name + ".former"))
+            with self._writer_engine.connect() as connection:
+                self._mark = CommitMark(path, int(connection.exec_driver_sql(COMMITS).scalar_one()))
         except (exc.DatabaseError, sqlite3.DatabaseError) as error:
             self._dispose()
             raise _unusable(path, error) from error
@@ -92,6 +97,7 @@ class SqliteDatabase:
         self._queue.put(None)
         self._thread.join()
         self._dispose()
+        self._mark.close()
         if not self._damaged:
             integrity.set_seal(self._path)
 
@@ -137,7 +143,7 @@ class SqliteDatabase:
                 ending = group[-1] is None
                 jobs = cast("list[_Job]", group[:-1] if ending else group)
                 if jobs:
-                    _commit(connection, jobs)
+                    _commit(connection, jobs, self._mark)
                     self._damaged = self._damaged or any(_is_damage(job.future.exception()) for job in jobs)
                 if ending:
                     return
@@ -161,13 +167,19 @@ class _Job:
     future: Future[Any]
 
 
-def _commit(connection: Connection, group: list[_Job]) -> None:
+def _commit(connection: Connection, group: list[_Job], mark: CommitMark) -> None:
     """One transaction for all of ``group``, each in a savepoint; they are answered once it is on the disk."""
     answers: list[tuple[Any, BaseException | None]] = []
     try:
         with connection.begin():
+            changes = _changes(connection)
             answers = [_carry_out(connection, job) for job in group]
+            changed = _changes(connection) != changes  # where nothing did, the commit writes and syncs nothing
+            if changed:
+                connection.exec_driver_sql(mark.counting)
             _reach(job.commit.before for job in group)
+        if changed:
+            mark.committed()
         _reach(job.commit.after for job in group)
     except BaseException as error:
         answers = [(None, _refusal(error))] * len(group)
@@ -176,6 +188,11 @@ def _commit(connection: Connection, group: list[_Job]) -> None:
             job.future.set_result(value)
         else:
             job.future.set_exception(problem)
+
+
+def _changes(connection: Connection) -> int:
+    """How many rows were changed on it so far."""
+    return cast("sqlite3.Connection", connection.connection.dbapi_connection).total_changes
 
 
 def _carry_out(connection: Connection, job: _Job) -> tuple[Any, BaseException | None]:

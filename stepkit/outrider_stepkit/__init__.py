@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from outrider_stepkit.checksums import HashingReader, sha256_of
 from outrider_stepkit.masking import Masker
 from outrider_stepkit.meter import Meter
+from outrider_stepkit.moves import uninterrupted
 from outrider_stepkit.patterns import Selection
 from outrider_stepkit.program import main
 from outrider_stepkit.publish import free_bytes, staged_directory, staged_file, write_error
@@ -41,6 +42,7 @@ __all__ = [
     "sha256_of",
     "staged_directory",
     "staged_file",
+    "uninterrupted",
     "write_error",
 ]
 

@@ -71,7 +71,8 @@ class ControlClient:
 
         ``on_output`` gets what it prints as it comes: "stdout" or "stderr", and the text. Gives exit_code, and
         truncated: whether some of the output is missing, because the agent was restarted meanwhile. With an ``id``
-        the call may be repeated (here and by the next attempt's program alike): the program is run once.
+        the call may be repeated within the attempt, also after an error that is temporary: the program is run once. The
+        next attempt's ids are its own.
         """
 
         def heard(document: dict[str, Any]) -> None:
@@ -279,6 +280,7 @@ def _error(status: int, data: bytes, what: str) -> ControlError:
     if isinstance(document.get("error"), dict):
         document = {"error": document["error"].get("message"), **document["error"]}
     message = str(document.get("error") or document.get("message") or f"{what} was refused with status {status}")
+    message = " | ".join(message.splitlines())  # of a log, say: a failure is told on one line
     if document.get("hint"):
         message += f" ({document['hint']})"
     temporary = document.get("temporary", {"temporary": True, "permanent": False}.get(str(document.get("class"))))

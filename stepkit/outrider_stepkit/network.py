@@ -17,12 +17,12 @@ from outrider_stepkit.step import StepFailure
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 REFUSED = (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
-    "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
     "::/96", "64:ff9b:1::/48", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
 )  # fmt: skip
-"""Loopback, link-local (where clouds keep their metadata), private and other special ranges; the node's filter has the
-same."""
+"""Loopback, link-local (where clouds keep their metadata), private and other special ranges, and 168.63.129.16, where
+Azure's machines get their configuration from; the node's filter has the same."""
 
 _REFUSED = tuple(ipaddress.ip_network(each) for each in REFUSED)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")

@@ -1,7 +1,8 @@
 """Writing so that a path holds the whole or nothing: staged on the same volume, synced, renamed.
 
-What a killed attempt left staged is removed by the next one for the same place. A stage is locked by the process that
-fills it, so that another's work is never taken for a leftover.
+What a killed attempt left staged is removed by the next one for the same place, and what it had begun to move into its
+place is moved there first (see moves.py). A stage is locked by the process that fills it, so that another's work is
+never taken for a leftover.
 """
 
 from __future__ import annotations
@@ -20,7 +21,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from outrider_stepkit.moves import finish, is_unfinished, move_all, sync_directory, uninterrupted
 from outrider_stepkit.step import StepFailure
+
+__all__ = [
+    "STAGE_PREFIX",
+    "free_bytes",
+    "is_mount",
+    "move_all",
+    "recover",
+    "remove_tree",
+    "staged_directory",
+    "staged_file",
+    "swap",
+    "sync_directory",
+    "sync_filesystem",
+    "uninterrupted",
+    "write_error",
+]
 
 STAGE_PREFIX = ".outrider-stage."
 _AT_FDCWD = -100
@@ -71,7 +89,7 @@ def staged_file(target: str | os.PathLike[str], *, mode: int = 0o644) -> Iterato
     if path.is_dir() and not path.is_symlink():
         raise StepFailure(f"{path} is a directory; a file was to be written there", code="is_a_directory")
     _make_parents(path)
-    _remove_leftovers(path.parent, path.name)
+    _tidy(path.parent, path.name)
     stage = path.parent / _stage_name(path.name)
     descriptor = None
     try:
@@ -99,15 +117,15 @@ def staged_file(target: str | os.PathLike[str], *, mode: int = 0o644) -> Iterato
 def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory to fill, on the volume of ``target``; removed when the block ends, with what is still in it.
 
-    Move out of it what is to stay (``sync_filesystem`` first, then rename). Where ``target`` is the root of a
-    volume there is no "beside it", so the stage lies inside.
+    Move out of it what is to stay: ``sync_filesystem`` first, then one rename, or ``move_all`` where it takes several.
+    Where ``target`` is the root of a volume there is no "beside it", so the stage lies inside.
     """
     path = Path(target)
     inside = is_mount(path)
     place = path if inside else path.parent
     if not inside:
         _make_parents(path)
-    _remove_leftovers(place, path.name)
+    _tidy(place, path.name)
     stage = place / _stage_name(path.name)
     descriptor = None
     try:
@@ -120,7 +138,16 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-        remove_tree(stage)
+        if not is_unfinished(stage):
+            remove_tree(stage)
+
+
+def recover(target: str | os.PathLike[str]) -> None:
+    """Finish what a killed attempt had begun to publish at ``target``: for whoever looks at it before staging."""
+    path = Path(target)
+    place = path if is_mount(path) else path.parent
+    if place.is_dir():
+        _tidy(place, path.name, remove=False)
 
 
 def is_mount(path: Path) -> bool:
@@ -140,15 +167,6 @@ def sync_filesystem(path: Path) -> None:
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(path))
-    finally:
-        os.close(descriptor)
-
-
-def sync_directory(path: Path) -> None:
-    """Have the names in ``path`` reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -205,22 +223,34 @@ def _short(name: str) -> str:
     return os.fsencode(name)[:120].decode("utf-8", "replace").replace("\ufffd", "_")
 
 
-def _remove_leftovers(place: Path, name: str) -> None:
+def _tidy(place: Path, name: str, *, remove: bool = True) -> None:
+    """Finish what dead processes were about to publish, and remove what else they have left, if that is wanted."""
     prefix = f"{STAGE_PREFIX}{_short(name)}."
-    for entry in os.scandir(place):
-        if not entry.name.startswith(prefix) or "." in entry.name[len(prefix) :]:
-            continue
+    with os.scandir(place) as found:
+        ours = [entry.path for entry in found if entry.name.startswith(prefix) and "." not in entry.name[len(prefix) :]]
+    for path in ours:
         try:
-            descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if entry.is_dir(follow_symlinks=False):
-                remove_tree(Path(entry.path))
-            else:
-                os.unlink(entry.path)
         except OSError:
+            os.close(descriptor)
             continue  # somebody is at work on it
+        try:
+            _tidy_stage(Path(path), name, remove=remove)
         finally:
             os.close(descriptor)
+
+
+def _tidy_stage(stage: Path, name: str, *, remove: bool) -> None:
+    if is_unfinished(stage):
+        remove = finish(stage, name)
+    if not remove:
+        return
+    with contextlib.suppress(OSError):
+        if stage.is_dir() and not stage.is_symlink():
+            remove_tree(stage)
+        else:
+            stage.unlink()

@@ -73,6 +73,7 @@ def test_calls_go_where_they_belong(socket_path: Path) -> None:
         (503, {"error": "the engine is away", "code": "engine_unavailable"}, "engine_unavailable", True),
         (500, {"error": {"message": "m", "code": "c", "class": "temporary"}}, "c", True),
         (500, b"<html>", "refused", False),
+        (422, {"error": "not ready; its log ends with:\nno map\nbye", "code": "not_ready"}, "not_ready", False),
     ],
 )
 def test_refusals_carry_what_the_agent_said(
@@ -84,6 +85,8 @@ def test_refusals_carry_what_the_agent_said(
     assert (caught.value.status, caught.value.code, caught.value.temporary) == (status, code, temporary)
     if isinstance(body, dict) and "hint" in body:
         assert str(caught.value) == "the name is taken (choose another)"
+    if code == "not_ready":
+        assert str(caught.value) == "not ready; its log ends with: | no map | bye"
 
 
 def test_agent_that_is_away_is_waited_for_and_then_temporary(tmp_path: Path) -> None:

@@ -49,6 +49,13 @@ def test_what_is_allowed_opens_nothing_beside_it(
     assert guard.allows(str(beside)) == AddressGuard().allows(str(beside))
 
 
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254"]
+)
+def test_where_clouds_keep_their_metadata_nothing_goes(address: str) -> None:
+    assert not AddressGuard().allows(address)
+
+
 def test_the_internet_is_allowed() -> None:
     for address in ("1.1.1.1", "203.0.113.9", "2606:4700:4700::1111", "64:ff9b::101:101"):
         assert AddressGuard().allows(address), address

@@ -12,9 +12,8 @@ import pytest
 from tests.e2e.conftest import Dev, start_dev, stop_dev
 from tests.plugin_fixtures import NAMES, install
 
-# One ends the process, and is found out at the next start: tests/unit/cli/test_plugin_doctor.py. The other stops a
-# library of the server's, which `outrider dev` has in its process; an agent of its own does without that.
-APART = {"ends-process", "damaged-entry-points"} | {"hanging-import", "hook-hangs"}  # one that is slow is enough here
+# One ends the process, and is found out at the next start: tests/unit/cli/test_plugin_doctor.py.
+APART = {"ends-process"} | {"hanging-import", "hook-hangs"}  # one that is slow is enough here
 INSTALLED = sorted(set(NAMES) - APART)
 
 
@@ -40,6 +39,7 @@ def test_a_node_with_every_broken_plugin_does_its_work_and_names_them(broken: De
     for ours in ("s3", "http", "archive", "container"):
         assert plugins[ours, f"outrider-step-{ours}"]["state"] == "ok"
     assert plugins["contract-newer", "outrider-fixture-contract-newer"]["contract"] == ">=2,<3"
+    assert plugins["", "outrider_fixture_torn-1.0"]["fix"] == "install it anew, or remove that directory"
     misspelt = plugins["misspelt-hook", "outrider-fixture-misspelt-hook"]
     assert (misspelt["state"], misspelt["fix"]) == ("error", "did you mean outrider_step_types?")
     errors = [each for each in plugins.values() if each["state"] == "error"]

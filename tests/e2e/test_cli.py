@@ -165,7 +165,11 @@ def test_server_and_agent_as_two_processes(tmp_path: Path) -> None:
     made = cli.json(
         "server", "init", "--data-dir", tmp_path / "s", "--listen", f"127.0.0.1:{port}", "--write-context", "x"
     )
-    assert cli.outrider("server", "init", "--data-dir", tmp_path / "s").returncode == 1
+    again = cli.outrider("server", "init", "--data-dir", tmp_path / "s")
+    assert again.returncode == 1
+    other = cli.outrider("server", "init", "--data-dir", tmp_path / "other", "--listen", "127.0.0.1:0", "--name", "x y")
+    command = f"outrider server run --data-dir {tmp_path}/other --listen 127.0.0.1:0 --name 'x y'"
+    assert other.stderr.endswith(f"start it with: {command}\n")
     assert (tmp_path / "context.yaml").stat().st_mode & 0o777 == 0o600
     with process(
         env | {"OUTRIDER_SERVER_LISTEN": f"127.0.0.1:{port}"}, tmp_path / "dev.log", "server", "run",

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.timeout(400)  # environments are made: on a busy machin
 PATIENCE_S = 300.0
 FAILED, INVALID = 1, 4
 HOLD = "print('begin')\nwhile not os.path.exists('/area/go'): time.sleep(0.1)\nprint('end')\n"
+MUTE = "\n\nasync def _mute(self):\n    self.asked.set()\n    await asyncio.Event().wait()\n\n\nSession.run = _mute\n"
 BOOM = "\n\nasync def _boom(self):\n    raise RuntimeError('boom')\n\n\nAgent.run = _boom\n"
 
 
@@ -58,6 +59,7 @@ class RoleSite(Site):
     def start_launcher(self) -> None:
         command = [sys.executable, "-IS", launcher.__file__, "--environments", self.state / "environments"]
         command += ["--initial", OUTRIDER, "--ready-within", "60", "--steady", "0.5", "--tries", "1"]
+        command += ["--connect-within", "20"]
         with (self.folder / "dev.log").open("ab") as log:
             self.running["agent"] = subprocess.Popen(
                 [*map(str, command), "--", "agent", "run", *map(str, self.options())],
@@ -243,6 +245,21 @@ def test_an_agent_that_does_not_get_well_is_left_again_by_itself_while_a_step_ru
     listed = site.cli.json("agent", "plugins", "list", *site.options())
     assert listed["launcher_pid"] == site.running["agent"].pid
     assert sorted(each["state"] for each in listed["environments"]) == ["current", "former", "refused"]
+
+
+@pytest.mark.long
+def test_an_agent_that_never_connects_is_left_again_by_itself_while_a_step_runs(site: RoleSite) -> None:
+    """It is ready, and stays so: only that the server hears nothing of it is wrong."""
+    wheel = outrider_wheel(site.wheels, "0.1.3", {"agent_core/session.py": MUTE})
+    site.set_role(">=0.1.3", {"outrider-step-container": ""}, wheel, *site.locked)
+    former = site.agent()["environment"]
+    run_id, container = site.held()
+    refused = site.sync()
+    assert refused.returncode == FAILED, refused.stderr
+    assert "was tried and left again: it did not connect to the server" in refused.stderr
+    until(lambda: site.agent().get("environment") == former)
+    until(lambda: bool(site.node()["online"]))
+    site.release(run_id, container)
 
 
 @pytest.mark.long

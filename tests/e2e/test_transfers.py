@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 import threading
+import urllib.request
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -209,6 +210,8 @@ def test_objects_and_folders_go_to_s3_and_back_and_a_wrong_checksum_publishes_no
             "fetch-one", "s3.download", one | {"to": "/area/one/", "sha256": digest},
             envs=envs, needs=["store-one"],
         ),
+        # The URL has the endpoint and the account in it, which come from the set as well.
+        step("share", "s3.presign", one, envs=envs, needs=["store-one"]),
         step(
             "fetch-many", "s3.download",
             many | {"to": "/area/many", "sha256": "${{ steps['store-many'].outputs.sha256 }}"},
@@ -230,6 +233,8 @@ def test_objects_and_folders_go_to_s3_and_back_and_a_wrong_checksum_publishes_no
     assert outputs["fetch-one"]["path"] == "/area/one/server"
     assert outputs["fetch-many"]["objects"] == 4
     assert store.get("tree/server") == server
+    with urllib.request.urlopen(outputs["share"]["url"], timeout=20) as answer:
+        assert answer.read() == server
     assert store.get("tree/maps/deep/größe.txt") == b"x"
 
     wrong = {"sha256": "0" * 64}

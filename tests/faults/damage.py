@@ -1,13 +1,19 @@
-"""What happens to files: torn, cut short, overwritten, emptied, removed; and a single bit that flips."""
+"""What happens to files: torn, cut short, overwritten, emptied, removed; and a single bit that flips.
+
+Either to the database itself, or to the log beside it that a killed process leaves and that has its newest history.
+"""
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 PAGE = 4096
+LOG_HEADER, LOG_FRAME = 32, 24 + PAGE
 _SUFFIXES = ("-wal", "-shm")
 
 
@@ -73,4 +79,66 @@ def spoil_run(path: Path, run_id: str) -> None:
         assert changed == 1
 
 
-WAYS = {"torn": tear, "cut": cut, "overwritten": overwrite, "empty": empty, "removed": remove, "flipped": flip}
+def leave(path: Path, target: Path) -> Path:
+    """What a kill at this instant would leave of the database at ``path``, that is in use: put at ``target``."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for file in path.parent.glob(f"{path.name}*"):
+        if not file.name.endswith("-shm"):
+            shutil.copyfile(file, target.with_name(target.name + file.name.removeprefix(path.name)))
+    return target
+
+
+def log_of(path: Path) -> Path:
+    return Path(f"{path}-wal")
+
+
+def current_frames(path: Path) -> int:
+    """How many frames of its log count: those after them are of its former uses."""
+    data = log_of(path).read_bytes()
+    places = range(LOG_HEADER, len(data) - LOG_FRAME + 1, LOG_FRAME)
+    return sum(data[place + 8 : place + 16] == data[16:24] for place in places)
+
+
+def flip_in_log(path: Path, frame: int | None = None) -> None:
+    """One bit of the page that a frame of its log holds (from 0 on; the one in the middle, if not said)."""
+    data = bytearray(log_of(path).read_bytes())
+    frame = current_frames(path) // 2 if frame is None else frame
+    data[LOG_HEADER + frame * LOG_FRAME + 24 + 100] ^= 1
+    log_of(path).write_bytes(data)
+
+
+def flip_in_log_header(path: Path) -> None:
+    """One bit of what says which frames count."""
+    data = bytearray(log_of(path).read_bytes())
+    data[20] ^= 1
+    log_of(path).write_bytes(data)
+
+
+def cut_log(path: Path) -> None:
+    """The second half of what counts in its log is missing."""
+    os.truncate(log_of(path), LOG_HEADER + current_frames(path) // 2 * LOG_FRAME + PAGE // 2)
+
+
+def empty_log(path: Path) -> None:
+    """Its log is there, and nothing in it."""
+    os.truncate(log_of(path), 0)
+
+
+def remove_log(path: Path) -> None:
+    """Its log is not there."""
+    log_of(path).unlink()
+
+
+WAYS = {
+    "torn": tear,
+    "cut": cut,
+    "overwritten": overwrite,
+    "empty": empty,
+    "removed": remove,
+    "flipped": flip,
+    "log flipped": flip_in_log,
+    "log header flipped": flip_in_log_header,
+    "log cut": cut_log,
+    "log empty": empty_log,
+    "log removed": remove_log,
+}

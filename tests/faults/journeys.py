@@ -13,6 +13,8 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -240,9 +242,12 @@ def replaced(traveller: Traveller) -> None:
         lambda: rig.docker("inspect", "--format", "{{.State.StartedAt}}", name) != begun, "a restart for liveness"
     )
     look = {"name": "look", "uses": "container.exec", "with": {"name": name, "args": ["echo", "hi"], "capture": True}}
-    run = traveller.ended(rig.execute(pipeline(start(2, "true", "start-first"), look), object_=game))
+    chatty = start(2, "echo up", "start-first", live={"log": "gone wrong"})
+    run = traveller.ended(rig.execute(pipeline(chatty, look), object_=game))
     assert run.state == types.RUN_STATE_SUCCEEDED, run
     assert version() == "2"
+    seen = {T.MANAGED_LOG_SEEN.before, T.MANAGED_LOG_SEEN.after}
+    traveller.until(lambda: not seen & traveller.left, "its log read for its liveness")
     never = start(3, "true", "stop-first", ready={"log": "never said", "timeout": "2s"})
     run = traveller.ended(rig.execute(pipeline(never), object_=game))
     assert run.state == types.RUN_STATE_FAILED, run
@@ -283,13 +288,13 @@ def given_up(traveller: Traveller) -> None:
     (rig.marks / "go-a").unlink()
 
 
-def rebuilt(traveller: Traveller) -> None:
+def rebuilt(traveller: Traveller, *, harm: Callable[[Path], None] = damage.tear) -> None:
     """A journal that is damaged while a step runs."""
     rig = traveller.rig
     run_id = _with_a_running(traveller, pipeline(step_of("a", held=True), step_of("b")))
     rig.agent.kill()
     traveller._note_death()
-    damage.tear(rig.journal)
+    harm(rig.journal)
     traveller.start_agent()
     traveller.until(lambda: rig.status().get("journal", {}).get("rebuilt_at"), "the journal rebuilt")
     rig.release("a")
@@ -377,7 +382,7 @@ JOURNEYS: dict[str, Journey] = {
         frozenset(
             {
                 T.MANAGED_RESTARTING, T.MANAGED_SWITCHING, T.MANAGED_SWITCHED, T.MANAGED_REPLACING,
-                T.MANAGED_BROUGHT_BACK, T.PORTS_FREED, T.EXEC_INTENDED, T.EXEC_FORGOTTEN,
+                T.MANAGED_BROUGHT_BACK, T.MANAGED_LOG_SEEN, T.PORTS_FREED, T.EXEC_INTENDED, T.EXEC_FORGOTTEN,
             }
         ),
         replaced,
@@ -386,4 +391,6 @@ JOURNEYS: dict[str, Journey] = {
     "given_up": Journey(frozenset({T.RUN_GIVEN_UP}), given_up, logs=False),
     "retold": Journey(frozenset({T.RUN_RETOLD}), retold, logs=False),
     "rebuilt": Journey(frozenset({T.DAMAGE_NOTED, T.REBUILT}), rebuilt),
+    "log_flipped": Journey(frozenset({T.DAMAGE_NOTED, T.REBUILT}), partial(rebuilt, harm=damage.flip_in_log)),
+    "log_removed": Journey(frozenset({T.DAMAGE_NOTED, T.REBUILT}), partial(rebuilt, harm=damage.remove_log)),
 }  # fmt: skip

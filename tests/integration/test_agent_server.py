@@ -195,10 +195,40 @@ async def test_a_run_outlives_the_server_and_the_agent(server: Rig, tmp_path: Pa
         assert len(creates) == len(set(creates)) == 2
 
 
+async def test_volumes_of_an_object_go_with_it_though_its_node_was_away_and_kept_ones_stay(
+    server: Rig, tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent_core.removed_objects.INTERVAL_S", 0.1)
+    token, refs = await add_node(server), {name: types.ObjectRef(kind="game", name=name) for name in ("a", "b")}
+    async with server.operator() as control:
+        for ref in refs.values():
+            request = cpb.SetObjectRequest(request_id=server.request_id(), ref=ref, attributes_json=b"{}")
+            await control.SetObject(request, timeout=TIMEOUT)
+    volumes = {"saves": {"scope": "object"}, "kept": {"scope": "object", "keep": True}}
+    async with agent_of(server, tmp_path, token, runtime):
+        await online(server)
+        for ref in refs.values():
+            run = await ended(server, (await execute(server, steps("one", volumes=volumes), object=ref)).run_id)
+            assert run.state == types.RUN_STATE_SUCCEEDED, run.failure
+    async with server.operator() as control:
+        request = cpb.RemoveObjectRequest(request_id=server.request_id(), ref=refs["a"])
+        await control.RemoveObject(request, timeout=TIMEOUT)
+    await server.restart()
+    root = tmp_path / "agent" / "volumes" / "object" / "game"
+    assert (root / "a" / "saves").exists()
+    async with agent_of(server, tmp_path, token, runtime), asyncio.timeout(TIMEOUT):
+        while (root / "a" / "saves").exists():
+            await asyncio.sleep(0.05)
+    assert [(root / path).exists() for path in ("a/kept", "b/saves", "b/kept")] == [True] * 3
+
+
+@pytest.mark.parametrize("engine", ["there", "away"])
 async def test_a_refused_token_ends_an_agent_that_takes_care_of_nothing(
-    server: Rig, tmp_path: Path, runtime: FakeRuntime
+    server: Rig, tmp_path: Path, runtime: FakeRuntime, engine: str
 ) -> None:
     await add_node(server)
+    if engine == "away":
+        runtime.stop_engine()  # which is an event that waits in the outbox
     with pytest.raises(Unauthenticated):
         async with agent_of(server, tmp_path, "wrong-token", runtime) as agent, asyncio.timeout(TIMEOUT):
             await agent._stopping.wait()

@@ -8,12 +8,13 @@ import hashlib
 import os
 import socket
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec
+from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec, run_began
 from agent_core.runtimes.docker import DockerRuntime
 from outrider.errors import (
     Conflict,
@@ -59,6 +60,30 @@ async def test_attached_output_and_logs_are_byte_exact(node: Node) -> None:
     # The engine's log ends every message with a newline, also the last one of a stream.
     assert hashlib.sha256(logged["stdout"].removesuffix(b"\n")).hexdigest() == expected
     assert logged["stderr"].removesuffix(b"\n") == b"err"
+
+
+async def test_the_log_of_one_run_of_a_container_is_told_apart_from_those_of_former_ones(node: Node) -> None:
+    """Also its very first and its very last line, which the engine may take down before its start and after its end."""
+    script = "echo begins $(cat /proc/sys/kernel/random/uuid); sleep 1; echo ends"
+    container = await node.runtime.create(spec(node, "runs", "sh", "-c", script))
+    ends = []
+    for _ in range(3):
+        await node.runtime.start(container)
+        info = await node.runtime.inspect(container)
+        assert info.state == "running"
+        ends.append((run_began(info), info.finished_at))
+        while (await node.runtime.inspect(container)).state == "running":
+            await asyncio.sleep(0.02)
+    lines = (await log_since(node, container, None)).splitlines()
+    assert len(lines) == 6
+    for number, (began, former_end) in enumerate(ends):
+        assert (await log_since(node, container, began)).splitlines() == lines[2 * number :]
+        assert len((await log_since(node, container, former_end)).splitlines()) in (6 - 2 * number, 7 - 2 * number)
+
+
+async def log_since(node: Node, container: str, since: datetime | None) -> str:
+    async with contextlib.aclosing(node.runtime.logs(container, since=since)) as logs:
+        return b"".join([data async for _, data in logs]).decode()
 
 
 async def test_exit_is_known_however_early_or_late_it_is_asked_for(node: Node) -> None:

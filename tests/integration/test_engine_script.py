@@ -54,6 +54,40 @@ def test_starts_finds_and_stops_its_own_engine(tmp_path: Path) -> None:
     assert "nothing to do" in ended.stderr
 
 
+def test_what_is_run_with_an_engine_of_its_own_takes_it_along_when_the_last_has_ended(tmp_path: Path) -> None:
+    ended = alone(
+        tmp_path,
+        """
+        unset DOCKER_HOST
+        answers() { docker version >/dev/null 2>&1; echo "$1: $?"; }
+        $engine run bash -c 'touch "$OUTRIDER_ENGINE_DIR/there"; sleep 1.5; exit 3' & first=$!
+        until [ -e "$OUTRIDER_ENGINE_DIR/there" ]; do sleep 0.05; done
+        $engine run sleep 3 & second=$!
+        wait $first; echo "first: $?"
+        answers 'beside another'
+        wait $second; echo "second: $?"
+        answers after
+        """,
+    )
+    said = ended.stdout.splitlines()
+    assert said == ["first: 3", "beside another: 0", "second: 0", "after: 1"], ended.stderr
+
+
+def test_an_engine_that_is_to_stay_outlives_what_is_run_with_it(tmp_path: Path) -> None:
+    ended = alone(
+        tmp_path,
+        """
+        unset DOCKER_HOST
+        answers() { docker version >/dev/null 2>&1; echo "$1: $?"; }
+        $engine run $engine start; answers 'asked for meanwhile'
+        $engine run true; answers 'was there before'
+        $engine stop; answers stopped
+        """,
+    )
+    said = ended.stdout.splitlines()
+    assert said == ["asked for meanwhile: 0", "was there before: 0", "stopped: 1"], ended.stderr
+
+
 @pytest.mark.skipif(shutil.which("crun") is None, reason="crun comes with the engine that the script installs")
 def test_its_engine_offers_a_crun_that_works_and_one_that_is_configured_keeps_its_runtimes(tmp_path: Path) -> None:
     configured = tmp_path / "etc"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -133,11 +134,14 @@ async def test_all_who_wait_for_a_pull_hear_how_far_it_is(
         assert not second.done()
         await asyncio.sleep(0.02)
     first.cancel()  # who gives up does not end it for the other
+    await asyncio.sleep(0.6)  # a rate is told once there is something to tell it of
     registry.gate.set()
     await second
     done, total, message = told[1][-2]
     assert done == total > 4 * 2**20
-    assert message.startswith(f"pulling {name}:1")
+    rate = re.fullmatch(rf"pulling {name}:1 at (\d+\.\d) MB/s", message)
+    assert rate is not None, message
+    assert 0 < float(rate[1]) <= (total - told[1][0][0]) / 0.6 / 1e6 + 0.1
     assert 0 < told[0][0][0] < total
     assert told[1][-1] == (0, 0, "")
     assert len([line for line in registry.asked if line.startswith(f"GET /v2/{name}/manifests")]) == 1

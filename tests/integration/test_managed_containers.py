@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ import pytest
 from agent_core.container_spec import ContainerScope, GrantedVolume, ManagedSpec
 from agent_core.containers import Containers
 from agent_core.control import ControlSocket
+from agent_core.policy import NodePolicy
+from agent_core.ports import Ports
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec, Mount
 from agent_core.runtimes.docker import DockerRuntime
 from outrider.errors import Conflict, NotFound, PermanentError, PermissionDenied, PolicyViolation
@@ -114,6 +117,23 @@ async def test_ports_are_kept_over_restarts_and_given_back_on_removal(node: Node
         await node.containers.remove(name)
 
 
+async def test_a_port_is_reached_on_its_interface_alone(node: Node) -> None:
+    name = f"{node.id}-inside"
+    policy = NodePolicy.model_validate(
+        {"warm_none": 1, "ports": {"interface": "127.0.0.1", "interfaces": {"inside": "127.0.0.2"}}}
+    )
+    leases = Ports(node.journal, (28700, 28719), address="127.0.0.1", interfaces=policy.ports.interfaces)
+    containers = Containers(node.runtime, node.journal, leases, node.volumes, policy, node.id)
+    ports = [{"name": "http", "container": 8080, "interface": "inside"}, {"name": "usual", "container": 8080}]
+    started = await containers.start(ManagedSpec.parse(document(name, ports=ports)), await scope_of(node))
+    assert await get(f"http://127.0.0.2:{started.ports['http']}/healthz") == "hi"
+    assert await get(f"http://127.0.0.1:{started.ports['usual']}/healthz") == "hi"
+    for address, port in (("127.0.0.1", "http"), ("127.0.0.2", "usual")):
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            await get(f"http://{address}:{started.ports[port]}/healthz")
+    await containers.remove(name, force=True)
+
+
 async def test_volume_outlives_its_run_while_a_container_mounts_it(node: Node) -> None:
     name = f"{node.id}-vol"
     scope = await scope_of(node)
@@ -139,6 +159,21 @@ async def test_what_does_not_get_ready_is_removed_and_shows_its_last_lines(node:
     assert time.monotonic() - started < 10
     assert not [info for info in await node.containers.list() if info.name == name]
     assert node.ports.held(name) == {}
+
+
+@pytest.mark.parametrize(("named", "code"), [("SIGUSR1", 10), ("USR1", 10), (None, 15)])
+async def test_stop_signal_that_is_named_is_the_one_that_is_delivered(node: Node, named: str | None, code: int) -> None:
+    """Each signal ends the program with a code of its own; killed after the grace it would be 137."""
+    script = "trap 'exit 10' USR1; trap 'exit 15' TERM; echo up; while :; do sleep 0.1; done"
+    spec = ManagedSpec.parse(
+        {"name": f"{node.id}-signal", "image": BASE, "args": ["sh", "-c", script], "ready": {"log": "up"}}
+        | {"stop_signal": named, "stop_grace_s": 20}
+    )
+    await node.containers.start(spec, await scope_of(node))
+    assert (await node.containers.stop(spec.name)).exit_code == code
+    await node.containers.start_existing(spec.name)
+    restarted = await node.containers.restart(spec.name)  # which stops it the same way
+    assert restarted.state == "running"
 
 
 async def test_readiness_by_connection_does_not_believe_the_port_proxy(node: Node) -> None:

@@ -70,8 +70,8 @@ class Watched:
     events: list[tuple[str, str, Mapping[str, Any]]] = field(default_factory=list)
 
 
-@pytest.fixture
-async def watched(node: Node) -> AsyncIterator[Watched]:
+@contextlib.asynccontextmanager
+async def supervised(node: Node) -> AsyncIterator[Watched]:
     """The node with its supervision, as an agent has it."""
     events: list[tuple[str, str, Mapping[str, Any]]] = []
 
@@ -92,6 +92,12 @@ async def watched(node: Node) -> AsyncIterator[Watched]:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def watched(node: Node) -> AsyncIterator[Watched]:
+    async with supervised(node) as watched:
+        yield watched
 
 
 async def until(holds: Callable[[], Awaitable[Any]], what: str, within_s: float = 60.0) -> Any:
@@ -150,6 +156,23 @@ async def test_what_is_not_alive_any_more_is_restarted_long_after_its_step_has_e
     await node.containers.stop(name)
     await asyncio.sleep(1.5)
     assert (await node.containers.inspect(name)).state == "exited"
+
+
+async def test_a_line_of_the_log_that_was_printed_while_no_agent_watched_counts_once(node: Node) -> None:
+    """And not for the next run of the container: the engine's log has the lines of both."""
+    name = f"{node.id}-unheard"
+    script = "[ -e /data/told ] || { touch /data/told; echo FATAL ERROR; }; " + IDLE
+    spec = document(name, args=["sh", "-c", script], volumes={"saves": "/data:rw"}, live={"log": "FATAL ERROR"})
+    await node.containers.start(spec, await scope_of(node))
+    before = await node.containers.inspect(name)
+    async with supervised(node) as watched:
+        after = await until(lambda: _restarted(node, name, before.started_at), "the restart")
+        await asyncio.sleep(1.5)
+        assert [each[0] for each in watched.events] == ["container.restarted"]
+    async with supervised(node) as watched:  # the next agent
+        await asyncio.sleep(1.5)
+        assert watched.events == []
+    assert (await node.containers.inspect(name)).started_at == after.started_at
 
 
 async def _is(get: Callable[[], Awaitable[str]], wanted: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,11 @@ async def problems(rig: Rig, control: Control, node: str = "n1") -> str:
     return str(error)
 
 
-async def started(rig: Rig, name: str = "n1", *, step_types: bool = True, **fields: Any) -> FakeAgent:
+async def started(
+    rig: Rig, name: str = "n1", *, step_types: Sequence[tpb.StepTypeInfo] | bool = True, **fields: Any
+) -> FakeAgent:
     agent = await add_node(rig, name)
-    agent.step_types = [ECHO] if step_types else []
+    agent.step_types = list(step_types) if not isinstance(step_types, bool) else [ECHO] * step_types
     agent.version = "0.1.0"
     for field, value in fields.items():
         setattr(agent, field, value)
@@ -154,6 +156,40 @@ async def test_the_server_shows_what_a_node_should_have_what_it_has_and_the_diff
     await agent.stop()
 
 
+async def test_a_plugin_of_the_role_that_is_disabled_or_half_broken_is_drift(rig: Rig) -> None:
+    off = tpb.Plugin(
+        name="test", distribution="outrider-step-test", version="1.0", state="disabled", notes=["it is named"]
+    )
+    broken = tpb.Plugin(name="a", distribution="outrider-step-test", version="1.0", state="error", error="no module x")
+    agents = [await started(rig, plugins=[off]), await started(rig, "n2", plugins=[broken, TEST])]
+    async with rig.operator() as control:
+        await put(rig, control, role_of())
+        state = (await assign(rig, control, "game")).role_state
+        assert [each.drift for each in state.plugins] == ["", "disabled"]
+        assert state.drift
+        assert state.problem == (
+            "outrider-step-test 1.0 is there and disabled (it is named): "
+            "enable it in the agent's settings there, or take it out of the role"
+        )
+        state = (await assign(rig, control, "game", "n2")).role_state
+        assert [each.drift for each in state.plugins] == ["", "broken"]
+        assert "outrider-step-test 1.0 can't be used: no module x: on the node, run" in state.problem
+    for agent in agents:
+        await agent.stop()
+
+
+async def test_a_node_without_a_role_shows_what_it_has(rig: Rig) -> None:
+    agent = await started(rig, plugins=[TEST])
+    async with rig.operator() as control:
+        state = (await node_of(control)).role_state
+        assert (state.role, state.drift, state.problem) == ("", False, "")
+        assert [(each.distribution, each.actual, each.wanted, each.drift) for each in state.plugins] == [
+            ("outrider", "0.1.0", "", ""),
+            ("outrider-step-test", "1.0", "", ""),
+        ]
+    await agent.stop()
+
+
 async def test_a_change_of_the_lock_alone_is_drift_of_an_environment_that_was_made_from_a_lock(rig: Rig) -> None:
     async with rig.operator() as control:
         made = await put(rig, control, role_of())
@@ -203,6 +239,53 @@ async def test_a_run_that_a_node_can_not_do_is_refused_with_the_reason_and_the_f
             cpb.ExecutePipelineRequest(request_id="ok", pipeline_yaml=PIPELINE, node_id="n3"), timeout=TIMEOUT
         )
         assert run.run_id
+    for agent in agents:
+        await agent.stop()
+
+
+async def test_a_strangers_step_type_is_refused_with_where_it_comes_from(rig: Rig) -> None:
+    other = tpb.Plugin(
+        name="zz", distribution="acme-steps", version="1.0", state="error", error="no module x; reinstall"
+    )
+    torn = tpb.Plugin(name="", distribution="torn-1.0", state="error", error="its metadata is torn")
+    older = tpb.Plugin(name="test", distribution="outrider-step-test", version="0.9", ok=True, step_types=["test.old"])
+    old = tpb.StepTypeInfo(name="test.old", plugin="test", distribution="outrider-step-test", version="0.9")
+    agents = [
+        await started(rig, step_types=False),
+        await started(rig, "n2", step_types=False, plugins=[other, torn]),
+    ]
+    async with rig.operator() as control:
+        # Nobody has it: what is known is what the role has, what is broken on the node, and which version is there.
+        assert "no step plugin is installed there" in await problems(rig, control)
+        await put(rig, control, role_of())
+        await assign(rig, control, "game")
+        assert (
+            "it comes from outrider-step-test (>=1,<2), which role game has and the node has not yet: "
+            "run `outrider agent plugins sync` there"
+        ) in await problems(rig, control)
+        named = tpb.NodeRole(name="named", plugins=[tpb.RolePlugin(distribution="acme-test-things")])
+        named.lock = f"outrider==0.1.0 {HASH}\nacme-test-things==1 {HASH}\n".encode()
+        await put(rig, control, named)
+        await assign(rig, control, "named")
+        said = await problems(rig, control)
+        assert "it may come from acme-test-things, which role named has and the node has not yet" in said
+        assert (
+            "it may come from what can't be used there: acme-steps 1.0: no module x; reinstall; "
+            "torn-1.0: its metadata is torn"
+        ) in await problems(rig, control, "n2")
+        agents.append(await started(rig, "n3", step_types=[old], plugins=[older]))
+        await assign(rig, control, "game", "n3")
+        said = await problems(rig, control, "n3")
+        assert "it is not in outrider-step-test 0.9, which the node has; role game has 1.0: run" in said
+        # Some node has it.
+        agents.append(await started(rig, "n4", plugins=[TEST]))
+        await assign(rig, control, "")
+        said = await problems(rig, control)
+        assert "it comes from outrider-step-test, which is to be installed there: give the node a role" in said
+        assert "it can run on n4" in said
+        await assign(rig, control, "", "n3")
+        said = await problems(rig, control, "n3")
+        assert "it is not in outrider-step-test 0.9, which the node has; it is on n4 (1): let a role" in said
     for agent in agents:
         await agent.stop()
 

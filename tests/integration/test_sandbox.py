@@ -1,4 +1,4 @@
-"""The sandbox of a step, looked at from the inside."""
+"""The sandbox of a step and of a managed container, looked at from the inside."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from agent_core.container_spec import ContainerScope, GrantedVolume, ManagedSpec
 from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerSpec, Mount
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 BASE = "outrider/base:1"
 
 LOOK = r"""
-import json, os, socket
+import json, os, resource, socket, sys, time
 def status():
     return dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
 def attempt(work):
@@ -44,22 +45,32 @@ print(json.dumps({
     "connect": attempt(connect), "processes": [p for p in os.listdir("/proc") if p.isdigit()],
     "sockets": [p for p in ("/var/run/docker.sock", "/run/docker.sock") if os.path.exists(p)],
     "limits": {n: open(p).read().strip() for n, ps in LIMITS.items() for p in ps if os.path.exists(p)},
-}))
+    "core": resource.getrlimit(resource.RLIMIT_CORE),
+    "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES},
+}), flush=True)
+if "stay" in sys.argv:
+    time.sleep(1000)
 """
 LIMITS = {
     "memory": ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"],
     "pids": ["/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"],
+    "cpu": ["/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"],
+    # Only version 2 counts swap by itself. A kernel may not count it at all, and has none of these files.
+    "swap": ["/sys/fs/cgroup/memory.swap.max"],
+    "memory_and_swap": ["/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"],
 }
+NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "uts")
+PROGRAM = f"LIMITS, NAMESPACES = {LIMITS!r}, {NAMESPACES!r}\n{LOOK}"
 
 
 async def look(node: Node, **options: Any) -> dict[str, Any]:
     spec = ContainerSpec(
         name=f"{node.id}-look",
         image=BASE,
-        args=("python3", "-c", f"LIMITS = {LIMITS!r}\n{LOOK}"),
+        args=("python3", "-c", PROGRAM),
         labels={LABEL_NODE: node.id, LABEL_KIND: "step"},
         memory_bytes=64 * 1024**2,
-        cpus=1.0,
+        cpus=0.5,
         pids=32,
         **options,
     )
@@ -93,6 +104,10 @@ async def seen(node: Node) -> dict[str, Any]:
 
 
 async def test_step_runs_as_the_allotted_user_without_any_privilege(seen: dict[str, Any]) -> None:
+    has_no_privilege(seen)
+
+
+def has_no_privilege(seen: dict[str, Any]) -> None:
     assert (seen["uid"], seen["gid"]) == seen["expected"]
     assert seen["uid"] >= 200_000
     assert set(seen["groups"]) <= {seen["gid"]}
@@ -104,6 +119,11 @@ async def test_step_runs_as_the_allotted_user_without_any_privilege(seen: dict[s
 
 
 async def test_step_sees_exactly_its_mounts_in_their_mode(seen: dict[str, Any]) -> None:
+    sees_exactly_its_mounts(seen)
+    has_a_tmp_of_its_own(seen, 64 * 1024**2)
+
+
+def sees_exactly_its_mounts(seen: dict[str, Any]) -> None:
     system = {"/", "/etc/resolv.conf", "/etc/hostname", "/etc/hosts"}
     mounts = {path: options.split(",")[0] for path, options in seen["mounts"]}
     own = {p: m for p, m in mounts.items() if p not in system and not p.startswith(("/proc", "/sys", "/dev"))}
@@ -115,7 +135,6 @@ async def test_step_sees_exactly_its_mounts_in_their_mode(seen: dict[str, Any]) 
     assert seen["write_rw"] == "done"
     assert seen["write_ro"] == "Read-only file system"
     assert seen["read_ro"] == "done"
-    assert seen["tmp_bytes"] == 64 * 1024**2
 
 
 async def test_step_sees_exactly_its_envs(seen: dict[str, Any], runtime: Any) -> None:
@@ -127,12 +146,75 @@ async def test_step_sees_exactly_its_envs(seen: dict[str, Any], runtime: Any) ->
 
 
 async def test_step_without_a_network_class_reaches_nothing(seen: dict[str, Any]) -> None:
+    reaches_nothing(seen)
+
+
+def reaches_nothing(seen: dict[str, Any]) -> None:
     assert seen["interfaces"] == ["lo"]
     assert seen["connect"] == "Network is unreachable"
 
 
 async def test_step_is_limited(seen: dict[str, Any]) -> None:
-    assert seen["limits"] == {"memory": str(64 * 1024**2), "pids": "32"}
+    is_limited(seen, memory=64 * 1024**2, pids=32, cpu_us="50000")
+
+
+def is_limited(seen: dict[str, Any], *, memory: int, pids: int, cpu_us: str) -> None:
+    """``cpu_us``: microseconds of processor time in the kernel's usual period of 100 ms."""
+    limits = dict(seen["limits"])
+    assert limits.pop("swap", "0") == "0"
+    assert limits.pop("memory_and_swap", str(memory)) == str(memory)
+    assert limits.pop("cpu").split() in ([cpu_us], [cpu_us, "100000"])
+    assert limits == {"memory": str(memory), "pids": str(pids)}
+    assert seen["core"] == [0, 0]
+
+
+def has_a_tmp_of_its_own(seen: dict[str, Any], size_bytes: int) -> None:
+    options = {path: set(options.split(",")) for path, options in seen["mounts"]}
+    assert options["/tmp"] >= {"rw", "nosuid", "nodev", "noexec"}
+    assert seen["tmp_bytes"] == size_bytes
+
+
+def shares_no_namespace_with_the_host(seen: dict[str, Any]) -> None:
+    """This process is on the engine's host, and was not given namespaces other than the engine's."""
+    assert [name for name in NAMESPACES if seen["namespaces"][name] == os.readlink(f"/proc/self/ns/{name}")] == []
+
+
+@pytest.mark.parametrize("oci_runtime", ["runc", "crun"])
+async def test_step_shares_no_namespace_with_the_host(node: Node, oci_runtime: str) -> None:
+    if oci_runtime not in (await node.runtime.info()).oci_runtimes:
+        pytest.skip(f"this engine has no {oci_runtime}")
+    seen = await look(node, user="200001:200001", oci_runtime=oci_runtime)
+    shares_no_namespace_with_the_host(seen)
+    is_limited(seen, memory=64 * 1024**2, pids=32, cpu_us="50000")
+    has_a_tmp_of_its_own(seen, 64 * 1024**2)
+
+
+async def test_managed_container_has_the_same_sandbox(node: Node) -> None:
+    uid, gid = await node.identities.allot("object:game/a")
+    writable = await node.volumes.allot("r1", "game/a", "rw", "object", True, None)
+    given = await node.volumes.allot("r1", "game/a", "ro", "run", False, None)
+    (Path(given.host_path) / "given").write_text("read me")
+    volumes = {"rw": GrantedVolume(writable.host_path, True), "ro": GrantedVolume(given.host_path, True)}
+    name = f"{node.id}-managed"
+    spec = {
+        "name": name,
+        "image": BASE,
+        "args": ["python3", "-c", PROGRAM, "stay"],
+        "network": "none",
+        "volumes": {"rw": "/rw:rw", "ro": "/ro"},
+        "resources": {"memory_bytes": 64 * 1024**2, "cpus": 0.5, "pids": 32},
+        "tmp_size_bytes": 1024**2,
+        "ready": {"log": "namespaces", "timeout_s": 30},
+        "stop_signal": "SIGKILL",
+    }
+    await node.containers.start(ManagedSpec.parse(spec), ContainerScope("r1", "start", 1, "game/a", volumes, uid, gid))
+    seen = json.loads(b"".join([data async for _, data in node.containers.logs(name)]))
+    has_no_privilege(seen | {"expected": (uid, gid)})
+    sees_exactly_its_mounts(seen)
+    has_a_tmp_of_its_own(seen, 1024**2)
+    reaches_nothing(seen)
+    is_limited(seen, memory=64 * 1024**2, pids=32, cpu_us="50000")
+    shares_no_namespace_with_the_host(seen)
 
 
 async def test_namespace_of_the_pool_gives_a_step_no_more_than_its_class(node: Node) -> None:

@@ -314,6 +314,16 @@ async def test_node_that_never_came_is_said_to_be_so(rig: Rig, control: cgrpc.Co
     await (await add_node(rig)).stop()
     error = await refused(execute(rig, control, allow_offline=True))
     assert "has never connected" in str(error)
+    # What can be known without it is told first.
+    wrong = PIPELINE + b"envs: [{set: nowhere}]\n"
+    assert "nowhere" in str(await refused(execute(rig, control, pipeline_yaml=wrong)))
+
+
+async def test_runs_of_a_node_that_never_was_are_no_empty_list(rig: Rig, control: cgrpc.ControlServiceStub) -> None:
+    await (await add_node(rig)).stop()
+    assert not (await control.ListRuns(cpb.ListRunsRequest(node_id="n1"), timeout=TIMEOUT)).runs
+    error = await refused(control.ListRuns(cpb.ListRunsRequest(node_id="n9"), timeout=TIMEOUT))
+    assert isinstance(error, NotFound)
 
 
 @pytest.mark.parametrize(

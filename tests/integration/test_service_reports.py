@@ -124,6 +124,33 @@ def test_an_agent_whose_token_is_refused_is_never_ready(manager: Manager) -> Non
     assert "error:" in (manager.folder / "log").read_text()
 
 
+def test_an_agent_tells_its_launcher_when_it_is_connected(manager: Manager) -> None:
+    """An environment on trial is judged by it."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    silent = {name: value for name, value in manager.environ.items() if name != "NOTIFY_SOCKET"}
+    silent["OUTRIDER_CONTEXT"] = str(manager.folder / "context.yaml")
+    options = ["--data-dir", manager.folder / "server", "--listen", f"127.0.0.1:{port}"]
+    init = [OUTRIDER, "server", "init", *options, "--write-context", "here"]
+    subprocess.run(init, check=True, capture_output=True, env=silent)
+    with (manager.folder / "server.log").open("wb") as log:
+        server = subprocess.Popen([OUTRIDER, "server", "run", *options], env=silent, stdout=log, stderr=log)
+    manager.processes.append(server)
+    manager.until(lambda: "listens on port" in (manager.folder / "server.log").read_text())
+    add = [OUTRIDER, "node", "add", "n1", "--token-file", manager.folder / "token"]
+    subprocess.run(add, check=True, capture_output=True, env=silent)
+    manager.start(
+        "agent", "run", "--node-id", "n1", "--server", f"localhost:{port}", "--state-dir", manager.folder / "agent",
+        "--ca-file", manager.folder / "server/tls/ca.pem", CREDENTIALS_DIRECTORY=str(manager.folder),
+        OUTRIDER_AGENT_ENGINE_SOCKET=str(manager.folder / "no.sock"),
+    )  # fmt: skip
+    connected = f"X_OUTRIDER_CONNECTED=localhost:{port}"
+    manager.until(lambda: connected in manager.listen())
+    order = [manager.heard.index(line) for line in ("X_OUTRIDER_CONNECTED=", "READY=1", connected)]
+    assert order == sorted(order)
+
+
 def test_an_agent_is_ready_once_it_knows_what_it_lacks_and_falls_silent_when_it_is_frozen(manager: Manager) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -138,6 +165,7 @@ def test_an_agent_is_ready_once_it_knows_what_it_lacks_and_falls_silent_when_it_
     assert manager.status().startswith(f"not connected to {server} (")
     assert "engine missing (" in manager.status()
     assert manager.status().endswith("; 0 runs")
+    assert [line for line in manager.listen() if "CONNECTED" in line] == ["X_OUTRIDER_CONNECTED="]
     assert (manager.folder / "agent/journal.db").exists()
     manager.until(lambda: manager.listen().count("WATCHDOG=1") >= 2)
     process.send_signal(signal.SIGSTOP)

@@ -23,7 +23,8 @@ from outrider.testing import Example, Failing, StepConformance
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "step-authors.md").read_text()
 BLOCKS = dict(re.findall(r"^```\w+ file=(\S+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))
-COMMANDS = re.findall(r"^```console run\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+CONSOLE = re.findall(r"^```console ?(\w*)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+SNIPPETS = re.findall(r"^```(?:python|sh)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
 
 needs_base = pytest.mark.skipif(
     shutil.which("docker") is None
@@ -66,29 +67,71 @@ def test_files_of_the_guide_are_those_that_are_made() -> None:
     assert named - {"examples/"} <= made.keys()
 
 
-def test_commands_of_the_guide_say_what_stands_there(project: Path) -> None:
-    assert COMMANDS
-    for block in COMMANDS:
-        command, _, expected = block.removeprefix("$ ").partition("\n")
-        done = subprocess.run(command, shell=True, cwd=project, env=environ(project), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == expected
+def test_only_what_needs_an_index_is_not_run() -> None:
+    """What is marked "install" or "engine" is run in tests/e2e/test_plugin_project.py."""
+    assert {mark for mark, _ in CONSOLE} == {"install", "run", "engine", ""}
+    assert [block for mark, block in CONSOLE if not mark] == ["$ outrider images lock manifest\n"]
+    # Those about managed containers, which tests/unit/node/test_control_docs.py runs, and the one below.
+    assert [bool(re.search("control|CONTROL", text)) for text in SNIPPETS] == [True, True, False]
 
 
-def test_program_can_be_debugged_without_a_container(project: Path, tmp_path: Path) -> None:
-    data, directory = tmp_path / "data", tmp_path / "outrider"
-    data.mkdir()
-    directory.mkdir()
-    (data / "map").write_bytes(b"1")
-    (directory / "inputs.json").write_text(json.dumps({"of": str(data), "to": f"{tmp_path}/list", "hidden": False}))
-    subprocess.run(
-        [sys.executable, "program", "list"],
+def test_commands_of_the_guide_say_what_stands_there(project: Path, tmp_path: Path) -> None:
+    blocks = [block.replace("/tmp/", f"{tmp_path}/") for mark, block in CONSOLE if mark == "run"]
+    assert len(blocks) == 2
+    for block in blocks:
+        for command, expected in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            done = subprocess.run(
+                command, shell=True, cwd=project, env=environ(project), capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            assert re.fullmatch(re.escape(expected).replace("…", ".+"), done.stdout), done.stdout
+
+
+FETCH = """
+import contextlib
+import types
+
+import pytest
+from outrider.testing import Example, StepConformance
+from outrider_step_manifest import *
+
+
+@contextlib.contextmanager
+def file_server():
+    yield types.SimpleNamespace(url="http://10.0.0.7:8000/x")
+"""
+FETCH_TYPE = """
+from outrider.steps import StepPlan, StepType, WritePath, hookimpl
+from pydantic import BaseModel
+
+
+class FetchParams(BaseModel, extra="forbid"):
+    url: str
+    to: WritePath
+
+
+@hookimpl
+def outrider_step_types():
+    plan = StepPlan(image="outrider/step-manifest:0.1.0", args=("fetch",), network="egress")
+    return [StepType(name="manifest.fetch", params=FetchParams, resolve=lambda params, context: plan, idempotent=True)]
+"""
+
+
+def test_class_whose_parameters_come_from_a_fixture_is_one(project: Path) -> None:
+    (project / "outrider_step_manifest" / "__init__.py").write_text(FETCH_TYPE)
+    (project / "tests" / "test_conformance.py").write_text(FETCH + SNIPPETS[-1])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:asyncio", "--outrider-engine=off"],
         cwd=project,
-        env=environ(project) | {"OUTRIDER_DIRECTORY": str(directory)},
-        check=True,
+        env=environ(project),
+        capture_output=True,
+        text=True,
     )
-    assert (tmp_path / "list").read_text().endswith("  map\n")
-    assert json.loads((directory / "outputs").read_text())["files"] == 1
+    failed, passed = (
+        set(re.findall(rf"^{word} .*::(\w+)", done.stdout, re.MULTILINE)) for word in ("FAILED", "PASSED")
+    )
+    assert failed == {"test_kit_has_what_it_needs"}, done.stdout  # what the page has shown before is left out
+    assert {"test_example_is_accepted", "test_resolve_is_pure", "test_plan_holds_no_secret"} <= passed
 
 
 def test_every_check_and_attribute_of_the_kit_is_explained() -> None:

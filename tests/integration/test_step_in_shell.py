@@ -22,6 +22,7 @@ assert _SPEC is not None
 assert _SPEC.loader is not None
 _SUITE = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_SUITE)
+step_environment = _SUITE.step_environment
 
 
 class TestSnapshotTake(_SUITE.TestTake):  # type: ignore[misc, name-defined]  # a class of a module found by its path

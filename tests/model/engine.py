@@ -11,6 +11,7 @@ import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,9 +237,9 @@ class Connection:
             yield chunks
 
     async def logs(
-        self, container: str, *, follow: bool = False, tail: int | None = None
+        self, container: str, *, follow: bool = False, tail: int | None = None, since: datetime | None = None
     ) -> AsyncGenerator[tuple[StreamName, bytes], None]:
-        async for item in self._engine.logs(container, follow=follow, tail=tail):
+        async for item in self._engine.logs(container, follow=follow, tail=tail, since=since):
             yield item
 
     async def exited(self, container: str, *, boot: str = "") -> Exit:

@@ -252,6 +252,24 @@ async def test_secrets_are_masked_in_logs_and_refused_in_outputs(agent: Rig) -> 
     assert SECRET.encode() not in everything.replace(json.dumps(step).encode(), b"")
 
 
+async def test_outputs_may_have_what_the_step_type_says_is_no_secret(agent: Rig) -> None:
+    agent.link.values = {"store.NAME": "an-account", "store.KEY": SECRET}
+    agent.link.secret_names = {"store.NAME", "store.KEY"}
+
+    async def outcome(text: str, uses: str = "test.public", **envs: str) -> str | None:
+        step = {"name": "a", "uses": uses, "envs": envs, "do": {"outputs": [{"x": text}]}}
+        run = await agent.run(pipeline(step, **ENVS))
+        return None if run.state == "succeeded" else run.steps["a"].failure.code
+
+    both = {"NAME": "store.NAME", "KEY": "store.KEY"}
+    assert await outcome("by an-account", **both) is None
+    assert await outcome(f"an-account {SECRET}", **both) == "secret_in_outputs"
+    assert await outcome("by an-account", "test.shell", **both) == "secret_in_outputs"
+    # Nor what it was not allotted, and what is a secret by its other name as well.
+    assert await outcome("by an-account", KEY="store.KEY") == "secret_in_outputs"
+    assert await outcome(SECRET, NAME="store.KEY", KEY="store.KEY") == "secret_in_outputs"
+
+
 async def test_a_step_waits_for_its_envs_and_says_so(agent: Rig) -> None:
     agent.link.connected.clear()
     agent.link.values = {"store.KEY": "v"}

@@ -49,7 +49,7 @@ BROKEN = {
     "no-hooks": ("implements no hook", "marked with @hookimpl"),
     "bad-signature": ("takes config, which the hook does not give", "it takes no argument"),
     "misspelt-hook": ("outrider_step_type, and there is no such hook", "did you mean outrider_step_types?"),
-    "unknown-hook": ("outrider_on_sunday, and there is no such hook", "outrider_"),
+    "unknown-hook": ("outrider_on_sunday, and there is no such hook", "there are outrider_after_step, outrider_before"),
     "unmarked-hook": ("outrider_step_types of plugin 'unmarked-hook' is never called", "mark it with @hookimpl"),
     "wrapper-hook": ("is a wrapper", "@hookimpl alone"),
     "async-hook": ("is no plain function", "`def` and `return`"),
@@ -57,10 +57,11 @@ BROKEN = {
     "hook-exits": ("SystemExit", "install another version"),
     "not-a-list": ("gives an int", "list of StepType"),
     "not-a-step-type": ("gives a str among its step types", "StepType objects"),
-    "bad-name": ("'Bad' is not the name of a step type", "install another version"),
+    "bad-name": ("'Bad' is not the name of a step type", "its author has to rename that step type"),
     "bad-params": ("params of step type bad.params is the class dict", "pydantic model's class"),
     "bad-outputs": ("outputs of step type bad.outputs is a Params", "pydantic model's class"),
     "bad-envs": ("envs of step type bad.envs", 'envs=["NAME"]'),
+    "bad-public-envs": ("public_envs of step type bad.publicenvs", "list them there"),
     "bad-resolve": ("resolve of step type bad.resolve can't be called: too many", "(params, context)"),
     "async-resolve": ("resolve of step type async.resolve is async", "`def`"),
     "no-schema": ("step type no.schema have no JSON Schema", "WithJsonSchema"),
@@ -76,6 +77,7 @@ WORKS = {
     "contract-undeclared": ("declares no contract range",),
     "forgiving": ("a misspelt parameter of forgiving.step is not noticed",),
     "failing-hooks": (),
+    "late-import": (),  # only where it may take less; see below
 }
 # These are looked at in tests of their own.
 APART = {"duplicate-name", "damaged-metadata", "damaged-entry-points", "ends-process"}
@@ -223,6 +225,13 @@ def test_a_slow_import_is_noted(site: Path) -> None:
         "to import; let it import what is heavy" in each
         for each in host.register(Good(), name="good", distribution="d", version="1").notes
     )
+
+
+def test_an_import_that_takes_long_for_what_it_may_is_noted(site: Path) -> None:
+    install(site, "late-import")
+    (report,) = (each for each in StepPlugins.load(["late-import"], limit_s=3).plugins if each.state != "disabled")
+    assert report.ok
+    assert "s to import; let it import what is heavy where it is used" in report.notes[0]
 
 
 def test_a_name_that_is_not_installed_is_said_with_the_nearest_that_is(site: Path) -> None:

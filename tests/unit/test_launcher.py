@@ -47,7 +47,14 @@ WELL = "say('READY=1\\nSTATUS={name}')\nwhile True:\n    say('WATCHDOG=1')\n    
 HANGS = "while True: time.sleep(0.05)"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + HANGS
 CRASHES = "sys.exit(7)"
+TELLS = "say('X_OUTRIDER_CONNECTED=')\nsay('READY=1')\n"
 READY_THEN_CRASHES = "say('READY=1')\ntime.sleep(0.1)\nos.kill(os.getpid(), signal.SIGKILL)"
+
+
+def connects(port: int) -> str:
+    """To a server of this port, once there is a file of this name."""
+    home = "while not os.path.exists(home + '/{name}.connects'): time.sleep(0.01)"
+    return f"{TELLS}{home}\nsay('X_OUTRIDER_CONNECTED=127.0.0.1:{port}')\n{HANGS}"
 
 
 class Site:
@@ -184,6 +191,100 @@ def test_one_that_does_not_get_well_is_left_again_by_itself(site: Site, does: st
     assert site.state["current"] == ""
     assert site.state["refused"]["environment"] == "bad"
     assert launcher.running(site.home) == (site.process.pid if site.process else 0)
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """A port that is somebody's; nobody is there before it listens."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        yield made
+
+
+def connected(site: Site, server: socket.socket, *options: str) -> int:
+    """Start a launcher whose agent is connected to ``server``, and would be in environment `new` if let; the port."""
+    port: int = server.getsockname()[1]
+    site.environment("", connects(port))
+    site.environment("new", connects(port))
+    (site.folder / "installed.connects").touch()
+    site.start(*options)
+    site.until(lambda: site.state.get("server") == f"127.0.0.1:{port}")
+    return port
+
+
+def test_one_that_does_not_connect_to_a_server_that_is_there_is_left_again(site: Site, server: socket.socket) -> None:
+    server.listen()
+    port = connected(site, server, "--connect-within", "0.5")
+    site.want("new")
+    assert site.until_refused() == f"it did not connect to the server 127.0.0.1:{port} within 0.5 s"
+    site.until(lambda: site.starts == ["installed", "new", "installed"])
+    assert (site.state["current"], site.state["server"]) == ("", f"127.0.0.1:{port}")
+
+
+def test_one_that_connects_is_kept_and_the_next_has_to_as_well(site: Site, server: socket.socket) -> None:
+    server.listen()
+    port = connected(site, server, "--connect-within", "0.5")
+    (site.folder / "new.connects").touch()
+    site.want("new")
+    site.until_current("new")
+    assert site.state["server"] == f"127.0.0.1:{port}"
+    site.environment("deaf", TELLS + HANGS)
+    site.want("deaf", "r2")
+    assert "did not connect" in site.until_refused("r2")
+
+
+def test_a_server_that_is_away_is_no_fault_of_an_environment(site: Site, server: socket.socket) -> None:
+    port = connected(site, server, "--connect-within", "0.3")
+    site.want("new")
+    site.until(lambda: "can't be reached" in site.state.get("trial", {}).get("waits", ""))
+    time.sleep(0.5)
+    assert site.state["trial"]["environment"] == "new"
+    assert site.starts == ["installed", "new"]
+    (site.folder / "new.connects").touch()
+    site.until_current("new")
+    assert site.state["server"] == f"127.0.0.1:{port}"
+
+
+def test_its_time_to_connect_runs_once_the_server_is_back(site: Site, server: socket.socket) -> None:
+    connected(site, server, "--connect-within", "0.3")
+    site.want("new")
+    site.until(lambda: "can't be reached" in site.state.get("trial", {}).get("waits", ""))
+    server.listen()
+    assert "did not connect" in site.until_refused()
+
+
+def test_a_server_that_stays_away_ends_the_trial_in_the_end(site: Site, server: socket.socket) -> None:
+    port = connected(site, server, "--away", "0.5")
+    site.want("new")
+    assert (
+        site.until_refused() == f"the server 127.0.0.1:{port} could not be reached for 0.5 s, so it could not connect"
+    )
+    site.until(lambda: site.starts == ["installed", "new", "installed"])
+
+
+@pytest.mark.parametrize(("former", "new"), [(TELLS + HANGS, TELLS + HANGS), (None, WELL)])
+def test_nothing_is_asked_that_the_former_did_not_do_or_that_the_agent_says_nothing_of(
+    site: Site, server: socket.socket, former: str | None, new: str
+) -> None:
+    server.listen()
+    if former is None:
+        connected(site, server, "--connect-within", "0.2")
+    else:
+        site.environment("", former)
+        site.start("--connect-within", "0.2")
+        site.until(lambda: "READY=1" in site.said())
+    site.environment("new", new)
+    site.want("new")
+    site.until_current("new")
+
+
+def test_a_trial_ends_when_the_current_environment_is_wanted_again(site: Site, server: socket.socket) -> None:
+    connected(site, server)
+    site.want("new")
+    site.until(lambda: site.state.get("trial", {}).get("ready"))
+    site.want("", "r2")
+    site.until(lambda: site.starts == ["installed", "new", "installed"])
+    assert site.state["trial"] == {}
 
 
 def test_what_is_refused_is_tried_again_when_it_is_asked_for_again_and_not_by_itself(site: Site) -> None:

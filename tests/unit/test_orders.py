@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agent_core.orders import AttemptOrder
+from agent_core.volumes import AllottedVolume
 from outrider.steps import Resources, StepPlan
 
 
@@ -30,3 +32,10 @@ def test_a_user_of_its_own_keeps_the_group_that_volumes_belong_to(
     assert made.runs_as == runs_as
     assert spec.user == f"{runs_as[0]}:{runs_as[1]}"
     assert spec.groups == groups
+
+
+def test_volumes_that_another_user_writes_to_are_to_be_shared() -> None:
+    saves, build = AllottedVolume("saves", "/v/saves", "none"), AllottedVolume("build", "/v/build", "none")
+    volumes = {"saves": (saves, "/saves", True), "build": (build, "/build", False)}
+    assert replace(order("1234"), volumes=volumes).shared == ["/v/saves"]
+    assert replace(order(None), volumes=volumes).shared == []

@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import agent_core.config
 import outrider.steps
+import server_core.config
 from agent_core.config import AgentConfig
 from agent_core.policy import NodePolicy
-from outrider import schema
+from outrider import launcher, schema
 from outrider._plugin_hooks import MAX_FACTS_BYTES, hook_names
 from outrider._yaml import compose, plain
 from outrider.plugin_host import LIMIT_S, StepPlugins
+from outrider.roles import Role
 from outrider.steps import (
     CONTRACT,
     ErrorClass,
@@ -37,16 +40,19 @@ from outrider.steps import (
 )
 from server_core.config import ServerConfig
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 REFERENCE = (DOCS / "step-reference.md").read_text(encoding="utf-8")
 OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
+COMMANDS = (DOCS / "cli.md").read_text(encoding="utf-8")
+AUTHORS = (DOCS / "step-authors.md").read_text(encoding="utf-8")
 DESCRIBED = (StepType, StepPlan, Resources, StepContext, VolumeMount, ObjectContext, StepOutcome)
 
 
-def section(title: str) -> str:
+def section(title: str, page: str = REFERENCE) -> str:
     """What stands below a heading, up to the next of any depth."""
-    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", REFERENCE, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"docs/step-reference.md has no section {title}"
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^##+ |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"there is no section {title}"
     return found[1]
 
 
@@ -149,17 +155,60 @@ def test_every_keyword_of_schemas_is_described() -> None:
     assert [word for word in sorted(used) if f'"{word}"' not in REFERENCE] == []
 
 
-@pytest.mark.parametrize("config", [AgentConfig, ServerConfig], ids=lambda config: config.__name__)
-def test_every_setting_stands_in_the_operators_documentation(config: type[BaseModel]) -> None:
-    named = first_cells(OPERATIONS) | set(re.findall(r"`([a-z_]+)`", OPERATIONS))
-    assert [name for name in config.model_fields if name not in named] == []
+def table(head: str, title: str, page: str) -> dict[str, str]:
+    """A table by its first heading: each name in the first column to the second one's text."""
+    found = re.search(rf"^\| {head} \|.*\n\|[-| ]+\n((?:\|.*\n)+)", section(title, page), re.MULTILINE)
+    assert found is not None, f"{title} has no table with the column {head!r}"
+    return {
+        name: cells[2].strip()
+        for cells in (row.split("|") for row in found[1].splitlines())
+        for name in re.findall(r"`([^`]+)`", cells[1])
+    }
 
 
-def test_every_setting_in_the_operators_documentation_exists() -> None:
-    tables = re.findall(r"^\| setting \|.*?\n\|[-| ]+\n((?:\|.*\n)+)", OPERATIONS, re.MULTILINE)
-    assert len(tables) >= 2
-    known = {*AgentConfig.model_fields, *ServerConfig.model_fields}
-    assert [name for table in tables for name in first_cells(table) if name not in known] == []
+@pytest.mark.parametrize(
+    ("head", "title", "model"),
+    [("setting", "The server", ServerConfig), ("setting", "Nodes", AgentConfig), ("key", "Roles of nodes", Role)],
+    ids=["server", "agent", "role"],
+)
+def test_every_setting_has_its_row_and_every_row_its_setting(head: str, title: str, model: type[BaseModel]) -> None:
+    rows = table(head, title, OPERATIONS)
+    assert rows.keys() == model.model_fields.keys()
+    required = {name for name, field in model.model_fields.items() if field.is_required()}
+    assert {name for name, default in rows.items() if default == "required"} == required
+
+
+def test_every_option_of_the_launcher_has_its_row_and_its_default() -> None:
+    source = inspect.getsource(launcher)
+    given = re.findall(r'add_argument\("(--[a-z-]+)", .*?default=(\w+)', source)
+    assert len(given) >= 5
+    shown = table("option", "Plugins of a node", OPERATIONS)
+    assert shown == {option: f"{getattr(launcher, constant):g}" for option, constant in given}
+
+
+def variables(*packages: str) -> set[str]:
+    """Environment variables of ours that the code names: texts that are one, and not sentences with one."""
+    return {
+        node.value
+        for package in packages
+        for file in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"OUTRIDER_[A-Z_]*[A-Z]", node.value)
+    }
+
+
+def test_every_environment_variable_has_its_row_and_every_row_its_variable() -> None:
+    settings = {
+        module.ENV_PREFIX + name.upper()
+        for module, model in ((agent_core.config, AgentConfig), (server_core.config, ServerConfig))
+        for name in model.model_fields
+    }
+    used = variables("outrider", "agent_core", "server_core", "stepkit/outrider_stepkit") - settings
+    of_people = table("variable", "Environment variables", COMMANDS).keys()
+    of_steps = first_cells(section("The contract between agent and program", AUTHORS))
+    assert used == of_people | {name for name in of_steps if name.startswith("OUTRIDER_")}
 
 
 def policy() -> dict[str, Any]:

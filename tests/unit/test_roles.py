@@ -36,8 +36,8 @@ def test_the_roles_that_come_with_outrider_want_what_it_has(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("plugins: {}", "name: Field required"),
-        ("name: a\nplugin: {}", "plugin: Extra inputs are not permitted"),
+        ("plugins: {}", "name: is missing"),
+        ("name: a\nplugin: {}", "plugin: there is no such setting (did you mean plugins?)"),
         ("name: A b", "name: String should match"),
         ("name: a\nplugins: {p: '>1x'}", "'>1x' is no range of versions; it reads like '>=0.1,<0.2'"),
         ("name: a\nagent: newest", "'newest' is no range of versions"),
@@ -114,8 +114,24 @@ def test_every_kind_of_drift_is_told_apart() -> None:
     assert drifts(*well[:1], Installed("outrider-step-s3", "0.2"), well[2])["outrider-step-s3"] == "version"
     assert drifts(*well[:1], Installed("outrider-step-s3", "0.1.9"), well[2])["outrider-step-s3"] == "lock"
     assert drifts(*well[:2], Installed("outrider-step-x", "7", "boom"))["outrider-step-x"] == "broken"
+    assert drifts(*well[:2], Installed("outrider-step-x", "7", disabled="by name"))["outrider-step-x"] == "disabled"
     assert drifts(*well, Installed("outrider-step-http", "1"))["outrider-step-http"] == "extra"
+    assert drifts(*well, Installed("outrider_step_torn-1.0", "", "torn"))["outrider-step-torn-1-0"] == "broken"
+    assert set(drifts(*well, Installed("outrider-step-http", "", disabled="named")).values()) == {""}
     assert drifts(Installed("outrider", "not a version"))["outrider"] == "version"
+
+
+@pytest.mark.parametrize(
+    "second", [Installed("outrider-step-x", "7", "boom"), Installed("Outrider.Step.X", "7", "", "off")]
+)
+def test_of_a_distribution_with_two_plugins_the_one_that_is_not_well_counts(second: Installed) -> None:
+    others = [Installed("outrider", "0.1.3"), Installed("outrider-step-s3", "0.1.1")]
+    well = Installed("outrider-step-x", "7")
+    for there in ([well, second], [second, well]):
+        drift = {each.distribution: each.drift for each in compare(ROLE, LOCK, [*others, *there])}
+        assert drift["outrider-step-x"] == ("broken" if second.error else "disabled")
+    both = [Installed("outrider-step-x", "7", disabled="off"), Installed("outrider-step-x", "7", "boom")]
+    assert [each.drift for each in compare(ROLE, LOCK, [*others, *both])] == ["", "", "broken"]
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
+import os
 import tarfile
+import threading
+from collections.abc import Iterator
+
+import pytest
 
 from outrider.testing import Attempted, Example, Failing, StepConformance, Wrong
 
 PARAMS = {"of": "/saves", "to": "/out/saves.tar.gz"}
 VOLUMES = {"saves": "/saves", "out": "/out:rw"}
+
+
+@pytest.fixture(scope="module")
+def step_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A game that goes on writing to the file "saves/written" of whichever example has one."""
+    over, folder = threading.Event(), tmp_path_factory.getbasetemp()
+
+    def write() -> None:
+        while not over.wait(0.02):
+            with contextlib.suppress(FileNotFoundError):
+                for file in folder.glob("*/saves/written"):
+                    os.utime(file)
+
+    game = threading.Thread(target=write)
+    game.start()
+    yield
+    over.set()
+    game.join()
 
 
 def holds_the_files(done: Attempted) -> None:
@@ -36,6 +60,15 @@ class TestTake(StepConformance):
     failing = (
         Failing("no directory", {**PARAMS, "of": '/saves/"x"'}, volumes=VOLUMES, code="not_a_directory", says='"x"'),
         Failing("nowhere", {**PARAMS, "to": "/out/x/y.tar.gz"}, volumes=VOLUMES, code="not_writable", says="/out/x/y"),
+        Failing(
+            "written to meanwhile",
+            PARAMS,
+            volumes=VOLUMES,
+            files={"saves/written": 128 * 1024**2},
+            code="changed",
+            says="./written",
+            temporary=True,
+        ),
     )
     wrong = (
         Wrong("level", {**PARAMS, "level": 10}, volumes=VOLUMES, says="with.level"),

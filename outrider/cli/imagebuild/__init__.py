@@ -6,6 +6,17 @@ anything is installed; ``outrider images`` where Outrider is.
 
 from outrider.cli.imagebuild.images import BASE, PAUSE, Row, StepImage, Workshop
 from outrider.cli.imagebuild.plugins import build_plugin, of_checkout, of_machine
-from outrider.cli.imagebuild.shell import BuildError
+from outrider.cli.imagebuild.shell import BuildError, UnknownImage
 
-__all__ = ["BASE", "PAUSE", "BuildError", "Row", "StepImage", "Workshop", "build_plugin", "of_checkout", "of_machine"]
+__all__ = [
+    "BASE",
+    "PAUSE",
+    "BuildError",
+    "Row",
+    "StepImage",
+    "UnknownImage",
+    "Workshop",
+    "build_plugin",
+    "of_checkout",
+    "of_machine",
+]

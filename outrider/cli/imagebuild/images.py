@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outrider.cli.imagebuild import base, engine, wheels
-from outrider.cli.imagebuild.shell import BuildError, Progress
+from outrider.cli.imagebuild.shell import BuildError, Progress, UnknownImage
 
 BASE = "outrider/base:1"
 PAUSE = "outrider/pause:1"
@@ -108,7 +108,7 @@ class Workshop:
         known = ["base", "pause", *(step.name for step in self.steps)]
         for name in names:
             if name not in known:
-                raise BuildError(f"there is no image {name!r}; there are {', '.join(known)}")
+                raise UnknownImage(f"there is no image {name!r}; there are {', '.join(known)}")
         wanted = [*names, "base"] if names else known
         todo = [row.name for row in self.rows() if row.name in wanted and (row.state != "up to date" or refresh)]
         if "base" in todo:
@@ -145,7 +145,7 @@ class Workshop:
         known = {step.name: step for step in self.steps if step.requirements.exists()}
         for name in names:
             if name not in known:
-                raise BuildError(f"there is no image with requirements named {name!r}; there are {', '.join(known)}")
+                raise UnknownImage(f"there is no image with requirements named {name!r}; there are {', '.join(known)}")
         made = []
         for step in known.values():
             if not names or step.name in names:

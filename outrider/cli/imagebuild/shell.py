@@ -16,6 +16,10 @@ class BuildError(Exception):
     """The build can't go on. The text is one sentence with what, where and what would help."""
 
 
+class UnknownImage(BuildError):
+    """A name that no image here has."""
+
+
 class Progress:
     """Says on stderr what is being done: one line that changes on a terminal, plain lines elsewhere."""
 

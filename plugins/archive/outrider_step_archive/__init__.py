@@ -90,7 +90,7 @@ class ExtractParams(BaseModel):
     )
     max_bytes: Size = Field(64 * 2**30, description="what the archive may unpack to")
     max_entries: int = Field(1_000_000, ge=1, description="how many files, directories and links it may have")
-    max_depth: int = Field(100, ge=0, le=1000, description="how many folders deep an entry may lie")
+    max_depth: int = Field(128, ge=0, le=1000, description="how many folders deep an entry may lie")
     max_ratio: float = Field(
         1000, ge=1, description="how many bytes may come of each byte of the archive; the first 16 MiB are free"
     )
@@ -132,7 +132,9 @@ class CreateParams(BaseModel):
         " inside and leaves out those that lead out",
     )
     reproducible: bool = Field(
-        False, description="give every entry the same time, so that the same content makes the same archive"
+        False,
+        description="give every entry the same time, so that the same content with the same permissions makes the same"
+        " archive",
     )
     encrypt: bool = Field(
         False,

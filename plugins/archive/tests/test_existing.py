@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +42,18 @@ def test_merge_replaces_what_it_brings_and_keeps_the_rest(step: Step, archive: P
 
 
 def test_replace_leaves_only_what_is_in_the_archive(step: Step, archive: Path, target: Path) -> None:
+    assert step("extract", **{"from": str(archive)}, to=str(target), existing="replace").code == 0
+    assert names(target) == ["data", "data/map", "version"]
+    assert os.listdir(target.parent) == ["arena"]
+
+
+def test_replace_needs_no_exchange_of_directories(
+    step: Step, archive: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap(left: Path, right: Path) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(importlib.import_module("archiving.placing"), "swap", swap)
     assert step("extract", **{"from": str(archive)}, to=str(target), existing="replace").code == 0
     assert names(target) == ["data", "data/map", "version"]
     assert os.listdir(target.parent) == ["arena"]

@@ -203,9 +203,33 @@ def test_volumes_are_cut_and_read(step: Step, tmp_path: Path, volume: Path, kind
     assert str(files[0]) in sentence
 
 
+@pytest.mark.parametrize("kind", ["7z", pytest.param("zip", marks=with_7zz)])
+def test_encrypted_volumes_are_read_and_a_missing_one_is_refused(
+    step: Step, tree: Path, volume: Path, kind: str
+) -> None:
+    (tree / "noise").write_bytes(os.urandom(300_000))
+    wish = {"encrypt": True, "envs": PASSWORD, "volume_size": 100_000}
+    packed = step("create", **{"from": str(tree)}, to=str(volume / f"a.{kind}"), **wish)
+    assert packed.code == 0, packed.stderr
+    files = sorted(volume.iterdir())
+    assert packed.outputs["volumes"] == len(files) == 4
+    first = str(files[0])
+    assert step("extract", **{"from": first}, to=str(volume / "out")).failure[0] == "archive_encrypted"
+    opened = step("extract", **{"from": first}, to=str(volume / "out"), envs=PASSWORD)
+    assert opened.code == 0, opened.stderr
+    assert names(volume / "out") == names(tree)
+    assert (volume / "out" / "noise").read_bytes() == (tree / "noise").read_bytes()
+    for missing in (files[3], files[1]):
+        missing.rename(volume.parent / missing.name)
+        code, sentence = step("extract", **{"from": first}, to=str(volume / "gap"), envs=PASSWORD).failure
+        assert code in ("archive_damaged", "wrong_password")  # what can't be decoded may be either
+        assert first in sentence
+        assert not (volume / "gap").exists()
+
+
 @pytest.mark.parametrize("kind", FORMATS)
-def test_reproducible_archives_do_not_depend_on_times_or_cores(
-    step: Step, process: Step, tree: Path, volume: Path, kind: str
+def test_reproducible_archives_do_not_depend_on_times_cores_or_place(
+    step: Step, process: Step, tree: Path, volume: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tree / "big").write_bytes(os.urandom(3_000_000) + bytes(9_000_000))
     digests = set()
@@ -215,6 +239,8 @@ def test_reproducible_archives_do_not_depend_on_times_or_cores(
         before = os.sched_getaffinity(0)
         if number:
             os.sched_setaffinity(0, {min(before)})  # the process inherits one core
+            monkeypatch.setenv("TZ", "Asia/Kolkata")
+            tree = tree.rename(tree.with_name("elsewhere"))
         try:
             packed = run("create", **{"from": str(tree)}, to=str(volume / f"{number}.{kind}"), reproducible=True)
         finally:

@@ -24,6 +24,7 @@ from backports import zstd
 Step = Callable[..., Any]
 Tar = Callable[..., Path]
 
+FORMATS = ("7z", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "tar.zst")
 SYMLINK, HARDLINK = {"type": tarfile.SYMTYPE}, {"type": tarfile.LNKTYPE}
 
 
@@ -114,24 +115,24 @@ def test_hostile_7z_is_refused(step: Step, tmp_path: Path, volume: Path, name: s
     assert refused(step, hostile_7z(tmp_path / "a.7z", name, content, mode), volume)[0] == "archive_unsafe"
 
 
-def packed(kind: str, path: Path) -> Path:
-    """An archive with a few files, of which the last is long and does not compress."""
-    noise = os.urandom(300_000)
+def packed(kind: str, path: Path, files: dict[str, bytes] | None = None) -> Path:
+    """An archive of ``files``; if not given, a few, of which the last is long and does not compress."""
+    files = files or {"a": b"a" * 5000, "b/c": os.urandom(300_000)}
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as archive:
-        for name, content in (("a", b"a" * 5000), ("b/c", noise)):
+        for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     data = raw.getvalue()
     if kind == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
-            made.writestr("a", b"a" * 5000)
-            made.writestr("b/c", noise)
+            for name, content in files.items():
+                made.writestr(name, content)
     elif kind == "7z":
         with py7zr.SevenZipFile(path, "w") as seven:
-            seven.writestr(b"a" * 5000, "a")
-            seven.writestr(noise, "b/c")
+            for name, content in files.items():
+                seven.writestr(content, name)
     else:
         compressors: dict[str, Callable[[bytes], bytes]] = {
             "tar": bytes,
@@ -144,7 +145,7 @@ def packed(kind: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["7z", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "tar.zst"])
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 0.9999])
 def test_truncated_archive_publishes_nothing(step: Step, tmp_path: Path, volume: Path, kind: str, part: float) -> None:
     archive = packed(kind, tmp_path / f"a.{kind}")
@@ -190,17 +191,34 @@ def test_bomb_stops_at_the_limit(step: Step, tmp_path: Path, volume: Path, kind:
     assert "10000000 bytes" in sentence
 
 
-def test_too_many_entries_are_refused(step: Step, tar: Tar, volume: Path) -> None:
-    archive = tar(*((f"f{number}", b"") for number in range(50)))
+@pytest.mark.parametrize("kind", FORMATS)
+def test_too_many_entries_are_refused(step: Step, tmp_path: Path, volume: Path, kind: str) -> None:
+    archive = packed(kind, tmp_path / f"a.{kind}", {f"f{number}": b"x" for number in range(50)})
+    assert step("extract", **{"from": str(archive)}, to=str(volume / "t"), max_entries=50).code == 0
     assert refused(step, archive, volume, max_entries=49)[0] == "archive_too_large"
 
 
-def test_too_deep_an_entry_is_refused(step: Step, tar: Tar, volume: Path) -> None:
-    archive = tar(("d/" * 4 + "f", b"x"))
-    assert step("extract", **{"from": str(archive)}, to=str(volume / "t"), max_depth=4).code == 0
-    code, sentence = refused(step, archive, volume, max_depth=3)
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("depth", [4, 200])  # and deeper than the default
+def test_too_deep_an_entry_is_refused(step: Step, tmp_path: Path, volume: Path, kind: str, depth: int) -> None:
+    archive = packed(kind, tmp_path / f"a.{kind}", {"d/" * depth + "f": b"x"})
+    ended = step("extract", **{"from": str(archive)}, to=str(volume / "t"), max_depth=depth)
+    assert ended.code == 0, ended.stderr
+    assert (volume / "t" / ("d/" * depth) / "f").read_bytes() == b"x"
+    code, sentence = refused(step, archive, volume, max_depth=depth - 1)
     assert code == "archive_too_large"
-    assert "lies 4 folders deep and 3 are allowed" in sentence
+    assert f"lies {depth} folders deep and {depth - 1} are allowed" in sentence
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_as_deep_as_is_packed_is_unpacked_by_default(step: Step, tmp_path: Path, volume: Path, kind: str) -> None:
+    source = tmp_path / "tree"
+    (source / ("d/" * 128)).mkdir(parents=True)
+    (source / ("d/" * 128) / "f").write_text("x")
+    assert step("create", **{"from": str(source)}, to=str(tmp_path / f"a.{kind}")).code == 0
+    ended = step("extract", **{"from": str(tmp_path / f"a.{kind}")}, to=str(volume / "t"))
+    assert ended.code == 0, ended.stderr
+    assert (volume / "t" / ("d/" * 128) / "f").read_text() == "x"
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.zst", "7z"])

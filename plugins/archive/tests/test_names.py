@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from outrider_step_archive import ExtractParams
 from outrider_stepkit import StepFailure
 
 PROGRAM = str(Path(__file__).parents[1] / "program")
@@ -34,6 +35,11 @@ def trees(names: ModuleType) -> ModuleType:
         return importlib.import_module("archiving.tree")
     finally:
         sys.path.remove(PROGRAM)
+
+
+def test_what_is_packed_is_unpacked_by_default(names: ModuleType) -> None:
+    params = ExtractParams.model_validate({"from": "/a", "to": "/b"})
+    assert params.max_depth == names.MAX_DEPTH
 
 
 PIECES = st.sampled_from(["..", ".", "", "a", "b", "c:", "\\", "..\\..", "a\\..", "\0", "é", "\udcff", " "])

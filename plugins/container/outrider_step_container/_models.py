@@ -104,6 +104,9 @@ class Port(_Model):
     protocol: Literal["tcp", "udp", "tcp+udp"] = Field(default="tcp", description="tcp+udp: one number for both")
     host: PortNumber | None = Field(default=None, description="ask for this host port; any free one if left out")
     range: PortRange | None = Field(default=None, description="ask for a host port of this part of the node's range")
+    interface: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] | None = Field(
+        default=None, description="one that the node's policy has by this name; its usual one if left out"
+    )
 
     @model_validator(mode="after")
     def _either(self) -> Port:

@@ -11,13 +11,15 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from outrider_stepkit import Step, StepFailure, main, staged_file
 from outrider_stepkit.control import ControlClient, ControlError
 
 _PATIENCE_S = 600.0  # beyond what a grace may take
+_AGAIN_S = 1.0
+_TIMEOUTS = (504, 0)  # the engine did not answer in time, or the agent did not
 _CAPTURED = 16 * 1024
 _ENV = re.compile(r"\$\$\(|\$\(envs\.([A-Za-z_][A-Za-z0-9_]*)\)")
 _STARTED = ("id", "name", "image", "ports", "address", "host_paths", "adopted", "replaced")
@@ -63,7 +65,12 @@ def restart(step: Step) -> None:
     """Restart the container in place."""
     name = step.params["name"]
     path = f"/v1/containers/{name}/restart"
-    answer = _client(step).call("POST", path, _grace(step), timeout_s=_patience(step))
+    try:
+        answer = _client(step).call("POST", path, _grace(step), timeout_s=_patience(step))
+    except ControlError as error:
+        if error.status in _TIMEOUTS and error.temporary:
+            raise StepFailure(f"{error}; whether {name} was restarted is not known", code=error.code) from error
+        raise
     step.output(**{key: answer[key] for key in ("name", "state", "exit_code", "ports")})
     print(f"{name} was restarted")
 
@@ -85,7 +92,8 @@ def execute(step: Step) -> None:
             kept += len(text.encode("utf-8", "replace"))
 
     step.progress(0, None, unit="programs", message=f"running {params['args'][0]} in {params['name']}")
-    end = _client(step).exec(params["name"], params["args"], on_output=heard, **options)
+    client = _client(step)
+    end = _looked_up(lambda: client.exec(params["name"], params["args"], on_output=heard, **options))
     if end["exit_code"] not in params["ok"]:
         raise StepFailure(
             f"{params['args'][0]} in the container {params['name']} ended with exit code {end['exit_code']}",
@@ -102,6 +110,22 @@ def execute(step: Step) -> None:
             code="output_too_long",
         )
     step.output(exit_code=end["exit_code"], stdout="".join(printed).removesuffix("\n"))
+
+
+def _looked_up(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer, asked for again while the agent can't tell (its engine is away, or does not answer).
+
+    By this attempt, because its id is known: the next attempt's is another one, with which the program would be run
+    a second time.
+    """
+    while True:
+        try:
+            return ask()
+        except ControlError as error:
+            if not error.temporary:
+                raise
+            print(f"asking again how it went: {error}", file=sys.stderr)
+            time.sleep(_AGAIN_S)
 
 
 def wait(step: Step) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
 from outrider.testing import Attempted, Example, Failing, StepConformance, Wrong
@@ -18,8 +19,8 @@ def container(name: str, script: str = ANSWERS, **more: Any) -> dict[str, Any]:
     return {**given, "restart": "no", **more}
 
 
-def started(name: str, script: str = ANSWERS) -> tuple[tuple[str, dict[str, Any]], ...]:
-    return (("container.start", container(name, script, ready={"log": "up"})),)
+def started(name: str, script: str = ANSWERS, **more: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
+    return (("container.start", container(name, script, ready={"log": "up"}, **more)),)
 
 
 class TestStart(StepConformance):
@@ -74,6 +75,36 @@ class TestStop(StepConformance):
     quick = "it is one call of the agent, which stops containers by itself"
 
 
+def has_begun_twice(done: Attempted) -> None:
+    begun, until = done.volumes["data"] / "begun", time.monotonic() + 10
+    while begun.read_text() != "x\nx\n" and time.monotonic() < until:  # the engine does not wait for its first line
+        time.sleep(0.05)
+    assert begun.read_text() == "x\nx\n"
+
+
+class TestRestart(StepConformance):
+    step_type = "container.restart"
+    plugin = "outrider_step_container"
+    progress = False
+    examples = (
+        Example(
+            "runs anew",
+            {"name": "kit-restart", "grace": "5s"},
+            volumes={"data": "/data:rw"},
+            before=started("kit-restart", f"echo x >> /data/begun; {ANSWERS}", volumes={"data": "/data:rw"}),
+            outputs={"name": "kit-restart", "state": "running"},
+            check=has_begun_twice,
+            object="game/kit-restart",
+        ),
+    )
+    failing = (Failing("no such container", {"name": "kit-none"}, object="game/kit-none", says="kit-none"),)
+    wrong = (
+        Wrong("no name", {}, says="name"),
+        Wrong("grace without a unit", {"name": "x", "grace": "soon"}, says="with.grace"),
+    )
+    quick = "it is one call of the agent, which restarts containers by itself"
+
+
 class TestExec(StepConformance):
     step_type = "container.exec"
     plugin = "outrider_step_container"
@@ -93,6 +124,13 @@ class TestExec(StepConformance):
             {"name": "kit-exec-3", "args": ["sh", "-c", "exit 3"]},
             before=started("kit-exec-3"),
             says="3",
+            object="game/kit-exec",
+        ),
+        Failing(
+            "program takes too long",
+            {"name": "kit-exec-slow", "args": ["sleep", "60"], "timeout": "500ms"},
+            before=started("kit-exec-slow"),
+            code="exec_timeout",
             object="game/kit-exec",
         ),
     )

@@ -26,6 +26,7 @@ START = {
     "ready": {"http": {"port": "http", "path": "/healthz"}, "timeout": "90s"},
     "volumes": {"saves": "/data:rw"},
     "resources": {"memory": "512MiB", "cpus": 1.5},
+    "stop_signal": "SIGUSR1",
     "stop_grace": "2m",
     "tmp": "16MiB",
 }
@@ -41,7 +42,7 @@ def test_start_asks_for_control_and_says_what_the_agent_understands() -> None:
     assert spec.ready is not None
     assert spec.ready.timeout_s == 90
     assert spec.resources.memory_bytes == 512 * 1024**2
-    assert (spec.stop_grace_s, spec.tmp_size_bytes) == (120, 16 * 1024**2)
+    assert (spec.stop_signal, spec.stop_grace_s, spec.tmp_size_bytes) == ("SIGUSR1", 120, 16 * 1024**2)
 
 
 @pytest.mark.parametrize("tcp", ["http", {"port": "http"}])

@@ -43,6 +43,8 @@ IMAGE = f"outrider/step-s3:{__version__}"
 """The image that carries the program."""
 
 _WHERE_AND_WHO = ("S3_ENDPOINT", "S3_REGION", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_SESSION_TOKEN")
+_IN_URLS = ("S3_ENDPOINT", "S3_REGION", "S3_ACCESS_KEY_ID")
+"""What a presigned URL tells its holder. None of it opens anything without the secret key."""
 ENVS = (*_WHERE_AND_WHO, "S3_CA", "S3_SSE_CUSTOMER_KEY")
 """What the program reads from its environment. Without a key pair requests are anonymous."""
 
@@ -105,6 +107,7 @@ def outrider_step_types() -> list[StepType]:
             outputs=PresignOutputs,
             resolve=resolve_presign,
             envs=_WHERE_AND_WHO,
+            public_envs=_IN_URLS,
             idempotent=True,
         ),
     ]

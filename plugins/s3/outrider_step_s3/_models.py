@@ -177,6 +177,7 @@ class UploadParams(TransferParams):
                 "include": ["prefix"],
                 "exclude": ["prefix"],
                 "if_etag": ["key"],
+                "if_unchanged": ["prefix"],
                 "kms_key_id": ["encryption"],
             },
         }
@@ -188,6 +189,11 @@ class UploadParams(TransferParams):
         default=None,
         description="Write only over the object with this tag, so that what somebody else has changed is left alone",
         json_schema_extra=_without_default,
+    )
+    if_unchanged: bool = Field(
+        default=False,
+        description="With a prefix: write each object only if it is still as it was when the prefix was listed, or "
+        "still not there",
     )
     storage_class: Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")] | SkipJsonSchema[None] = Field(
         default=None, description="As the store calls it: STANDARD_IA, GLACIER…", json_schema_extra=_without_default
@@ -205,13 +211,15 @@ class UploadParams(TransferParams):
     )
     checksum: Literal["auto", "crc64nvme", "crc32c", "crc32", "sha256", "md5", "none"] = Field(
         default="auto",
-        description="What the store is asked to check on arrival; auto: CRC-64/NVME, or nothing where it is refused",
+        description="What the store is asked to check on arrival; auto: CRC-64/NVME, or MD5 where it is refused",
     )
 
     @model_validator(mode="after")
     def _conditions(self) -> Self:
         if self.if_etag is not None and self.key is None:
             raise ValueError(f"'if_etag': {_FOR_KEYS}")
+        if self.if_unchanged and self.prefix is None:
+            raise ValueError("'if_unchanged' is for a 'prefix': for a 'key', give the tag that it has in 'if_etag'")
         if self.kms_key_id is not None and self.encryption is None:
             raise ValueError("'kms_key_id' needs 'encryption: aws:kms'")
         return self

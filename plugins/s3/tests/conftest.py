@@ -130,6 +130,7 @@ class Program:
 
     directory: Path
     runs: int = 0
+    run_id: str = "rtest"
 
     def start(self, action: str, params: dict[str, Any], env: dict[str, str]) -> subprocess.Popen[str]:
         self.runs += 1
@@ -141,7 +142,7 @@ class Program:
             "HOME": str(self.directory),
             "OUTRIDER_DIRECTORY": str(contract),
             "OUTRIDER_CONTRACT": "1",
-            "OUTRIDER_RUN_ID": "rtest",
+            "OUTRIDER_RUN_ID": self.run_id,
             "OUTRIDER_STEP": "transfer",
             "OUTRIDER_ATTEMPT": "1",
         }
@@ -234,6 +235,10 @@ class Proxy:
     endpoint: str
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
+    domain: str = ""  # buckets stand before it in the name of the host, and not in the path
+    dropped: str = ""  # headers of requests that begin with this do not reach the store
+    echoed: str = ""  # headers of PUT that begin with this are said back, as by a store that knows them
+    said: dict[str, str] = field(default_factory=dict)  # what is said instead
     ca: str = ""  # the authority behind its certificate, where it speaks TLS
     fault: Callable[[str, str, int], str | None] = lambda method, path, number: None
 
@@ -262,7 +267,7 @@ def tls_proxy(store: Store, tmp_path: Path) -> Iterator[Proxy]:
 @contextmanager
 def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     """Faults: a status and a code ("503 SlowDown"), "cut" (after half of the body), "stall" (half of the body, then
-    silence), "hang" (no answer), "flip" (one bit of the body is another)."""
+    silence), "hang" (no answer), "flip" (one bit of the body is another), "flip-sent" (the same of what is sent)."""
     upstream = urlsplit(store.endpoint)
     connect = http.client.HTTPSConnection if upstream.scheme == "https" else http.client.HTTPConnection
     over = threading.Event()
@@ -289,10 +294,15 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
                 self.close_connection = True
                 return
             connection = connect(upstream.hostname or "", upstream.port, timeout=30)
-            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            bucket, _, domain = self.headers["Host"].partition(".")
+            path = f"/{bucket}{self.path}" if made.domain and domain.split(":")[0] == made.domain else self.path
+            connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                if name.lower() != "expect":
-                    connection.putheader(name, value)
+                if name.lower() != "expect" and not (made.dropped and name.lower().startswith(made.dropped)):
+                    itself = name.lower() == "host" and made.domain  # it need not know what it is called here
+                    connection.putheader(name, upstream.netloc if itself else value)
+            if fault == "flip-sent" and body:
+                body = body[:-1] + bytes([body[-1] ^ 1])
             connection.endheaders(body)
             response = connection.getresponse()
             content = response.read()
@@ -302,6 +312,13 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
                 if name.lower() not in {"connection", "transfer-encoding", "content-length", "server", "date"}:
                     self.send_header(name, value)
             length = response.getheader("Content-Length") or "0"
+            if self.command == "PUT" and made.echoed:
+                for name, value in self.headers.items():
+                    if name.lower().startswith(made.echoed):
+                        self.send_header(name, made.said.get(name.lower(), value))
+            if customer := self.headers.get("x-amz-server-side-encryption-customer-algorithm"):
+                # The store that stands here takes no notice of it; others confirm it.
+                self.send_header("x-amz-server-side-encryption-customer-algorithm", customer)
             self.send_header("Content-Length", length if self.command == "HEAD" else str(len(content)))
             self.end_headers()
             if self.command == "HEAD":

@@ -1,21 +1,29 @@
-"""The S3 step types keep the contract, by the kit that every step author has."""
+"""The S3 step types keep the contract, by the kit that every step author has.
+
+Where OUTRIDER_TEST_S3_ENDPOINT names a store, that is the one, and moto's server otherwise.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import pytest
+from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from outrider.testing import Attempted, Example, Failing, StepConformance, Wrong
 
-SECRET = "s3cr3t/Outrider+Test0123456789"
+GIVEN = os.environ.get("OUTRIDER_TEST_S3_ENDPOINT", "")
+KEY_ID = os.environ["OUTRIDER_TEST_S3_ACCESS_KEY_ID"] if GIVEN else "AKIDOUTRIDERTEST"
+SECRET = os.environ["OUTRIDER_TEST_S3_SECRET_ACCESS_KEY"] if GIVEN else "s3cr3t/Outrider+Test0123456789"
 MIB = 1024**2
 POLICY = {"networks": {"egress": {"network": "outrider-test-s3-kit", "allow": ["private"]}}}
 
@@ -28,29 +36,39 @@ class Place:
     bucket: str
 
     def envs(self) -> dict[str, str]:
-        return {"S3_ENDPOINT": self.endpoint, "S3_ACCESS_KEY_ID": "AKIDOUTRIDERTEST"}
+        return {"S3_ENDPOINT": self.endpoint, "S3_ACCESS_KEY_ID": KEY_ID}
 
 
 @pytest.fixture(scope="module")
 def step_environment() -> Iterator[Place]:
-    server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
+    endpoint = GIVEN
+    if not GIVEN:
+        server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
+        server.start()
+        endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
     client = boto3.client(
         "s3",
-        endpoint_url=f"http://127.0.0.1:{port}",
+        endpoint_url=endpoint,
         region_name="us-east-1",
-        aws_access_key_id="AKIDOUTRIDERTEST",
+        aws_access_key_id=KEY_ID,
         aws_secret_access_key=SECRET,
+        config=Config(s3={"addressing_style": "path"}),
     )
     bucket = f"outrider-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=bucket)
     client.put_object(Bucket=bucket, Key="p/a", Body=b"one")
     client.put_object(Bucket=bucket, Key="p/deep/b", Body=b"two")
     client.put_object(Bucket=bucket, Key="big", Body=bytes(48 * MIB))
+    parts = urlsplit(endpoint)
+    if parts.hostname in ("127.0.0.1", "localhost"):
+        endpoint = f"{parts.scheme}://{bridge_address()}:{parts.port}"
+    yield Place(endpoint, bucket)
+    for item in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
+        client.delete_object(Bucket=bucket, Key=item["Key"])
+    client.delete_bucket(Bucket=bucket)
     client.close()
-    yield Place(f"http://{bridge_address()}:{port}", bucket)
-    server.stop()
+    if not GIVEN:
+        server.stop()
 
 
 def bridge_address() -> str:

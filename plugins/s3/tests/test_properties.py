@@ -23,11 +23,12 @@ from s3_transfer.api import Listed, Version
 from s3_transfer.checks import BEST, Verifier, digest_of, encoded
 from s3_transfer.objects import list_objects
 from s3_transfer.partial import Partials, partials
-from s3_transfer.sending import PART_BYTES, Sender
 from s3_transfer.settings import Settings
+from s3_transfer.terms import PART_BYTES, Terms, part_bytes
 
 PIECES = st.sampled_from(["a", "b", "..", ".", "", "a.b", "..a", "\0", "ü", "x" * 256, ".outrider-stage.z"])
 NAMES = st.lists(PIECES, min_size=1, max_size=4).map("/".join)
+_WISHES: list[tuple[dict[str, str], dict[str, str], str | None]] = [({}, {}, None), ({}, {}, "crc64nvme")]
 IDENTITIES = st.sampled_from(["0a", "1b", "2c"])
 
 
@@ -139,12 +140,43 @@ def test_crcs_are_what_their_specifications_say() -> None:
     assert _digest("crc64nvme", b"123456789").hex() == "ae8b14860a799888"
 
 
-@given(size=st.integers(0, 5 * 1024**4))
-def test_parts_of_any_file_are_within_the_limits_of_s3(size: int) -> None:
-    part = Sender.part_bytes(size)
+@given(size=st.integers(0, 5 * 1024**4), key=st.text(max_size=4))
+def test_parts_of_any_file_are_within_the_limits_of_s3(size: int, key: str) -> None:
+    part = part_bytes(size, Terms({}, {}, None).mark(key))
     if part is None:
         assert size <= PART_BYTES
         return
     count = -(-size // part)
     assert 2 <= count <= 10_000
     assert 5 * 1024**2 <= part <= 5 * 1024**3
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "fits"),
+    [
+        (("aws:kms", None), ("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), True),
+        (("aws:kms", "k1"), ("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), True),
+        (("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), ("aws:kms", "k1"), True),
+        (("aws:kms", "alias/mine"), ("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), True),
+        (("aws:kms", "k2"), ("aws:kms", "arn:aws:kms:eu-1:123:key/k1"), False),
+        (("aws:kms", "alias/mine"), ("AES256", None), False),
+        (("aws:kms", None), (None, None), False),
+        (("AES256", None), ("aws:kms", "k1"), False),
+        ((None, None), ("aws:kms", "k1"), True),
+    ],
+)
+def test_encryption_is_compared_as_stores_say_it(
+    asked: tuple[str | None, str | None], said: tuple[str | None, str | None], fits: bool
+) -> None:
+    names = "x-amz-server-side-encryption", "x-amz-server-side-encryption-aws-kms-key-id"
+    sent, answer = ({name: value for name, value in zip(names, pair, strict=True) if value} for pair in (asked, said))
+    assert Terms(sent, {}, None).encrypted(Version.of(answer)) == fits
+
+
+def test_parts_tell_steps_and_wishes_apart() -> None:
+    tagged, classed = {"a": "b"}, {"x-amz-storage-class": "STANDARD_IA"}
+    terms = [Terms(*wishes, writer=writer) for writer in ("r1 a", "r2 a", "r1 b") for wishes in _WISHES]
+    terms += [Terms({}, tagged, None), Terms(classed, {}, None), Terms({}, {}, None, customer_key=b"k" * 32)]
+    marks = {each.mark(key) for each in terms for key in ("a", "b")}
+    assert len(marks) == 2 * len(terms)
+    assert Terms({}, {}, None, writer="r1 a").mark("a") == Terms({}, {}, None, writer="r1 a").mark("a")

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,49 @@ def test_killed_download_of_a_prefix_keeps_the_objects_that_are_whole(
     assert [path.name for path in target.iterdir()] == ["p"]
 
 
+# What Python runs before the program: a signal to itself before the rename of a number.
+INTERRUPTING = """
+import os, signal
+made, real = 0, os.replace
+def replace(*args, **more):
+    global made
+    made += 1
+    if made == int(os.environ["NUMBER"]):
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+    real(*args, **more)
+os.replace = replace
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])  # the journal, and three objects
+def test_prefix_interrupted_while_it_is_published_is_there_as_a_whole(
+    store: Store, proxy: Proxy, program: Program, target: Path, tmp_path: Path, number: int, name: str
+) -> None:
+    old, new = {"a": b"old", "mine": b"kept"}, {"a": b"new", "b": b"new", "deep/c": b"new"}
+    for key, body in new.items():
+        store.put(f"p/{key}", body)
+    for path, body in old.items():
+        (target / "p").mkdir(exist_ok=True)
+        (target / "p" / path).write_bytes(body)
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
+    params = {"bucket": store.bucket, "prefix": "p", "to": f"{target}/p", "endpoint": proxy.endpoint}
+    more = {"PYTHONPATH": str(tmp_path), "NUMBER": str(number), "SIGNAL": name}
+    code = program.end(program.start("download", params, store.env | more)).code
+    if name == "SIGKILL":
+        assert code == -9
+        proxy.requests.clear()
+        assert program.run("download", params, store.env).code == 0
+        assert not [path for _, path, _ in proxy.requests if "/p/" in path], "what was there has been fetched again"
+    else:
+        assert code == 143
+    files = {
+        str(path.relative_to(target / "p")): path.read_bytes() for path in (target / "p").rglob("*") if path.is_file()
+    }
+    assert files == old | new
+    assert [path.name for path in target.iterdir()] == ["p"]
+
+
 def test_killed_upload_sends_only_the_parts_that_are_missing(
     store: Store, proxy: Proxy, program: Program, target: Path, wait_for: Wait
 ) -> None:
@@ -112,12 +156,63 @@ def test_killed_upload_sends_only_the_parts_that_are_missing(
 def test_parts_of_another_file_are_not_taken_for_ours(
     store: Store, proxy: Proxy, program: Program, target: Path
 ) -> None:
-    upload_id = store.client.create_multipart_upload(Bucket=store.bucket, Key="k")["UploadId"]
-    store.client.upload_part(Bucket=store.bucket, Key="k", UploadId=upload_id, PartNumber=1, Body=bytes(64 * MIB))
     (target / "f").write_bytes(LARGE)
-    ended = program.run("upload", {"bucket": store.bucket, "key": "k", "from": f"{target}/f"}, store.env)
+    params = {"bucket": store.bucket, "key": "k", "from": f"{target}/f", "endpoint": proxy.endpoint}
+    proxy.fault = lambda method, path, number: "503 SlowDown" if "partNumber=2" in path else None
+    assert program.run("upload", params, store.env).code == 75
+    proxy.fault = lambda method, path, number: None
+    other = LARGE[::-1]
+    (target / "f").write_bytes(other)
+    ended = program.run("upload", params, store.env)
+    assert ended.code == 0, ended.text
+    assert store.get("k") == other
+
+
+def test_upload_of_another_run_is_left_alone(
+    store: Store, proxy: Proxy, program: Program, target: Path, wait_for: Wait
+) -> None:
+    (target / "f").write_bytes(LARGE)
+    held = threading.Event()
+
+    def hold(method: str, path: str, number: int) -> None:
+        if "partNumber=3" in path:
+            held.wait(30)
+
+    proxy.fault = hold
+    params = {"bucket": store.bucket, "key": "k", "from": f"{target}/f", "endpoint": proxy.endpoint, "connections": 1}
+    first = program.start("upload", params, store.env)
+    contract = program.runs
+    wait_for(lambda: any("partNumber=3" in path for _, path, _ in proxy.requests))
+    direct, program.run_id = params | {"endpoint": store.endpoint}, "rother"
+    ended = program.run("upload", direct, store.env)
+    assert ended.code == 0, ended.text
+    assert store.unfinished() == ["k"]  # the other's
+    ended = program.run("upload", direct | {"sha256": "0" * 64}, store.env)
+    assert ended.cause == "checksum_mismatch"
+    assert store.unfinished() == ["k"]
+    held.set()
+    program.runs = contract
+    ended = program.end(first)
     assert ended.code == 0, ended.text
     assert store.get("k") == LARGE
+    assert store.unfinished() == []
+
+
+def test_upload_begun_with_other_wishes_is_not_gone_on_with(
+    store: Store, proxy: Proxy, program: Program, target: Path
+) -> None:
+    (target / "f").write_bytes(LARGE)
+    params = {"bucket": store.bucket, "key": "k", "from": f"{target}/f", "endpoint": proxy.endpoint}
+    proxy.fault = lambda method, path, number: "503 SlowDown" if "partNumber=2" in path else None
+    assert program.run("upload", params, store.env).code == 75
+    assert store.unfinished() == ["k"]
+    proxy.fault = lambda method, path, number: None
+    params |= {"encryption": "aws:kms", "kms_key_id": "key-1", "tags": {"a": "b"}}
+    ended = program.run("upload", params, store.env)
+    assert ended.code == 0, ended.text
+    found = store.client.head_object(Bucket=store.bucket, Key="k")
+    assert (found["ServerSideEncryption"], found["SSEKMSKeyId"][-5:]) == ("aws:kms", "key-1")
+    assert store.client.get_object_tagging(Bucket=store.bucket, Key="k")["TagSet"] == [{"Key": "a", "Value": "b"}]
 
 
 def test_only_differences_are_downloaded(store: Store, proxy: Proxy, program: Program, target: Path) -> None:
@@ -171,3 +266,5 @@ def test_only_differences_are_uploaded(store: Store, proxy: Proxy, program: Prog
     assert (ended.outputs["objects"], ended.outputs["transferred"]) == (4, 1)
     assert [path for method, path, _ in proxy.requests if method == "PUT"] == [f"/{store.bucket}/p/b"]
     assert store.get("p/b") == b"B" * 1000
+    program.run_id = "rother"  # whose parts would be of another size
+    assert program.run("upload", params, store.env).outputs["transferred"] == 0

@@ -33,6 +33,7 @@ BAD: list[tuple[str, type[BaseModel], dict[str, Any]]] = [
     ("endpoint without a scheme", plugin.DownloadParams, GOOD | {"endpoint": "host:9000"}),
     ("no patience", plugin.DownloadParams, GOOD | {"idle_timeout_s": 0}),
     ("upload to a target", plugin.UploadParams, UPLOAD | {"to": "/x"}),
+    ("a key that is not listed", plugin.UploadParams, {"bucket": "b", "key": "k", "from": "/x", "if_unchanged": True}),
     ("upload from nowhere", plugin.UploadParams, {"bucket": "b", "key": "k"}),
 ]
 
@@ -54,6 +55,7 @@ def test_schema_alone_refuses_what_the_model_refuses(model: type[BaseModel], par
             plugin.DownloadParams,
             GOOD | {"key": "..hidden/a..b/ü", "endpoint": "http://[::1]:9000/s3", "region": "eu-1"},
         ),
+        (plugin.UploadParams, UPLOAD | {"if_unchanged": True, "only_differences": False}),
         (plugin.UploadParams, UPLOAD),
     ],
 )

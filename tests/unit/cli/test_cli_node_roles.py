@@ -129,6 +129,9 @@ def test_a_node_shows_how_it_stands_to_its_role(cli: Cli, here: Here) -> None:
         "z": ["any", "1", "missing", "missing"],
     }
     assert "game (drift)" in here("node", "list")[1]
+    node.role = node.role_state.role = ""
+    shown = here("node", "show", "n1")[1]
+    assert ["y", "7", "extra"] in [line.split() for line in shown.splitlines()]
     assert json.loads(here("node", "show", "n1", "-o", "json")[1])["role_state"]["plugins"][2]["drift"] == "missing"
 
 

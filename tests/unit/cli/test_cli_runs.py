@@ -147,6 +147,17 @@ def test_exit_codes_of_runs(cli: Cli, file: Path, final: types.Run, code: int) -
     assert "error: run" in done.stderr
 
 
+def test_a_run_that_took_too_long_is_not_said_to_be_a_step_that_did(cli: Cli, file: Path) -> None:
+    own = types.Failure(message="step greet did not end within its timeout", code="step_timeout")
+    of_run = types.Failure(
+        message="the run did not end within its timeout", code="run_timeout", error_class=types.ERROR_CLASS_TIMEOUT
+    )
+    script_run(cli, run("FAILED", step("greet", "FAILED", failure=own), failure=of_run))
+    done = cli("run", file, "--node", "n1")
+    assert done.returncode == 5
+    assert "failed: the run did not end within its timeout (it was at greet)\n" in done.stderr
+
+
 def test_what_is_wrong_is_said_before_the_server_is_asked(cli: Cli, file: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("name: hello\nnmae: x\nsteps:\n  - {name: a, uses: b.c, wiht: {}}\n")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
 
 from outrider.errors import NotFound
 from outrider.v1 import control_service_pb2 as pb
 from tests.unit.cli.conftest import Cli
 
+PAGE = (Path(__file__).parents[3] / "docs" / "pipeline.md").read_text(encoding="utf-8")
+EDITORS = PAGE.partition("## Editors\n")[2].partition("\n## ")[0]
 ALONE = {"OUTRIDER_SERVER": "", "OUTRIDER_CA": "", "OUTRIDER_TOKEN": ""}
 
 
@@ -56,3 +63,19 @@ def test_without_a_server_it_is_of_this_machine_unless_one_was_meant(cli: Cli) -
         assert (result.returncode, "no server is known" in result.stderr) == (4, True)
     for arguments in (("--node", "a", "--role", "b"), ("--local", "--node", "a")):
         assert cli("pipeline", "schema", *arguments).returncode == 2
+
+
+def test_the_commands_for_editors_write_the_file_that_a_pipeline_names(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.script["GetPipelineSchema"] = lambda _: pb.PipelineSchema(schema_json=b'{"title": "theirs"}', nodes=3)
+    monkeypatch.chdir(cli.folder)
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^\$ outrider (.+)$", EDITORS, re.MULTILINE)]
+    for command in commands:
+        assert cli(*command).returncode == 0, command
+    assert len({file.name for file in cli.folder.glob("*.schema.json")}) == len(commands)
+    named = set(re.findall(r"^# yaml-language-server: \$schema=(.+)$", EDITORS, re.MULTILINE))
+    named |= set(re.findall(r"`# yaml-language-server: \$schema=(.+)`", PAGE))
+    assert named
+    assert [name for name in sorted(named) if not (cli.folder / name).exists()] == []
+    assert "**When to fetch it again.**" in EDITORS

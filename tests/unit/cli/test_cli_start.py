@@ -113,6 +113,21 @@ def test_completion_completes(cli: Cli) -> None:
     assert done.stdout == "plain,cancel\n"
 
 
+def test_a_group_alone_shows_its_help_as_it_is(cli: Cli) -> None:
+    done = cli("node")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: outrider node [OPTIONS] COMMAND [ARGS]...\n\n")
+    assert "\n  drain " in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_names_what_a_group_has(name: str) -> None:
+    group = root.get_command(click.Context(root), name)
+    if isinstance(group, click.Group) and (said := COMMANDS[name].partition(": ")[2]):
+        told = set(re.findall(r"[a-z]+", said))
+        assert set(group.list_commands(click.Context(group))) <= told
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

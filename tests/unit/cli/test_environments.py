@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from outrider import launcher
 from outrider.cli import _environments
+from outrider.cli._agent_plugins import plugins
 from outrider.cli._environments import Environments, Source, Wanted, base_python
 from outrider.errors import Conflict, InvalidInput, Unavailable
 from outrider.roles import Role
@@ -20,7 +22,9 @@ from tests.wheels import lock_of, write_wheel
 HASH = "--hash=sha256:" + "ab" * 32
 ROLE = Role(name="game", agent=">=0.1", plugins={"outrider-step-s3": ">=0.1"})
 LOCK = f"outrider==0.1.0 {HASH}\noutrider-step-s3==0.1.0 {HASH}\n"
-S3 = {"name": "s3", "distribution": "outrider-step-s3", "version": "0.1.0", "error": ""}
+S3 = {"distribution": "outrider-step-s3", "version": "0.1.0", "ok": True, "state": "ok", "error": "", "notes": []}
+BROKEN = {"ok": False, "state": "error", "error": "no module x"}
+DISABLED = {"ok": False, "state": "disabled", "notes": ["it is named in `disabled_plugins`", "it needs y"]}
 
 
 def wanted(version: int = 1, lock: str = LOCK) -> Wanted:
@@ -36,7 +40,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environments:
         well = json.dumps({"outrider": "0.1.0", "plugins": [S3]})
         told = tmp_path / "doctor.json"
         (target / "doctor.json").write_text(told.read_text() if told.exists() else well)
-        program = f'#!/bin/sh\ncase "$1" in plugin) cat {target}/doctor.json;; agent) {tmp_path}/config "$@";; esac\n'
+        plugin = f'plugin) echo "$@" > {tmp_path}/asked; cat {target}/doctor.json;;'
+        program = f'#!/bin/sh\ncase "$1" in {plugin} agent) {tmp_path}/config "$@";; esac\n'
         for name, text in (("outrider", program), ("python", "#!/bin/sh\necho 11\n")):
             (target / "bin" / name).write_text(text)
             (target / "bin" / name).chmod(0o755)
@@ -45,8 +50,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environments:
     config.write_text("#!/bin/sh\nexit 0\n")
     config.chmod(0o755)
     monkeypatch.setattr(_environments, "_install", install)
-    environ = {"PATH": "/usr/bin:/bin"}
-    return Environments(tmp_path / "environments", ["--node-id", "n1"], environ, tell=lambda _text: None)
+    (tmp_path / "environments").mkdir()
+    environ, config = {"PATH": "/usr/bin:/bin"}, tmp_path / "agent.yaml"
+    return Environments(tmp_path / "environments", ["--node-id", "n1"], environ, lambda _text: None, config)
 
 
 def make(environments: Environments, *given: Any) -> str:
@@ -72,7 +78,17 @@ def test_what_is_made_says_what_it_is_and_is_not_made_twice(made: Environments) 
     [
         ({"outrider": "0.1.0", "plugins": []}, "outrider-step-s3 is missing (wanted: >=0.1)"),
         ({"outrider": "0.0.9", "plugins": [S3]}, "outrider is 0.0.9 (wanted: >=0.1)"),
-        ({"outrider": "0.1.0", "plugins": [S3 | {"error": "no module x"}]}, "s3 0.1.0 can't be used: no module x"),
+        ({"outrider": "0.1.0", "plugins": [S3 | BROKEN]}, "s3 0.1.0 can't be used: no module x"),
+        ({"outrider": "0.1.0", "plugins": [S3 | BROKEN, S3]}, "s3 0.1.0 can't be used: no module x"),
+        ({"outrider": "0.1.0", "plugins": [S3 | DISABLED]}, "is there and disabled (it is named in `dis"),
+        (
+            {"outrider": "0.1.0", "plugins": [S3, S3 | BROKEN | {"distribution": "torn-1.0", "version": ""}]},
+            "torn-1-0 can't be used: no module x",
+        ),
+        (
+            {"outrider": "0.1.0", "plugins": [S3, S3 | BROKEN | {"distribution": "", "version": ""}]},
+            "is not well: no module x",
+        ),
         (
             {"outrider": "0.1.0", "plugins": [S3 | {"version": "0.2"}]},
             "s3 is 0.2, and the lock has 0.1.0",
@@ -87,6 +103,12 @@ def test_one_that_is_not_well_is_refused_and_leaves_nothing_behind(made: Environ
         make(made)
     assert said in str(caught.value)
     assert [each.name for each in made.home.iterdir()] == ["sync.lock"]
+
+
+def test_its_plugins_are_looked_at_with_the_agents_own_settings(made: Environments) -> None:
+    make(made)
+    asked = (made.home.parent / "asked").read_text().split()
+    assert asked == ["plugin", "doctor", "-o", "json", "--config", str(made.home.parent / "agent.yaml")]
 
 
 def test_settings_that_it_does_not_take_are_found_before_the_agent_is_restarted(made: Environments) -> None:
@@ -129,6 +151,14 @@ def test_without_a_launcher_the_next_start_tries_it(made: Environments) -> None:
     name = make(made)
     assert not made.switch(name)
     assert launcher.read_json(made.home / launcher.WANTED)["environment"] == name
+
+
+def test_going_back_while_an_environment_is_on_trial_is_to_the_current_one(made: Environments) -> None:
+    launcher.write_json(made.home / launcher.STATE, {"current": "b", "former": "a", "trial": {"environment": "c"}})
+    given = ["--node-id", "n1", "--state-dir", str(made.home.parent), "-o", "json"]
+    done = CliRunner().invoke(plugins, ["back", *given], catch_exceptions=False)
+    assert json.loads(done.stdout) == {"environment": "b", "current": False}
+    assert launcher.read_json(made.home / launcher.WANTED)["environment"] == "b"
 
 
 @pytest.mark.parametrize("tool", [pytest.param("pip", marks=pytest.mark.long), "uv"])

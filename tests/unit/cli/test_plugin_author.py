@@ -159,6 +159,18 @@ def test_project_is_whole_formatted_and_without_placeholders(cli: Cli, tmp_path:
         subprocess.run(["sh", "-n", folder / "program" / "main.sh"], check=True)
 
 
+def test_the_commands_of_ci_are_those_of_the_readme() -> None:
+    made = render("x", "python")
+    steps = yaml.safe_load(made[".github/workflows/ci.yml"])["jobs"]["test"]["steps"]
+    plain = {'sudo "$(command -v python)" -m pytest': "pytest", '"$(command -v outrider)"': "outrider"}
+    commands = [step["run"].replace(" --outrider-engine=require", "") for step in steps if "run" in step]
+    for written, meant in plain.items():
+        commands = [command.replace(written, meant) for command in commands]
+    readme = re.findall(r"^\$ (.+?)(?: +# .+)?$", made["README.md"].partition("## Working on it")[2], re.MULTILINE)
+    assert len(commands) > 5
+    assert [command for command in readme if command in commands] == commands
+
+
 def test_both_languages_take_and_give_the_same() -> None:
     python, sh = render("x", "python"), render("x", "sh")
     models = [text["outrider_step_x/__init__.py"].partition("def resolve_list")[0] for text in (python, sh)]

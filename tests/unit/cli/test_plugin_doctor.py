@@ -40,6 +40,17 @@ def test_list_says_what_is_broken_why_and_how_to_mend_it(tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
+def test_list_notes_what_an_agent_would_note_of_plugins_that_work(tmp_path: Path) -> None:
+    site = install(tmp_path, "late-import", "failing-hooks")
+    chosen = ["--plugin", "late-import", "--plugin", "failing-hooks", "--limit", "3"]
+    done = outrider(site, "plugin", "list", *chosen)
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[3] for line in done.stdout.splitlines() if "-fixture-" in line} == {"ok"}
+    noted = dict(line.split(": ", 1) for line in done.stderr.splitlines())
+    assert "s to import; let it import what is heavy where it is used" in noted["late-import"]
+    assert "its facts are no JSON object" in noted["failing-hooks"]
+
+
 def test_doctor_looks_closer_and_survives_what_ends_a_process(tmp_path: Path) -> None:
     site = install(tmp_path, "good", "ends-process", "damaged-entry-points", "failing-hooks")
     metadata = site / "outrider_fixture_good-1.0.dist-info" / "METADATA"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import stat
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from agent_core.container_spec import GrantedVolume, ManagedSpec, substitute
 from agent_core.containers import Containers
 from agent_core.policy import NodePolicy
+from agent_core.ports import Ports
 from agent_core.runtimes.base import (
     LABEL_ATTEMPT,
     LABEL_KIND,
@@ -21,6 +24,7 @@ from agent_core.runtimes.base import (
     LABEL_STEP,
     ContainerSpec,
 )
+from agent_core.runtimes.fake import FakeProcess
 from agent_core.transitions import Transition
 from outrider.errors import (
     Conflict,
@@ -68,6 +72,44 @@ async def test_leased_ports_are_known_to_the_container_before_it_exists(parts: P
     assert made.user == "200001:200001"
     assert made.cap_add == ()
     assert made.read_only_root
+
+
+async def test_stop_signal_that_is_named_is_the_containers_own(parts: Parts) -> None:
+    for name, signal in (("arena", "SIGUSR1"), ("other", None)):
+        await parts.containers.start(spec(name=name, stop_signal=signal), parts.scope)
+        assert parts.runtime.spec_of(name).stop_signal == signal
+    with pytest.raises(InvalidInput, match="stop_signal"):
+        spec(stop_signal="kill -9")
+
+
+@pytest.mark.parametrize(
+    ("user", "groups", "mode"), [(None, (), 0o750), ("1000:1000", (200001,), 0o2770), ("steam", (200001,), 0o2770)]
+)
+async def test_a_container_that_declares_another_user_is_in_the_group_of_its_volumes(
+    parts: Parts, user: str | None, groups: tuple[int, ...], mode: int
+) -> None:
+    policy = NodePolicy.model_validate({"managed": {"users": ["1000:1000", "steam"]}})
+    containers = Containers(parts.runtime, parts.journal, parts.ports, parts.volumes, policy, "n1")
+    saves = await parts.volumes.allot("r1", "game/a", "saves", "run", False, None)
+    scope = dataclasses.replace(parts.scope, volumes={"saves": GrantedVolume(saves.host_path, True)})
+    await containers.start(spec(user=user, volumes={"saves": "/data:rw"}), scope)
+    assert parts.runtime.spec_of("arena").user == (user or "200001:200001")
+    assert parts.runtime.spec_of("arena").groups == groups
+    assert stat.S_IMODE(os.stat(saves.host_path).st_mode) == mode
+
+
+async def test_a_port_listens_on_an_interface_that_the_policy_has_by_its_name(parts: Parts) -> None:
+    policy = NodePolicy.model_validate({"ports": {"interfaces": {"private": "127.0.0.2"}}})
+    leases = Ports(parts.journal, (28700, 28799), interfaces=policy.ports.interfaces)
+    containers = Containers(parts.runtime, parts.journal, leases, parts.volumes, policy, "n1")
+    ports = [{"name": "game"}, {"name": "rcon", "interface": "private"}]
+    await containers.start(spec(ports=ports), parts.scope)
+    assert [port.host_ip for port in parts.runtime.spec_of("arena").ports] == ["0.0.0.0", "127.0.0.2"]
+    with pytest.raises(PolicyViolation, match="ports on the interface 'public'") as refused:
+        await containers.start(spec(name="b", ports=[{"name": "x", "interface": "public"}]), parts.scope)
+    assert refused.value.hint == "ports.interfaces: private"
+    with pytest.raises(InvalidInput, match="with the host's network nothing is published"):
+        spec(network="host", ports=ports)
 
 
 async def test_step_started_twice_starts_one_container(parts: Parts) -> None:
@@ -120,14 +162,58 @@ async def test_game_that_was_ready_once_is_not_removed_for_failing_to_start_agai
     await parts.containers.stop("arena")
     parts.runtime.spec_of("arena")
 
-    async def broken(process: Any) -> int:
-        process.log.clear()
+    async def broken(process: FakeProcess) -> int:
         return 3
 
     parts.runtime.programs["game:1"] = broken
-    with pytest.raises(PermanentError):
+    with pytest.raises(PermanentError, match="its log is empty"):
         await parts.containers.start(wanted, parts.scope)
     assert (await parts.containers.inspect("arena")).name == "arena"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_readiness_by_a_line_of_the_log_is_not_what_the_former_run_printed(parts: Parts, killed: bool) -> None:
+    """``killed``: an agent was between the restart and the line, and the next one finds it running."""
+    wanted = spec(ready={"log": "is up", "timeout_s": 0.3})
+    await parts.containers.start(wanted, parts.scope)
+    await parts.containers.stop("arena")
+
+    async def mute(process: FakeProcess) -> int:
+        await process.signalled.wait()
+        return 0
+
+    game, parts.runtime.programs["game:1"] = parts.runtime.programs["game:1"], mute
+    if killed:
+        await parts.containers.start_existing("arena")
+        await parts.journal.execute(Transition.MANAGED_STARTING, "UPDATE managed SET state = 'starting'")
+    with pytest.raises(PermanentError, match=r"was not ready within 0\.3 s \(its log has no 'is up'\)"):
+        await parts.containers.start(wanted, parts.scope)
+    parts.runtime.programs["game:1"] = game
+    if not killed:  # else it was undone, as what never was ready is
+        await parts.containers.stop("arena")
+    assert (await parts.containers.start(wanted, parts.scope)).adopted is not killed
+
+
+async def test_error_of_a_start_has_the_end_of_the_log_and_fits_into_what_a_step_may_say(parts: Parts) -> None:
+    async def wordy(process: FakeProcess) -> int:
+        for number in range(20):
+            process.write(f"{number}: {'word ' * 32}\n".encode())
+        process.write(b"the password is hunter2zebra\n")
+        process.write(b"FATAL: no such map\n")
+        return 7
+
+    parts.runtime.programs["wordy:1"] = wordy
+    scope = dataclasses.replace(parts.scope, secrets=("hunter2zebra",))
+    await parts.containers.start(spec(), scope)
+    with pytest.raises(PermanentError) as failed:
+        await parts.containers.start(spec(image="wordy:1"), scope, replace="stop-first")
+    said = str(failed.value)
+    assert said.endswith("the password is ***\nFATAL: no such map")
+    assert len(said) < 1600
+    before, _, log = said.partition("; its log ends with:\n…")
+    assert "the former container runs again" in before
+    assert all(line[0].isdigit() and line.endswith("word") for line in map(str.strip, log.splitlines()[:-2]))
+    assert len(log.splitlines()) >= 7
 
 
 async def test_attempt_that_is_over_takes_its_unfinished_start_with_it(parts: Parts) -> None:
@@ -141,6 +227,30 @@ async def test_attempt_that_is_over_takes_its_unfinished_start_with_it(parts: Pa
     await parts.containers.end_attempt(parts.scope)
     assert await parts.runtime.list() == []
     assert parts.ports.held("arena") == {}
+
+
+async def test_container_that_the_engine_makes_though_nobody_waits_any_more_is_undone_too(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = parts.runtime.create
+    asked = asyncio.Event()
+
+    async def create(container: ContainerSpec) -> str:
+        async def made() -> str:
+            await asyncio.sleep(0.2)
+            return await engine(container)
+
+        asked.set()
+        return await asyncio.shield(asyncio.create_task(made()))
+
+    monkeypatch.setattr(parts.runtime, "create", create)
+    start = asyncio.create_task(parts.containers.start(spec(), parts.scope))
+    await asked.wait()
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    await parts.containers.end_attempt(parts.scope)
+    await asyncio.sleep(0.3)
+    assert await parts.runtime.list() == []
 
 
 async def test_no_more_volumes_than_the_step_has(parts: Parts) -> None:

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 import yarl
 
+from agent_core.container_spec import ManagedSpec
 from agent_core.control import SOCKET_NAME, ControlSocket
 from agent_core.runtimes.base import ImageInfo, PullProgress
 from agent_core.runtimes.fake import FakeProcess
@@ -22,18 +23,23 @@ Client = aiohttp.ClientSession
 
 
 @pytest.fixture
-async def client(parts: Parts) -> AsyncIterator[Client]:
+async def control(parts: Parts) -> AsyncIterator[ControlSocket]:
     # Deeper than the path of a Unix socket may be long; the client gets there by the descriptor, too.
     directory = parts.root / ("d" * 100) / "outrider"
     directory.mkdir(parents=True)
     control = ControlSocket(parts.containers, parts.scope, directory)
     await control.start()
-    descriptor = os.open(directory, os.O_RDONLY)
+    yield control
+    await control.aclose(attempt_over=True)
+
+
+@pytest.fixture
+async def client(parts: Parts, control: ControlSocket) -> AsyncIterator[Client]:
+    descriptor = os.open(parts.root / ("d" * 100) / "outrider", os.O_RDONLY)
     connector = aiohttp.UnixConnector(f"/proc/self/fd/{descriptor}/{SOCKET_NAME}")
     async with aiohttp.ClientSession("http://control", connector=connector) as session:
         yield session
     os.close(descriptor)
-    await control.aclose(attempt_over=True)
 
 
 SPEC = {"name": "arena", "image": "game:1", "ready": {"log": "is up"}, "ports": [{"name": "game", "protocol": "udp"}]}
@@ -170,6 +176,15 @@ async def test_a_program_is_run_inside_and_tells_what_it_prints(client: Client, 
     ):
         got, error = await call(client, "POST", path, body)
         assert (got, error["code"]) == (status, code), error
+
+    async def endless(process: FakeProcess, args: Sequence[str]) -> tuple[int, bytes]:
+        await asyncio.sleep(60)
+        return 0, b""
+
+    parts.runtime.executed["endless"] = endless
+    got, error = await call(client, "POST", path, {"args": ["endless"], "timeout_s": 0.1})
+    # Not temporary: asked for by the next attempt, it would be run a second time.
+    assert (got, error["code"], error["temporary"]) == (504, "exec_timeout", False)
     await call(client, "POST", "/v1/containers/arena/stop", {"grace_s": 1})
     got, error = await call(client, "POST", path, {"args": ["greet", "me"]})
     assert (got, error["code"]) == (409, "container_not_running")
@@ -220,3 +235,36 @@ async def test_how_the_pull_goes_on_is_told_before_the_end(client: Client, parts
     assert told[0]["pull"]["done"] == 100
     assert "pulling far:1" in told[0]["pull"]["message"]
     assert told[-1]["result"]["name"] == "far"
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
+@pytest.mark.parametrize("gone", [True, False])
+async def test_start_that_waits_is_undone_when_the_attempt_is_over_though_it_gets_ready_just_then(
+    client: Client, control: ControlSocket, parts: Parts, accept: str, gone: bool
+) -> None:
+    """``gone``: the program that asked has ended, and its connection with it; the start goes on all the same."""
+    ready = asyncio.Event()
+
+    async def slow(process: FakeProcess) -> int:
+        await ready.wait()
+        process.write(b"it is up\n")
+        await process.signalled.wait()
+        return 0
+
+    parts.runtime.programs["slow:1"] = slow
+    spec = {"name": "arena", "image": "slow:1", "ready": {"log": "is up"}}
+    asking = asyncio.create_task(client.post("/v1/containers", json=spec, headers={"Accept": accept}))
+    while not any(call[0] == "logs" for call in parts.runtime.calls):
+        await asyncio.sleep(0.01)
+    if gone:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await client.close()
+        await asyncio.sleep(0.05)
+    closing = asyncio.create_task(control.aclose(attempt_over=True))
+    await asyncio.sleep(0.2)
+    ready.set()
+    await asyncio.wait_for(closing, 10)
+    assert await parts.runtime.list() == []
+    assert not (await parts.containers.start(ManagedSpec.parse(spec), parts.scope)).adopted
+    await asyncio.gather(asking, return_exceptions=True)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from agent_core.runtimes._docker_exits import Exits
 from agent_core.runtimes._docker_streams import Demultiplexer
-from agent_core.runtimes._docker_wire import create_body, moment, unavailable
-from agent_core.runtimes.base import ContainerInfo, ContainerSpec, Mount, PortBinding
+from agent_core.runtimes._docker_wire import create_body, info_from_inspect, moment, since, unavailable
+from agent_core.runtimes.base import ContainerInfo, ContainerSpec, Mount, PortBinding, run_began
 from agent_core.runtimes.docker import DockerRuntime
 from outrider.errors import Conflict, EngineUnavailable, NotFound, OperationTimeout, OutriderError, TemporaryError
 from outrider.retry import RetryPolicy
@@ -100,6 +100,7 @@ def test_defaults_are_the_sandbox() -> None:
     assert "size=67108864" in host["Tmpfs"]["/tmp"]
     assert (host["Memory"], host["MemorySwap"], host["NanoCpus"]) == (10**7, 10**7, 500_000_000)
     assert host["LogConfig"]["Type"] == "local"
+    assert (host["IpcMode"], host["CgroupnsMode"]) == ("private", "private")
     assert "Binds" not in host
     assert not {"PidMode", "UTSMode", "UsernsMode", "Cgroup"} & set(host)
 
@@ -107,6 +108,11 @@ def test_defaults_are_the_sandbox() -> None:
 def test_the_runtime_is_the_engines_unless_one_is_named() -> None:
     assert "Runtime" not in create_body(ContainerSpec(name="x", image="i"))["HostConfig"]
     assert create_body(ContainerSpec(name="x", image="i", oci_runtime="crun"))["HostConfig"]["Runtime"] == "crun"
+
+
+def test_the_stop_signal_is_the_images_unless_one_is_named() -> None:
+    assert "StopSignal" not in create_body(ContainerSpec(name="x", image="i"))
+    assert create_body(ContainerSpec(name="x", image="i", stop_signal="USR1"))["StopSignal"] == "USR1"
 
 
 def test_two_ports_of_one_number_in_both_protocols() -> None:
@@ -187,6 +193,15 @@ def test_moments() -> None:
     assert moment("2026-01-02T03:04:05Z") == datetime(2026, 1, 2, 3, 4, 5, 0, UTC)
     assert moment("0001-01-01T00:00:00Z") is None
     assert moment("") is None
+    assert since(datetime(2026, 1, 2, 3, 4, 5, 678, UTC)) == "1767323045.000678"
+
+
+def test_a_running_container_says_when_its_former_run_ended() -> None:
+    state = {"Status": "running", "StartedAt": "2026-01-02T03:04:06Z", "FinishedAt": "2026-01-02T03:04:05Z"}
+    answer = {"Id": "i", "Name": "/c", "State": state, "Config": {"Image": "game:1"}}
+    assert run_began(info_from_inspect(answer)) == datetime(2026, 1, 2, 3, 4, 5, 500_000, UTC)
+    state["FinishedAt"] = "0001-01-01T00:00:00Z"
+    assert run_began(info_from_inspect(answer)) is None
 
 
 class Engine:

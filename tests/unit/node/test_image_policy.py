@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import time
 from typing import Any
 
 import docker.auth
@@ -275,6 +278,27 @@ async def test_a_pull_says_how_far_it_is_and_when_it_is_over() -> None:
     engine = Engine({}, {"a:1": image("a:1")})
     await Images(engine, policy()).ensure("a:1", tell=lambda *words: told.append(words))
     assert told == [(10, 100, "pulling a:1"), (100, 100, "pulling a:1"), (0, 0, "")]
+
+
+async def test_a_pull_says_how_fast_it_is_once_that_can_be_told() -> None:
+    class Slow(Engine):
+        async def pull_image(self, image: str, *, on_progress: Any = None) -> ImageInfo:
+            on_progress(1_000_000, 9_000_000)  # was there before it was looked at: no part of the rate
+            await asyncio.sleep(0.6)
+            on_progress(4_000_000, 9_000_000)
+            await asyncio.sleep(0.6)
+            return await super().pull_image(image, on_progress=on_progress)
+
+    told: list[tuple[int, int, str]] = []
+    begun = time.monotonic()
+    await Images(Slow({}, {"a:1": image("a:1")}), policy()).ensure("a:1", tell=lambda *words: told.append(words))
+    took_s = time.monotonic() - begun
+    assert told[0] == (1_000_000, 9_000_000, "pulling a:1")
+    done, total, message = told[1]
+    rate = re.fullmatch(r"pulling a:1 at (\d+\.\d) MB/s", message)
+    assert (done, total) == (4_000_000, 9_000_000)
+    assert rate is not None
+    assert 3 / took_s - 0.1 <= float(rate[1]) <= 3 / 0.6 + 0.1
 
 
 async def test_what_the_policy_refuses_is_refused_here_too() -> None:

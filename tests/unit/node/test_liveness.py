@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from agent_core.container_spec import ManagedSpec, Restart
 from agent_core.containers import Containers
 from agent_core.liveness import Supervision, Supervisor, _Watch
 from agent_core.runtimes.fake import FakeProcess
+from agent_core.transitions import Transition
 from outrider.errors import EngineUnavailable
 
 if TYPE_CHECKING:
@@ -162,6 +164,143 @@ async def test_asked_for_again_with_another_liveness_the_same_container_is_watch
         before = watched.container
         await watched.start(live={"grace_s": 0})
         assert watched.container == before
+        await until(lambda: watched.told("container.restarted"), "the restart")
+
+
+@pytest.mark.parametrize(
+    ("probe", "answer", "reason"),
+    [
+        ({}, "500 Oops", "port http answered GET /healthz with status 500"),
+        ({}, "", "port http did not answer GET /healthz"),
+        ({}, "200 OK", None),
+        ({}, "302 Found", None),
+        ({"status": 503}, "200 OK", "port http answered GET /healthz with status 200"),
+        ({"status": 503}, "503 Busy", None),
+    ],
+)
+async def test_liveness_by_http_asks_for_a_status_within_its_time(
+    watched: Watched, probe: dict[str, Any], answer: str, reason: str | None
+) -> None:
+    asked: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        if answer:
+            writer.write(f"HTTP/1.0 {answer}\r\n\r\n".encode())
+        else:
+            await reader.read()  # until the one who asks has had enough
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)  # where a container of the fake engine is
+    live = {"exec": None, "http": {"port": "http", "path": "/healthz", **probe}, "timeout_s": 0.3}
+    ports = [{"name": "http", "container": server.sockets[0].getsockname()[1]}]
+    async with server, watched.supervised():
+        await watched.start(live=live, ports=ports, restart="no")
+        if reason is None:
+            await until(lambda: watched.health() == "live", "live")
+            await until(lambda: len(asked) > 1, "asked again")
+            assert watched.told("container.unhealthy") == []
+        else:
+            await until(lambda: watched.told("container.unhealthy"), "the news")
+            assert watched.told("container.unhealthy")[0]["reason"] == reason
+    assert asked[0].startswith(b"GET /healthz HTTP/1.0\r\n")
+
+
+class Printing:
+    """A game that prints what it is told to; ``first`` at the start of its first run alone."""
+
+    def __init__(self, watched: Watched, first: str = "") -> None:
+        self.process: FakeProcess | None = None
+        self._first = first
+        watched.parts.runtime.programs["game:1"] = self._run
+
+    async def _run(self, process: FakeProcess) -> int:
+        self.process, first, self._first = process, self._first, ""
+        process.write(f"the server is up\n{first}\n".encode())
+        await process.signalled.wait()
+        process.write(b"stopped, because it had gone wrong\n")
+        return 0
+
+    def say(self, text: str) -> None:
+        assert self.process is not None
+        self.process.write(f"{text}\n".encode())
+
+
+LOG = {"live": {"log": "gone wrong", "exec": None, "interval_s": 1}, "restart": {"first_wait_s": 0.1}}
+
+
+def agent_of(parts: Parts) -> Containers:
+    return Containers(parts.runtime, parts.journal, parts.ports, parts.volumes, parts.policy, "n1")
+
+
+async def test_a_line_that_was_printed_before_anybody_watched_counts_once(watched: Watched, parts: Parts) -> None:
+    Printing(watched, first="it has gone wrong")
+    await watched.start(**LOG)
+    for agent in (parts.containers, agent_of(parts)):
+        async with watched.supervised(agent):
+            await until(lambda: watched.told("container.restarted"), "the restart")
+            await asyncio.sleep(0.5)
+    [told] = watched.told("container.restarted")
+    assert told == {"reason": "its log says 'gone wrong'", "restarts": 1}
+
+
+@pytest.mark.parametrize("away", ["agent", "engine"])
+async def test_a_line_that_is_printed_while_nobody_reads_counts(watched: Watched, parts: Parts, away: str) -> None:
+    game = Printing(watched)
+    async with watched.supervised() as supervisor:
+        await watched.start(**LOG)
+        await until(lambda: watched.health() == "live", "live")
+        if away == "engine":
+            parts.runtime._available = False
+            for watch in supervisor._watches.values():
+                watch.wake()  # as if the reader's connection had broken
+            await asyncio.sleep(0.1)
+            game.say("it has gone wrong")
+            parts.runtime._available = True
+            await until(lambda: watched.told("container.restarted"), "the restart")
+    game.say("it has gone wrong")
+    async with watched.supervised(agent_of(parts)):
+        await until(lambda: len(watched.told("container.restarted")) == 1 + (away == "engine"), "the restart")
+        await asyncio.sleep(0.5)
+    assert len(watched.restarts()) == 1 + (away == "engine")
+
+
+async def test_how_far_a_log_was_read_is_noted_now_and_then_and_read_on_from_there(
+    watched: Watched, parts: Parts
+) -> None:
+    def seen() -> float:
+        row = parts.containers.rows.get("arena")
+        assert row is not None
+        return row.log_seen
+
+    game = Printing(watched)
+    async with watched.supervised():
+        await watched.start(**LOG)
+        await until(seen, "a first note")
+        noted = seen()
+        for number in range(100):
+            game.say(f"line {number}")
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.2)
+        assert seen() == noted
+    await parts.journal.execute(Transition.MANAGED_LOG_SEEN, "UPDATE managed SET log_seen = ?", (time.time() + 0.05,))
+    game.say("it has gone wrong")  # and was read by the former agent
+    await asyncio.sleep(0.1)
+    async with watched.supervised(agent_of(parts)):
+        await asyncio.sleep(0.3)
+        assert watched.restarts() == []
+
+
+async def test_what_was_printed_before_a_new_rule_is_nothing_to_it(watched: Watched) -> None:
+    game = Printing(watched)
+    async with watched.supervised():
+        await watched.start(**LOG)
+        game.say("the disk is slow")
+        await watched.start(**LOG | {"live": LOG["live"] | {"log": "disk is slow"}})
+        await asyncio.sleep(0.5)
+        assert watched.restarts() == []
+        game.say("the disk is slow")
         await until(lambda: watched.told("container.restarted"), "the restart")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from outrider_stepkit import network
 from pydantic import ValidationError
 
 from agent_core.journal import Journal
@@ -47,13 +48,25 @@ def test_rules_open_exactly_what_is_allowed_and_then_refuse(allow: list[str], se
         assert sum(network.num_addresses for network in networks) == len(set(allow)), "more is open than was said"
 
 
+def test_the_steps_own_guard_refuses_the_same_ranges() -> None:
+    assert network.REFUSED == REFUSED
+
+
+def test_azures_platform_is_asked_for_names_and_nothing_else() -> None:
+    script = rules("f" * 64, "br-f", NetworkGuard(), resolvers=["168.63.129.16"])
+    asked, refused = "th dport 53 ip daddr { 168.63.129.16/32 } accept", "127.0.0.0/8, 168.63.129.16/32, 169.254.0.0/16"
+    assert 0 < script.index(asked) < script.index(refused)
+
+
 def test_every_special_range_is_refused_and_nothing_of_the_internet() -> None:
     refused = [ipaddress.ip_network(each) for each in REFUSED]
     four = "127.0.0.1 169.254.169.254 10.1.2.3 172.31.0.1 192.168.1.1 100.64.0.1 0.0.0.0 255.255.255.255 224.0.0.1"
     six = "::1 :: fe80::1 fd00:ec2::254 fc00::1 ff02::1"
-    for address in f"{four} {six}".split():
+    azure = "168.63.129.16"
+    for address in f"{four} {azure} {six}".split():
         assert any(ipaddress.ip_address(address) in network for network in refused), address
-    for address in ("1.1.1.1", "9.255.255.255", "11.0.0.0", "172.32.0.1", "192.169.0.1", "2606:4700::1111"):
+    public = "1.1.1.1 9.255.255.255 11.0.0.0 168.63.129.15 168.63.129.17 172.32.0.1 192.169.0.1 2606:4700::1111"
+    for address in public.split():
         assert not any(ipaddress.ip_address(address) in network for network in refused), address
     for each in PRIVATE_RANGES:
         allowed = ipaddress.ip_network(each)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from agent_core.config import AgentConfig
 from agent_core.policy import NodePolicy
@@ -63,6 +64,12 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         settings.load(AgentConfig, env_prefix="X_", environ={}, file=file)
 
 
+@pytest.mark.parametrize("interfaces", [{"private": "eth1"}, {"private": ""}, {"10.0.0.1": "10.0.0.1"}])
+def test_an_interface_is_an_address_by_a_name(interfaces: dict[str, str]) -> None:
+    with pytest.raises(ValidationError):
+        NodePolicy.model_validate({"ports": {"interfaces": interfaces}})
+
+
 def test_users_need_no_quotes(tmp_path: Path) -> None:
     # YAML 1.1 reads 1000:50 as a number to the base of 60.
     check(load(tmp_path, "managed: {users: [1000:50]}"), user="1000:50")
@@ -91,6 +98,7 @@ def test_every_problem_of_the_file_is_told_at_once(tmp_path: Path) -> None:
         load(tmp_path, "ports: {range: 5-2}\nimage: {}\nnetworks: {none: {network: x}}\nlimits: {cpus: -1}")
     assert len(caught.value.problems) == 4
     assert {problem.path.split(".")[0] for problem in caught.value.problems} == {"ports", "image", "networks", "limits"}
+    assert "image: there is no such setting (did you mean images?)" in str(caught.value)
     for text in ("- a list", "{", "ports: {range: many}"):
         with pytest.raises(InvalidInput):
             load(tmp_path, text)

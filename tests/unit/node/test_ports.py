@@ -39,6 +39,16 @@ async def test_port_that_somebody_holds_is_passed_over_whichever_protocol(journa
         assert leases.held("b") == {}
 
 
+async def test_a_port_is_tried_where_it_is_to_listen(journal: Journal) -> None:
+    leases = Ports(journal, (28890, 28891), address="127.0.0.1", interfaces={"inside": "127.0.0.2"})
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.2", 28890))
+        assert await leases.lease("a", [PortWish("game", "udp", interface="inside")]) == {"game": 28891}
+        with pytest.raises(Conflict, match="by another program"):
+            await leases.lease("b", [PortWish("game", "udp", 28890, interface="inside")])
+        assert await leases.lease("b", [PortWish("game", "udp")]) == {"game": 28890}
+
+
 async def test_port_asked_for_by_number(journal: Journal) -> None:
     leases = Ports(journal, (28830, 28839))
     assert await leases.lease("a", [PortWish("game", "udp", 28835)]) == {"game": 28835}

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import os
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,9 @@ from hypothesis import strategies as st
 
 from agent_core.identities import Identities, owner_of
 from agent_core.journal import Journal
-from agent_core.volumes import Volumes, _parts
-from outrider.errors import Conflict, InvalidInput, OutriderError, TemporaryError
+from agent_core.removed_objects import RemovedObjects
+from agent_core.volumes import AllottedVolume, Volumes, _parts
+from outrider.errors import Conflict, InvalidInput, NotFound, OutriderError, PermanentError, TemporaryError
 
 
 @pytest.fixture
@@ -26,6 +30,57 @@ async def test_volumes_of_one_owner_belong_to_one_user_and_of_two_to_two(volumes
     assert users[0] == users[1]
     assert (users[1] != users[2]) is (os.geteuid() == 0)
     assert os.stat(saves.host_path).st_mode & 0o777 == 0o750
+
+
+def modes(volume: AllottedVolume, *names: str) -> list[str]:
+    return [oct(stat.S_IMODE(os.stat(Path(volume.host_path, name)).st_mode)) for name in names]
+
+
+async def test_a_volume_is_shared_with_another_user_by_its_group(volumes: Volumes) -> None:
+    saves = await volumes.allot("r1", "game/a", "saves", "object", True, None)
+    gid = os.stat(saves.host_path).st_gid
+    top = Path(saves.host_path)
+    # As an agent of before had it: nothing there is open to the group.
+    for name, mode in (("dir", 0o755), ("private", 0o700)):
+        (top / name).mkdir()
+        (top / name).chmod(mode)
+    for name, mode in (("dir/a", 0o644), ("dir/run", 0o755), ("dir/key", 0o600), ("private/b", 0o644)):
+        (top / name).write_text("x")
+        (top / name).chmod(mode)
+    await volumes.share([saves.host_path], gid)
+    assert modes(saves, "", "dir", "dir/a", "dir/run") == ["0o2770", "0o2775", "0o664", "0o775"]
+    assert modes(saves, "dir/key", "private", "private/b") == ["0o600", "0o700", "0o644"]  # closed by intention
+    assert {os.stat(top / name).st_gid for name in ("dir", "dir/a", "dir/key")} == {gid}
+
+    (top / "dir" / "made").write_text("x")  # whatever the umask
+    (top / "dir" / "chmodded").write_text("x")
+    (top / "dir" / "chmodded").chmod(0o644)
+    again = await volumes.allot("r2", "game/a", "saves", "object", True, None)
+    assert modes(again, "", "dir/made", "dir/chmodded") == ["0o2770", "0o660", "0o664"]
+
+
+async def test_links_in_a_shared_volume_lead_nowhere(volumes: Volumes, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "passwd").write_text("x")
+    outside.chmod(0o755)
+    (outside / "passwd").chmod(0o644)
+    build = await volumes.allot("r1", None, "build", "run", False, None)
+    Path(build.host_path, "file").symlink_to(outside / "passwd")
+    Path(build.host_path, "dir").symlink_to(outside)
+    os.mkfifo(Path(build.host_path, "pipe"))
+    await volumes.share([build.host_path], os.stat(build.host_path).st_gid)
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o755
+    assert stat.S_IMODE((outside / "passwd").stat().st_mode) == 0o644
+
+
+async def test_what_is_everybodys_stays_so(volumes: Volumes) -> None:
+    cache = await volumes.allot("r1", "game/a", "cache", "node", False, None)
+    before = os.stat(cache.host_path)
+    await volumes.share([cache.host_path], before.st_gid + 1)
+    assert (os.stat(cache.host_path).st_gid, os.stat(cache.host_path).st_mode) == (before.st_gid, before.st_mode)
+    with pytest.raises(NotFound, match="is not there any more"):
+        await volumes.share([cache.host_path.replace("node/cache", "run/r9/gone")], 1)
 
 
 async def test_the_same_volume_is_found_again(volumes: Volumes) -> None:
@@ -49,6 +104,57 @@ async def test_volumes_of_a_run_go_with_it_and_others_stay(volumes: Volumes) -> 
     assert Path(saves.host_path, "world").exists()  # the link was removed, not followed
     await volumes.release_object("game/a")
     assert not Path(saves.host_path).exists()
+
+
+async def test_volumes_of_a_removed_object_go_unless_it_is_there_again(volumes: Volumes) -> None:
+    saves = await volumes.allot("r1", "game/a", "saves", "object", False, None)
+    await volumes.allot("r1", "game/b", "kept", "object", True, None)
+    await volumes.allot("r1", "game/c", "build", "run", False, None)
+    asked: list[object] = []
+    busy = ["game/a"]
+
+    async def ask(refs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        asked.append(refs)
+        return set(refs)
+
+    removed = RemovedObjects(volumes, ask, lambda: busy)
+    await removed.once()
+    assert asked == [[("game", "a")]]
+    assert Path(saves.host_path).exists()  # a run was given it since the server was asked
+    busy.clear()
+    await removed.once()
+    assert not Path(saves.host_path).exists()
+    await removed.once()
+    assert len(asked) == 2  # of what is gone, or is to be kept, nothing is asked
+
+
+async def test_a_volume_that_is_allotted_again_while_it_is_collected_is_there(volumes: Volumes) -> None:
+    saves = await volumes.allot("r1", "game/a", "saves", "object", False, None)
+    for _ in range(20):
+        await asyncio.gather(
+            volumes.release_object("game/a"), volumes.allot("r2", "game/a", "saves", "object", False, None)
+        )
+        assert Path(saves.host_path).exists() or await volumes.objects() == []
+        await volumes.allot("r2", "game/a", "saves", "object", False, None)
+
+
+async def test_a_server_that_does_not_know_the_question_is_asked_later(
+    volumes: Volumes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent_core.removed_objects.INTERVAL_S", 0.01)
+    saves = await volumes.allot("r1", "game/a", "saves", "object", False, None)
+    answers: list[set[tuple[str, str]] | None] = [None, {("game", "a")}]
+
+    async def ask(_refs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        if (answer := answers.pop(0)) is None:
+            raise PermanentError("the server does not know FindRemovedObjects")
+        return answer
+
+    asking = asyncio.create_task(RemovedObjects(volumes, ask, list).run())
+    async with asyncio.timeout(10):
+        while Path(saves.host_path).exists():
+            await asyncio.sleep(0.01)
+    asking.cancel()
 
 
 async def test_volume_in_use_by_a_container_is_kept_until_it_is_gone(volumes: Volumes) -> None:

@@ -22,9 +22,10 @@ from server_core.config import ServerConfig
 from server_core.restore import restore
 from server_core.security import vault
 from server_core.server import init
-from server_core.store import envs, events, nodes, objects, restored, runs
+from server_core.store import audit, envs, events, nodes, objects, restored, runs
 from server_core.store.commits import Commit
 from server_core.store.sqlite import SqliteDatabase
+from server_core.store.tokens import Caller
 
 PASSPHRASE = b"correct horse battery"
 ARENA = types_pb2.ObjectRef(kind="game", name="arena")
@@ -257,6 +258,36 @@ def numbers(connection: Connection) -> dict[str, object]:
         "object": objects.get(connection, ARENA).version,
         "env set": envs.get(connection, "builds").version,
     }
+
+
+async def test_only_what_somebody_removed_counts_as_removed_and_after_a_restore_nothing_of_before(
+    config: ServerConfig,
+) -> None:
+    db = SqliteDatabase(config.store_file)
+
+    def remove(connection: Connection) -> None:
+        objects.remove(connection, ARENA)
+        audit.add(connection, Caller("operator", "a", "admin", b""), "delete", "objects", objects.spoken(ARENA))
+
+    async def removed(ref: types_pb2.ObjectRef = ARENA) -> bool:
+        return await db.read(lambda connection: objects.was_removed(connection, ref))
+
+    assert not await removed()
+    assert not await removed(types_pb2.ObjectRef(kind="game", name="never-heard-of"))
+    await db.write(Commit.SERVER_START, remove)
+    assert await removed()
+    made = lambda c: objects.put(c, ARENA, {}, replace=False, expected_version=None)  # noqa: E731
+    await db.write(Commit.SERVER_START, made)
+    assert not await removed()
+    await db.write(Commit.SERVER_START, remove)
+    assert await removed()
+    # It may have been made again after the backup, and its saves are worth more than the room.
+    await db.write(Commit.STORE_RESTORED, lambda c: restored.make_safe(c, datetime.now(UTC)))
+    assert not await removed()
+    await db.write(Commit.SERVER_START, made)
+    await db.write(Commit.SERVER_START, remove)
+    assert await removed()
+    db.close()
 
 
 async def test_run_that_waits_in_a_backup_older_than_nodes_remember_becomes_unknown(config: ServerConfig) -> None:

@@ -13,11 +13,13 @@ from sqlalchemy import select
 
 from outrider import failpoints
 from outrider.errors import InvalidInput, OutriderError, PermanentError
+from outrider.sqlite_loss import mark_of
 from outrider.v1 import types_pb2
 from server_core.security import vault
 from server_core.store import envs, events, logs, migrate, nodes, objects, runs, schema
 from server_core.store.commits import Commit
 from server_core.store.sqlite import SqliteDatabase
+from tests.faults import damage
 
 HISTORIES = Path(__file__).parent / "histories"
 HISTORY_KEY = bytes(range(32))
@@ -108,6 +110,52 @@ def test_structural_damage_is_refused_also_after_a_crash(path: Path) -> None:
     assert path.read_bytes() == whole
 
 
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """A store with ten objects, whose server was killed."""
+    db = SqliteDatabase(tmp_path / "in-use/store.db")
+    for number in range(10):
+        db.write_now(
+            Commit.OBJECT_SET,
+            lambda c, number=number: objects.put(  # type: ignore[misc]
+                c, types_pb2.ObjectRef(kind="game", name=f"arena-{number}"), {}, replace=False, expected_version=None
+            ),
+        )
+        db.write_now(Commit.SERVER_START, lambda c: c.execute(select(schema.objects.c.name)).all())  # changes nothing
+    path = damage.leave(tmp_path / "in-use/store.db", tmp_path / "store.db")
+    db.close()
+    return path
+
+
+def objects_in(path: Path) -> int:
+    db = SqliteDatabase(path)
+    try:
+        return len(db.write_now(Commit.SERVER_START, lambda c: objects.listed(c, "")))
+    finally:
+        db.close()
+
+
+def test_store_of_a_killed_server_has_all_that_was_acknowledged(killed: Path) -> None:
+    assert mark_of(killed).exists()
+    assert objects_in(killed) == 10
+    assert not mark_of(killed).exists()  # it is sealed
+    assert objects_in(killed) == 10
+
+
+@pytest.mark.parametrize("way", [name for name in damage.WAYS if name.startswith("log ")])
+def test_store_whose_last_commits_are_lost_is_refused_after_a_crash(way: str, killed: Path) -> None:
+    damage.WAYS[way](killed)
+    for _ in range(2):  # and stays refused
+        error = refusal_of_opening(killed)
+        assert isinstance(error, InvalidInput)
+        assert error.code == "store_damaged"
+        assert "has lost the end of its history" in error.message
+        assert str(mark_of(killed)) in error.hint
+    damage.log_of(killed).unlink(missing_ok=True)
+    mark_of(killed).unlink()
+    SqliteDatabase(killed).close()  # as the hint says
+
+
 async def test_damage_found_while_it_is_served_is_told_and_not_sealed(path: Path) -> None:
     db = SqliteDatabase(path)
     db.write_now(Commit.SERVER_START, lambda _: None)  # its writer has opened the file
@@ -193,6 +241,16 @@ def test_store_is_copied_before_it_is_brought_up_to_date(older: Path) -> None:
     before = former.read_bytes()
     SqliteDatabase(older).close()  # nothing to bring up to date any more
     assert former.read_bytes() == before
+
+
+@several_schemas
+def test_store_that_takes_the_place_of_one_that_was_stopped_is_not_compared_with_it(older: Path) -> None:
+    db = SqliteDatabase(older)
+    db.write_now(Commit.OBJECT_SET, lambda c: objects.put(c, ARENA, {"a": 1}, replace=False, expected_version=None))
+    db.close()
+    older.with_name("store.db.former").replace(older)
+    older.with_name("store.db.seal").unlink()
+    SqliteDatabase(older).close()
 
 
 @several_schemas

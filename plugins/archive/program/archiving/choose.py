@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from outrider_stepkit import Selection
 
-from archiving.names import Names, Parts
+from archiving.names import MAX_DEPTH, Names, Parts
 
 
 class Patterns:
@@ -29,15 +29,19 @@ class Choice:
     """Where an entry of an archive goes, if anywhere. Every name is vetted first, whether it is chosen or not."""
 
     def __init__(
-        self, *, strip: int = 0, include: Sequence[str] = (), exclude: Sequence[str] = (), max_depth: int = 128
+        self, *, strip: int = 0, include: Sequence[str] = (), exclude: Sequence[str] = (), max_depth: int = MAX_DEPTH
     ) -> None:
         self._strip = strip
         self._patterns = Patterns(include, exclude)
         self._names = Names(max_depth)
 
+    def full(self, name: str, *, backslash: bool) -> Parts:
+        """The path as it stands in the archive."""
+        return self._names.parts(name, backslash=backslash)
+
     def parts(self, name: str, *, backslash: bool) -> Parts | None:
         """The path below the target; ``()`` for the target itself, None for what is left out."""
-        parts = self._names.parts(name, backslash=backslash)
+        parts = self.full(name, backslash=backslash)
         if not self._patterns.all and parts and not self._patterns.take("/".join(parts)):
             return None
         if self._strip == 0:
@@ -46,4 +50,4 @@ class Choice:
 
     def stripped(self, name: str, *, backslash: bool) -> Parts:
         """Where the target of a hard link was unpacked to, if it was."""
-        return self._names.parts(name, backslash=backslash)[self._strip :]
+        return self.full(name, backslash=backslash)[self._strip :]

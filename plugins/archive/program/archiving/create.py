@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from outrider_stepkit import Step, StepFailure, staged_directory
+from outrider_stepkit.publish import recover
 
 from archiving import sevenzip
 from archiving.choose import Patterns
@@ -28,6 +29,7 @@ def create(step: Step) -> None:
     chosen = LEVELS.get(kind, 0) if level is None else int(level)
     volume_bytes = params.get("volume_size")
     first = target if volume_bytes is None else target.with_name(f"{target.name}.001")
+    recover(target)
     _check_target(target, first, params["existing"])
     password = step.secret(sevenzip.PASSWORD_ENV) if params["encrypt"] else None
     _check_password(password, kind)
@@ -47,7 +49,7 @@ def create(step: Step) -> None:
             if kind == "7z" or password is not None:
                 packing.seven(stage, source, kind, password, times=fixed is None)
             elif kind == "zip":
-                packing.zip()
+                packing.zip(utc=fixed is not None)
             else:
                 packing.tar(kind)
             output.finish()
@@ -92,10 +94,10 @@ class _Packing:
         finally:
             stream.close()
 
-    def zip(self) -> None:
+    def zip(self, *, utc: bool) -> None:
         from archiving.zipwrite import ZipWriter
 
-        writer = ZipWriter(self._output, self._level, self._on_bytes)
+        writer = ZipWriter(self._output, self._level, self._on_bytes, utc=utc)
         try:
             writer.add(_fit(self._finder.items(self.tally)))
             writer.finish()

@@ -8,6 +8,7 @@ from typing import Any
 
 from outrider_stepkit import Step, StepFailure, staged_directory
 from outrider_stepkit.meter import shown_rate
+from outrider_stepkit.publish import recover
 
 from archiving import placing, sevenzip
 from archiving.choose import Choice
@@ -44,17 +45,17 @@ def extract(step: Step) -> None:
     params = step.params
     path, target = str(params["from"]), Path(params["to"])
     existing = params["existing"]
+    recover(target)
     placing.check_target(target, existing)
     with Source(path) as source:
         kind = params.get("format") or format_of(path, source)
         volumes = f" in {len(source.paths)} volumes" if len(source.paths) > 1 else ""
         print(f"unpacking {path} ({kind}, {source.size} bytes{volumes}) to {target}")
         with staged_directory(target) as stage:
-            tree, aside = stage / "tree", stage / "aside"
+            tree = stage / "tree"
             tree.mkdir()
-            aside.mkdir()
             into = _unpacked(step, source, kind, tree)
-            placing.publish(tree, target, existing, aside)
+            placing.publish(tree, target, existing)
     step.progress(into.bytes, into.bytes, message="unpacked", force=True)
     step.output(
         path=str(target), format=kind, entries=into.entries, files=into.files, bytes=into.bytes, skipped=into.skipped

@@ -9,6 +9,9 @@ from outrider_stepkit import StepFailure
 
 MAX_NAME_BYTES = 255  # of every file system that matters
 MAX_PATH_BYTES = 3072  # leaves room for the path of the target below the kernel's 4096
+MAX_DEPTH = 128
+"""How many folders deep an entry may lie, if nothing else is said: what is packed can be unpacked. The default of
+archive.extract's max_depth is the same."""
 
 Parts = tuple[str, ...]
 
@@ -44,7 +47,7 @@ def _is_plain(name: str) -> bool:
     return "\\" not in name and ":" not in name
 
 
-def safe_parts(name: str, *, backslash: bool, max_depth: int = 128) -> Parts:
+def safe_parts(name: str, *, backslash: bool, max_depth: int = MAX_DEPTH) -> Parts:
     """The components of ``name``; ``()`` for the root itself.
 
     Refuses what leads out: absolute names, drive letters, ``..`` anywhere. That ``a/../b`` would stay inside is no

@@ -6,11 +6,10 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from outrider_stepkit import StepFailure
-from outrider_stepkit.publish import STAGE_PREFIX, is_mount, swap, sync_directory, sync_filesystem
+from outrider_stepkit.publish import STAGE_PREFIX, is_mount, move_all, swap, sync_directory, sync_filesystem
 
 
 def check_target(target: Path, existing: str) -> None:
@@ -31,30 +30,22 @@ def check_target(target: Path, existing: str) -> None:
         )
 
 
-def publish(tree: Path, target: Path, existing: str, aside: Path) -> None:
-    """Make ``tree`` (complete, on the volume of ``target``) the content of ``target``.
+def publish(tree: Path, target: Path, existing: str) -> None:
+    """Make ``tree`` (complete, in a stage for ``target``) the content of ``target``.
 
     A new directory and ``replace`` appear in one instant. ``merge``, and a target that is the root of a volume (which
-    can't be renamed), go entry by entry, each in one instant; whether all of them can is checked before the first.
-    ``aside`` is an empty directory for what is replaced.
+    can't be renamed), go entry by entry; whether all of them can is checked before the first.
     """
     check_target(target, existing)
     sync_filesystem(tree)
     if not target.exists():
         tree.rename(target)
+        sync_directory(target.parent)
     elif existing == "merge":
-        _check_merge(tree, target, target)
-        _merge(tree, target)
-        sync_filesystem(target)
-    elif is_mount(target):
-        for entry in _contents(target):
-            (target / entry).rename(aside / entry)
-        for entry in os.listdir(tree):
-            (tree / entry).rename(target / entry)
-        sync_filesystem(target)
-    else:
-        _exchange(tree, target, aside)
-    sync_directory(target.parent if not is_mount(target) else target)
+        move_all(tree.parent, target, _merged(tree, target))
+    elif is_mount(target) or not _exchanged(tree, target):
+        everything = ((f"{tree.name}/{name}", name) for name in os.listdir(tree))
+        move_all(tree.parent, target, everything, former=_contents(target))
 
 
 def _contents(directory: Path) -> list[str]:
@@ -62,47 +53,45 @@ def _contents(directory: Path) -> list[str]:
     return [name for name in os.listdir(directory) if not name.startswith(STAGE_PREFIX) and name != "lost+found"]
 
 
-def _exchange(tree: Path, target: Path, aside: Path) -> None:
+def _exchanged(tree: Path, target: Path) -> bool:
+    """Exchange them; False on a file system that can't."""
     try:
         swap(tree, target)
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EINVAL):
             raise
-        # A file system that can't exchange: for an instant there is no target.
-        target.rename(aside / "former")
-        tree.rename(target)
+        return False
+    sync_directory(target.parent)
+    return True
 
 
-def _entries(tree: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(tree) as found:
-        yield from sorted(found, key=lambda entry: entry.name)
+def _merged(tree: Path, target: Path) -> Iterator[tuple[str, str]]:
+    """What to move, as paths in the stage and in the target: whole directories where the target has none.
 
-
-def _check_merge(tree: Path, target: Path, top: Path) -> None:
-    """Refuse where one side has a directory and the other a file or link: neither may silently go."""
-    for entry in _entries(tree):
-        there = target / entry.name
-        try:
-            mode = there.lstat().st_mode
-        except FileNotFoundError:
-            continue
-        new = entry.is_dir(follow_symlinks=False)
-        if new != stat.S_ISDIR(mode):
-            kinds = ("a directory", "a file or a link")
-            raise StepFailure(
-                f"{there} is {kinds[new]} and in the archive {kinds[not new]}: remove it, or choose"
-                f' existing: "replace"; {top} was left as it is',
-                code="merge_conflict",
-            )
-        if new:
-            _check_merge(tree / entry.name, there, top)
-
-
-def _merge(tree: Path, target: Path) -> None:
-    for entry in _entries(tree):
-        source, there = tree / entry.name, target / entry.name
-        with suppress(FileNotFoundError):
-            if stat.S_ISDIR(there.lstat().st_mode) and entry.is_dir(follow_symlinks=False):
-                _merge(source, there)
+    Refuses where one side has a directory and the other a file or link: neither may silently go.
+    """
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(tree / folder) as found:
+            entries = list(found)
+        for entry in entries:
+            name = folder + entry.name
+            there = target / name
+            new = entry.is_dir(follow_symlinks=False)
+            try:
+                mode = there.lstat().st_mode
+            except FileNotFoundError:
+                yield f"{tree.name}/{name}", name
                 continue
-        source.rename(there)
+            if new != stat.S_ISDIR(mode):
+                kinds = ("a directory", "a file or a link")
+                raise StepFailure(
+                    f"{there} is {kinds[new]} and in the archive {kinds[not new]}: remove it, or choose"
+                    f' existing: "replace"; {target} was left as it is',
+                    code="merge_conflict",
+                )
+            if new:
+                folders.append(f"{name}/")
+            else:
+                yield f"{tree.name}/{name}", name

@@ -14,7 +14,7 @@ from outrider_stepkit import StepFailure
 from archiving import sevenzip
 from archiving.choose import Choice
 from archiving.formats import Damaged, decoding, to_disk
-from archiving.names import Parts, safe_parts, shown
+from archiving.names import Parts, shown
 from archiving.tarhead import BadHeader
 from archiving.tree import Tree
 from archiving.volumes import Source
@@ -82,7 +82,7 @@ def vetted(source: Source, tree: Tree, choice: Choice, password: str | None) -> 
     if archive.password_protected and password is None:
         raise py7zr.exceptions.PasswordRequired
     tree.expect(sum(member.uncompressed for member in members), len(members))
-    names = [safe_parts(member.filename, backslash=True) for member in members]
+    names = [choice.full(member.filename, backslash=True) for member in members]
     # Some archivers mark a directory by nothing but what lies below it.
     parents = {parts[:depth] for parts in names for depth in range(1, len(parts))}
     entries = []

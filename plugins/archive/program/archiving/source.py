@@ -13,10 +13,8 @@ from outrider_stepkit import StepFailure
 from outrider_stepkit.publish import STAGE_PREFIX
 
 from archiving.choose import Patterns
-from archiving.names import check_link, shown
+from archiving.names import MAX_DEPTH, check_link, shown
 
-MAX_DEPTH = 128
-"""As deep as archive.extract unpacks by default."""
 _KEPT = 100_000
 """So many entries take some 30 MB; more are looked for twice."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

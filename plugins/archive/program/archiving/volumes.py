@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from outrider_stepkit import StepFailure
-from outrider_stepkit.publish import sync_directory
+from outrider_stepkit.publish import move_all, sync_directory
 
 FIRST = re.compile(r"(.+)\.0*1$")
 MAX_VOLUMES = 9999
@@ -185,21 +185,22 @@ class Output:
     def publish(self) -> None:
         """Put it in place. The first volume comes last: it is the one by which an archive is opened.
 
-        Volumes of an archive that was there before are removed where the new one has fewer.
+        Volumes of an archive that was there before make room first, so that a mixture of both never looks whole.
         """
         if self._volume_bytes is None:
             os.replace(self._files[0], self._target)
-        else:
-            names = [self._target.with_name(f"{self._target.name}.{n:03}") for n in range(1, len(self._files) + 1)]
-            # From here on there is no former archive: a mixture of both must not look whole.
-            names[0].unlink(missing_ok=True)
-            for file, name in reversed(list(zip(self._files, names, strict=True))):
-                os.replace(file, name)
-            number = len(names) + 1
-            while (stale := self._target.with_name(f"{self._target.name}.{number:03}")).is_file():
-                stale.unlink()
-                number += 1
-        sync_directory(self._target.parent)
+            sync_directory(self._target.parent)
+            return
+        moves = [(file.name, f"{self._target.name}.{number:03}") for number, file in enumerate(self._files, 1)]
+        former = []
+        for number in range(1, MAX_VOLUMES + 1):
+            name = f"{self._target.name}.{number:03}"
+            there = self._target.with_name(name)
+            if os.path.lexists(there) and (there.is_symlink() or not there.is_dir()):
+                former.append(name)
+            elif number > len(moves):
+                break
+        move_all(self._stage, self._target.parent, reversed(moves), former=former)
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -45,12 +45,16 @@ class _Record:
 
 
 class ZipWriter:
-    """``add`` items, then ``finish``; ``close`` in any case."""
+    """``add`` items, then ``finish``; ``close`` in any case.
 
-    def __init__(self, target: Writer, level: int, on_bytes: Callable[[int], None]) -> None:
+    A zip has the local time of where it was made; with ``utc`` it is the same wherever that is.
+    """
+
+    def __init__(self, target: Writer, level: int, on_bytes: Callable[[int], None], *, utc: bool = False) -> None:
         self._target = target
         self._level = level
         self._on_bytes = on_bytes
+        self._clock = time.gmtime if utc else time.localtime
         self._pool = ThreadPoolExecutor(cores())
         self._ahead = cores() + 1
         self._waiting: deque[tuple[_Record, Future[tuple[int, bytes]]]] = deque()
@@ -72,7 +76,7 @@ class ZipWriter:
         name = item.name + ("/" if item.is_directory else "")
         raw = name.encode("utf-8", "surrogateescape")
         attributes = item.mode << 16 | (0x10 if item.is_directory else 0)
-        record = _Record(raw, _UTF8, _STORED, _when(item.mtime), 0, 0, 0, attributes, 0)
+        record = _Record(raw, _UTF8, _STORED, _when(self._clock(item.mtime)), 0, 0, 0, attributes, 0)
         if item.is_directory:
             self._soon(record, b"", stored=True)
         elif item.link is not None:
@@ -259,9 +263,9 @@ def _checksum(descriptor: int, size: int) -> int:
     return checksum
 
 
-def _when(mtime: int) -> int:
+def _when(moment: time.struct_time) -> int:
     """Time and date as zip has them: two seconds apart, from 1980 to 2107."""
-    year, month, day, hour, minute, second = time.localtime(mtime)[:6]
+    year, month, day, hour, minute, second = moment[:6]
     if year < 1980:
         return 1 << 21 | 1 << 16
     if year > 2107:

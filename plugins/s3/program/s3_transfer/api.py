@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree
@@ -18,6 +17,8 @@ from s3_transfer.settings import Settings
 from s3_transfer.transport import Body, Transport
 
 _CHECKSUM_MODE = {"x-amz-checksum-mode": "ENABLED"}
+PART_BYTES_HEADER = "x-amz-meta-outrider-part-bytes"
+"""Kept with objects of several parts: their tag can't be compared with a file's without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Version:
     checksums: Mapping[str, str] = field(default_factory=dict)
     """By algorithm ("crc64nvme", "sha256"…): base64, with ``-N`` behind it where it is one of N parts' checksums."""
     encryption: str | None = None
+    """The header's value, or "customer" for a key of the customer's."""
+    kms_key_id: str | None = None
+    part_bytes: int | None = None
+    """How large its parts are, where it was this program that sent them."""
 
     @classmethod
     def of(cls, headers: Mapping[str, str]) -> Version:
@@ -51,6 +56,8 @@ class Version:
             checksums=checksums,
             encryption=headers.get("x-amz-server-side-encryption")
             or ("customer" if headers.get("x-amz-server-side-encryption-customer-algorithm") else None),
+            kms_key_id=headers.get("x-amz-server-side-encryption-aws-kms-key-id"),
+            part_bytes=int(parts) if (parts := headers.get(PART_BYTES_HEADER, "")).isdigit() else None,
         )
 
     @property
@@ -119,14 +126,12 @@ class Api:
                 return
             query["continuation-token"] = token
 
-    def put(
-        self, key: str, body: Body, headers: Mapping[str, str], *, sha256: str | None = None
-    ) -> tuple[Version, Mapping[str, str]]:
+    def put(self, key: str, body: Body, headers: Mapping[str, str], *, sha256: str | None = None) -> Version:
         """Write a whole object. ``headers`` have its Content-Length."""
         what = self.settings.object(key)
         sent = {**headers, **self.settings.customer_headers}
         answered, _ = self.transport.call("PUT", key, None, sent, body, sha256=sha256, what=what)
-        return Version.of(answered), answered
+        return Version.of(answered)
 
     def create_upload(self, key: str, headers: Mapping[str, str]) -> str:
         """Begin a multipart upload; its id."""
@@ -143,17 +148,15 @@ class Api:
         headers: Mapping[str, str],
         *,
         sha256: str | None = None,
-    ) -> tuple[Part, Mapping[str, str]]:
-        """Send a part; its tag and the checksums that the store took of it."""
+    ) -> tuple[Part, Version]:
+        """Send a part; its tag and the checksums that the store took of it, and all that it said."""
         query = {"partNumber": str(number), "uploadId": upload_id}
         sent = {**headers, **self.settings.customer_headers}
         answered, _ = self.transport.call("PUT", key, query, sent, body, sha256=sha256, what=self.settings.object(key))
         version = Version.of(answered)
-        return Part(number, int(headers["Content-Length"]), version.etag, version.checksums), answered
+        return Part(number, int(headers["Content-Length"]), version.etag, version.checksums), version
 
-    def complete_upload(
-        self, key: str, upload_id: str, parts: list[Part], headers: Mapping[str, str]
-    ) -> tuple[Version, Mapping[str, str]]:
+    def complete_upload(self, key: str, upload_id: str, parts: list[Part], headers: Mapping[str, str]) -> Version:
         """Put the parts together: only now is there an object."""
         root = ElementTree.Element("CompleteMultipartUpload", xmlns="http://s3.amazonaws.com/doc/2006-03-01/")
         for part in parts:
@@ -170,23 +173,27 @@ class Api:
         document = self._parsed(text, answered, what)
         etag = document.findtext("{*}ETag") or ""
         found = Version.of(answered)
-        return Version(found.size, etag, found.version_id, _checksums(document), found.encryption), answered
+        return replace(found, etag=etag, checksums=_checksums(document))
+
+    def delete(self, key: str, version: Version) -> None:
+        """Remove an object that was just written. Where nothing else tells it apart, only while it has its tag."""
+        headers = {} if version.version_id else {"If-Match": version.etag}
+        self.transport.call("DELETE", key, _version(version.version_id), headers, what=self.settings.object(key))
 
     def abort_upload(self, key: str, upload_id: str) -> None:
         """Give the parts up: they would be kept, and paid for, without being seen."""
         self.transport.call("DELETE", key, {"uploadId": upload_id}, what=self.settings.object(key))
 
-    def unfinished_upload(self, key: str, storage_class: str | None) -> str | None:
-        """The id of the newest upload of this key that was begun and not ended, if it was for that storage class."""
+    def unfinished_uploads(self, key: str) -> list[str]:
+        """The ids of the uploads of this key that were begun and not ended, the newest first."""
         found: list[tuple[str, str]] = []
         query = {"uploads": "", "prefix": key, "encoding-type": "url"}
         page = self._document("GET", "", query, what=self.settings.object(key))
         decode = unquote_plus if page.findtext("{*}EncodingType") == "url" else str
         for item in page.iterfind("{*}Upload"):
-            stored = item.findtext("{*}StorageClass") or "STANDARD"
-            if decode(_text(item, "Key")) == key and stored == (storage_class or "STANDARD"):
+            if decode(_text(item, "Key")) == key:
                 found.append((item.findtext("{*}Initiated") or "", _text(item, "UploadId")))
-        return max(found)[1] if found else None
+        return [upload_id for _, upload_id in sorted(found, reverse=True)]
 
     def parts(self, key: str, upload_id: str) -> Iterator[Part]:
         """What an upload has so far."""
@@ -200,21 +207,6 @@ class Api:
             if page.findtext("{*}IsTruncated") != "true" or not marker:
                 return
             query["part-number-marker"] = marker
-
-    def tag(self, key: str, version_id: str | None, tags: Mapping[str, str]) -> None:
-        """Replace the tags of an object."""
-        root = ElementTree.Element("Tagging", xmlns="http://s3.amazonaws.com/doc/2006-03-01/")
-        items = ElementTree.SubElement(root, "TagSet")
-        for name, value in tags.items():
-            item = ElementTree.SubElement(items, "Tag")
-            ElementTree.SubElement(item, "Key").text = name
-            ElementTree.SubElement(item, "Value").text = value
-        body = ElementTree.tostring(root)
-        md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-        headers = {"Content-Type": "application/xml", "Content-MD5": md5}
-        self.transport.call(
-            "PUT", key, {"tagging": ""} | _version(version_id), headers, body, what=self.settings.object(key)
-        )
 
     def _document(self, *args: Any, what: str, **options: Any) -> ElementTree.Element:
         headers, body = self.transport.call(*args, what=what, **options)

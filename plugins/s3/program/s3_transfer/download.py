@@ -10,7 +10,7 @@ from typing import Any
 
 from outrider_stepkit import Selection, StepFailure, free_bytes
 from outrider_stepkit.meter import Meter, Report
-from outrider_stepkit.publish import sync_directory
+from outrider_stepkit.publish import move_all, recover, sync_directory
 
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import compare, md5_of
@@ -19,6 +19,7 @@ from s3_transfer.errors import Refused
 from s3_transfer.fetching import Fetcher, Job
 from s3_transfer.marks import digests_of, mark, marked
 from s3_transfer.objects import list_objects, listing_sha256
+from s3_transfer.pace import Pace
 from s3_transfer.partial import Partials, partials
 from s3_transfer.settings import Settings
 from s3_transfer.workers import Workers
@@ -39,8 +40,8 @@ def download(params: Mapping[str, Any], env: Mapping[str, str], report: Report) 
 class _Download:
     def __init__(self, params: Mapping[str, Any], env: Mapping[str, str], report: Report) -> None:
         self._settings = Settings.read(params, env)
-        self._connections = int(params.get("connections", 8))
-        self._api = Api(self._settings, self._connections)
+        self._pace = Pace.read(params)
+        self._api = Api(self._settings, self._pace.connections)
         self._params = params
         self._expected: str | None = params.get("sha256")
         self._report = report
@@ -57,7 +58,7 @@ class _Download:
                 f"{target} is a directory: name the file, or end 'to' with a slash to keep the object's name",
                 code="is_a_directory",
             )
-        with Workers(self._connections, at_first=_AT_FIRST) as workers:
+        with Workers(self._pace.connections, at_first=_AT_FIRST) as workers:
             versions: list[Version] = []
             workers.persist(lambda: versions.append(self._look(key)), lambda: len(versions))
             version = versions[0]
@@ -85,10 +86,11 @@ class _Download:
 
     def _prefix(self, prefix: str, to: str) -> dict[str, Any]:
         target = Path(to)
+        recover(target)
         if target.exists() and not target.is_dir():
             raise StepFailure(f"{target} is a file: a prefix needs a directory", code="not_a_directory")
         chosen = Selection(self._params.get("include", ()), self._params.get("exclude", ()))
-        with Workers(self._connections, at_first=_AT_FIRST) as workers:
+        with Workers(self._pace.connections, at_first=_AT_FIRST) as workers:
             jobs: list[Job] = []
 
             def look() -> None:
@@ -126,10 +128,10 @@ class _Download:
         }
 
     def _fetch(self, jobs: list[Job], kept: Partials, workers: Workers, total: int) -> list[tuple[Job, str]]:
-        meter = Meter(total, self._report, limit=self._params.get("limit_bytes_per_s"), stop=workers.stop)
+        meter = Meter(total, self._report, limit=self._pace.limit, stop=workers.stop)
         meter.skip(total - sum(job.version.size for job in jobs))
         service = bool(self._params.get("service_checksums", True))
-        fetcher = Fetcher(self._api, kept, workers, meter, window=4 * self._connections, service=service)
+        fetcher = Fetcher(self._api, kept, workers, meter, pace=self._pace, service=service)
         return list(fetcher.fetch(jobs))
 
     def _look(self, key: str) -> Version:
@@ -188,7 +190,10 @@ def _publish_file(kept: Partials, job: Job, digest: str) -> None:
 
 
 def _publish(jobs: list[Job], digests: Mapping[str, str], kept: Partials, target: Path) -> None:
-    """Move every file to its place. What can be foreseen to fail is looked for before the first one moves."""
+    """Move every file to its place. What can be foreseen to fail is looked for before the first one moves.
+
+    From then on a cancellation waits, and after a kill the next attempt moves the rest.
+    """
     directories = {(target / job.name).parent for job in jobs}
     for directory in directories:
         blocked = next((up for up in (directory, *directory.parents) if up.exists() and not up.is_dir()), None)
@@ -201,11 +206,8 @@ def _publish(jobs: list[Job], digests: Mapping[str, str], kept: Partials, target
     for directory in directories:
         directory.mkdir(parents=True, exist_ok=True)
     for job in jobs:
-        fetched = kept.path(job.identity)
-        mark(fetched, job.identity, digests[job.name])
-        os.replace(fetched, os.path.join(target, job.name))
-    for directory in directories:
-        sync_directory(directory)
+        mark(kept.path(job.identity), job.identity, digests[job.name])
+    move_all(kept.folder, target, ((job.identity, job.name) for job in jobs))
 
 
 def _check_room(kept: Partials, size: int) -> None:

@@ -18,6 +18,7 @@ from outrider_stepkit.meter import Meter
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import Verifier
 from s3_transfer.disk import begin_writing
+from s3_transfer.pace import Pace
 from s3_transfer.partial import Partials
 from s3_transfer.workers import Workers
 
@@ -79,11 +80,13 @@ class Fetcher:
     """Fetches jobs into ``partials``."""
 
     def __init__(
-        self, api: Api, partials: Partials, workers: Workers, meter: Meter, *, window: int, service: bool
+        self, api: Api, partials: Partials, workers: Workers, meter: Meter, *, pace: Pace, service: bool
     ) -> None:
-        """``window`` is how many requests are prepared ahead; ``service``: the store's checksums are compared, too."""
+        """``service``: the store's checksums are compared, too."""
         self._api, self._partials, self._workers, self._meter = api, partials, workers, meter
-        self._window, self._service = window, service
+        # Requests are prepared ahead, so that no connection waits for the next.
+        self._window, self._service = 4 * pace.connections, service
+        self._read_bytes = pace.piece_bytes(_READ_BYTES)
         self._buffer = memoryview(bytearray(_HASHED_BYTES))
 
     def fetch(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, str]]:
@@ -159,7 +162,7 @@ class Fetcher:
                     known = found if found.checksums or not job.version.checksums else job.version
                     small.verifier = self._verifier(job, known)
                 while small.done < size:
-                    chunk = answer.read(min(_READ_BYTES, size - small.done))
+                    chunk = answer.read(min(self._read_bytes, size - small.done))
                     if not chunk:
                         raise ConnectionError
                     self._workers.check()
@@ -204,7 +207,7 @@ class Fetcher:
             with closing(self._api.get(job.key, job.version.version_id, start=start, end=end, etag=etag)) as answer:
                 self._same_range(job, answer, start, end)
                 while piece.done < piece.length:
-                    chunk = answer.read(min(_READ_BYTES, piece.length - piece.done))
+                    chunk = answer.read(min(self._read_bytes, piece.length - piece.done))
                     if not chunk:
                         raise ConnectionError
                     self._workers.check()

@@ -21,6 +21,13 @@ def presign(params: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]
             "a URL can only be signed with a key pair: allot S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY to the step",
             code="bad_credentials",
         )
+    if settings.credentials.token and not params.get("to"):
+        # It would be refused by the agent all the same, where it comes from an env set, but not with what to do.
+        raise StepFailure(
+            "the URL would have S3_SESSION_TOKEN in it, which is not for all who may see the run: write it to a file "
+            "with 'to', or sign with a key pair that needs no token",
+            code="secret_in_outputs",
+        )
     query: dict[str, str] = {}
     if version_id := params.get("version_id"):
         query["versionId"] = version_id

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
-import math
-import os
-import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -20,108 +15,20 @@ from urllib.parse import urlencode
 from outrider_stepkit import StepFailure
 from outrider_stepkit.meter import Meter
 
-from s3_transfer.api import Api, Part, Version
-from s3_transfer.checks import Digest, compare, composite, digest_of, encoded
+from s3_transfer.api import PART_BYTES_HEADER, Api, Part, Version
+from s3_transfer.checks import Digest, compare, composite, digest_of, encoded, md5_of
 from s3_transfer.errors import Refused
+from s3_transfer.files import File
+from s3_transfer.pace import Pace
+from s3_transfer.terms import PART_BYTES, Terms, part_bytes
 from s3_transfer.transport import CHUNK_BYTES
 from s3_transfer.workers import Workers
 
-PART_BYTES = 64 * 1024**2
-"""Large, because every part costs a request that both sides have to finish; none is ever held in memory."""
-_MAX_PARTS = 10_000
 _MAX_OBJECT_BYTES = 5 * 1024**4
 _ABORT_S = 5.0
+_MAX_LOOKED_AT = 10
 NOTHING_SENT = "nothing was sent"
 _REFUSES_CHECKSUMS = frozenset({"NotImplemented", "InvalidArgument", "InvalidRequest", "UnsupportedHeader"})
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How objects are to be written."""
-
-    headers: Mapping[str, str]
-    """Storage class, encryption."""
-    tags: Mapping[str, str]
-    checksum: str | None
-    """What the store is asked to check: an algorithm of ``checks.BEST``, "md5", or nothing."""
-    checksum_optional: bool = False
-    """Whether a store that refuses the checksum gets the object without."""
-    overwrite: bool = True
-    if_etag: str | None = None
-
-    @property
-    def condition(self) -> dict[str, str]:
-        """The headers under which an object is only written if what is there is as the caller knows it."""
-        if self.if_etag is not None:
-            return {"If-Match": f'"{self.if_etag}"'}
-        return {} if self.overwrite else {"If-None-Match": "*"}
-
-
-@dataclass(slots=True)
-class File:
-    """A file to send, open. It is closed when nothing refers to it any more, which may be a thread left behind."""
-
-    path: str
-    key: str
-    size: int
-    stream: io.FileIO
-    state: tuple[int, int, int]
-
-    @classmethod
-    def open(cls, path: str, key: str, size: int | None = None) -> File:
-        """Open it. Raises StepFailure if it is no regular file, or not ``size`` bytes long."""
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            os.close(descriptor)
-            raise StepFailure(f"{path} is not a file", code="not_a_file")
-        file = cls(path, key, info.st_size, io.FileIO(descriptor), _state(info))
-        if size is not None and info.st_size != size:
-            raise file.changed()
-        return file
-
-    def pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """A range of it, a chunk at a time. Raises StepFailure if it became shorter."""
-        position, end = offset, offset + length
-        while position < end:
-            chunk = os.pread(self.stream.fileno(), min(CHUNK_BYTES, end - position), position)
-            if not chunk:
-                raise self.changed()
-            yield chunk
-            position += len(chunk)
-
-    def digest(self, offset: int, length: int, *digests: Digest) -> None:
-        """Feed a range of it to all of the digests."""
-        for chunk in self.pieces(offset, length):
-            for digest in digests:
-                digest.update(chunk)
-
-    def tag(self, part_bytes: int | None) -> str:
-        """The tag that a store gives the object: its MD5, or that of its parts' with their number."""
-        tags: list[bytes] = []
-        step = part_bytes or max(self.size, 1)
-        for offset in range(0, max(self.size, 1), step):
-            md5 = hashlib.md5(usedforsecurity=False)
-            self.digest(offset, min(step, self.size - offset), md5)
-            tags.append(md5.digest())
-        if part_bytes is None:
-            return tags[0].hex()
-        return f"{hashlib.md5(b''.join(tags), usedforsecurity=False).hexdigest()}-{len(tags)}"
-
-    def unchanged(self) -> None:
-        """Raise StepFailure if it was written to since it was opened: what was sent may be half old, half new."""
-        if _state(os.fstat(self.stream.fileno())) != self.state:
-            raise self.changed()
-
-    def changed(self) -> StepFailure:
-        return StepFailure(
-            f"{self.path} was changed while it was being sent: stop what writes to it first", code="changed"
-        )
-
-
-def _state(info: os.stat_result) -> tuple[int, int, int]:
-    return info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +40,26 @@ class Sent:
 
 
 @dataclass(slots=True)
+class _Stretch:
+    """A range of a file that is sent with one request, and its digests."""
+
+    file: File
+    offset: int
+    length: int
+    known: Digest | None
+    """Of the algorithm that the store is asked to check, if any."""
+    _md5: Any = None
+
+    @property
+    def md5(self) -> Any:
+        """Taken when it is first asked for, because most stores take a checksum that costs less."""
+        if self._md5 is None:
+            self._md5 = hashlib.md5(usedforsecurity=False)
+            self.file.digest(self.offset, self.length, self._md5)
+        return self._md5
+
+
+@dataclass(slots=True)
 class Sender:
     """Writes objects. ``meter`` counts what has arrived."""
 
@@ -140,26 +67,27 @@ class Sender:
     terms: Terms
     workers: Workers
     meter: Meter
-    connections: int
+    pace: Pace
     checksum: str | None = field(init=False)
+    unconfirmed: bool = field(init=False, default=False)
+    """Whether the store has taken a checksum without a word, which it may not have looked at."""
 
     def __post_init__(self) -> None:
         self.checksum = self.terms.checksum
 
-    @staticmethod
-    def part_bytes(size: int) -> int | None:
-        """How large the parts of a file of ``size`` bytes are; None if it goes as a whole."""
-        if size <= PART_BYTES:
-            return None
-        return max(PART_BYTES, math.ceil(size / (_MAX_PARTS * CHUNK_BYTES)) * CHUNK_BYTES)
+    def part_bytes(self, key: str, size: int) -> int | None:
+        """How large the parts are in which this step sends ``size`` bytes to ``key``; None if they go as a whole."""
+        return part_bytes(size, self.terms.mark(key))
 
     # -- a file of one request ---------------------------------------------------------------------------------------
 
-    def put(self, path: str, key: str, size: int, expected: str | None = None) -> Sent:
-        """Send a file of one part. ``expected`` is its SHA-256, if that is known."""
+    def put(self, path: str, key: str, size: int, expected: str | None = None, listed: Version | None = None) -> Sent:
+        """Send a file of one part. ``expected`` is its SHA-256, if that is known; ``listed`` what was there before."""
+        condition = self.terms.condition(listed)
         file = File.open(path, key, size)
-        sha256, other = hashlib.sha256(), digest_of(self.checksum) if self.checksum else None
+        sha256, other = hashlib.sha256(), self._digest()
         file.digest(0, size, sha256, *([other] if other else []))
+        whole = _Stretch(file, 0, size, other)
         compare(path, sha256.hexdigest(), expected, NOTHING_SENT)
         written: list[Version] = []
 
@@ -169,31 +97,35 @@ class Sender:
                 "Content-Type": "application/octet-stream",
                 **self.terms.headers,
                 **self._tagging(),
-                **self.terms.condition,
+                **condition,
             }
-            if other is not None and self.checksum:
-                headers |= _checksum_headers(self.checksum, other)
+            headers |= self._checksum_headers(whole)
             digest = None if self.api.settings.secure else sha256.hexdigest()
             with self._body(file, 0, size) as body:
-                version, _ = self.api.put(key, body, headers, sha256=digest)
+                version = self.api.put(key, body, headers, sha256=digest)
             written[:] = [version]
 
-        self._carefully(attempt, key, lambda: self._is_ours(file, sha256.hexdigest()), written)
+        found = self._carefully(attempt, key, condition, lambda: self._is_ours(file, sha256.hexdigest()))
+        if found is None and not self._intact(whole, written[0]):
+            self.workers.aside(partial(self.api.delete, key, written[0]), _ABORT_S)
+            raise self._damaged(key)
+        version = self._encrypted(key, found or written[0], ours=found is None)
         file.unchanged()
-        return Sent(sha256.hexdigest(), written[0])
+        return Sent(sha256.hexdigest(), version)
 
     # -- a file of many ----------------------------------------------------------------------------------------------
 
-    def send(self, file: File, expected: str | None = None) -> Sent:
+    def send(self, file: File, expected: str | None = None, listed: Version | None = None) -> Sent:
         """Send a file of several parts; what an attempt before this one has sent of it is not sent again."""
+        condition = self.terms.condition(listed)
         if file.size > _MAX_OBJECT_BYTES:
             raise StepFailure(f"{file.path} is larger than the 5 TiB that an object can have", code="too_large")
-        size = self.part_bytes(file.size) or PART_BYTES
-        upload_id, there = self._begun(file.key)
+        size = self.part_bytes(file.key, file.size) or PART_BYTES
+        upload_id, there = self._begun(file, size)
         if upload_id is None:
-            upload_id = self._begin(file.key)
+            upload_id = self._begin(file.key, size)
         try:
-            return self._send_parts(file, upload_id, size, there, expected)
+            return self._send_parts(file, upload_id, size, there, expected, condition)
         except StepFailure as failure:
             if not failure.temporary or failure.code in {"changed", "damaged"}:
                 self._abort(file.key, upload_id)
@@ -203,9 +135,15 @@ class Sender:
             raise
 
     def _send_parts(
-        self, file: File, upload_id: str, size: int, there: Mapping[int, Part], expected: str | None
+        self,
+        file: File,
+        upload_id: str,
+        size: int,
+        there: Mapping[int, Part],
+        expected: str | None,
+        condition: Mapping[str, str],
     ) -> Sent:
-        whole_of = digest_of(self.checksum) if self.checksum and self.checksum != "md5" else None
+        whole_of = self._digest()
         whole = self.workers.submit(partial(self._hash, file, whole_of))
         under_way: deque[Future[tuple[Part, bytes | None]]] = deque()
         parts: list[Part] = []
@@ -221,23 +159,21 @@ class Sender:
             length = min(size, file.size - offset)
             work = partial(self._part, file, upload_id, number, offset, length, there.get(number))
             under_way.append(self.workers.submit(work))
-            while len(under_way) > self.connections:
+            while len(under_way) > self.pace.connections:
                 settle()
         while under_way:
             settle()
         sha256 = whole.result()
         compare(file.path, sha256, expected, "no object was written")
         file.unchanged()
-        version = self._complete(file, upload_id, parts, sha256)
+        version = self._complete(file, upload_id, parts, sha256, condition)
         said = version.checksums.get(self.checksum or "")
         if said and self.checksum and whole_of is not None and len(digests) == len(parts):
             # Of the parts' checksums, or of all bytes: which of both is the store's choice.
             wanted = composite(self.checksum, digests) if "-" in said else encoded(whole_of.digest())
             if said != wanted:
+                self.workers.aside(partial(self.api.delete, file.key, version), _ABORT_S)
                 raise self._damaged(file.key)
-        if there and self.terms.tags:
-            # What was begun by a former attempt has its tags already, if it was ours; if not, it has them now.
-            self.api.tag(file.key, version.version_id, self.terms.tags)
         return Sent(sha256, version)
 
     def _hash(self, file: File, other: Digest | None) -> str:
@@ -253,66 +189,63 @@ class Sender:
         self, file: File, upload_id: str, number: int, offset: int, length: int, there: Part | None
     ) -> tuple[Part, bytes | None]:
         """Send a part, unless the store has it; what is known of it, and its digest if one was asked for."""
-        known = digest_of(self.checksum) if self.checksum else None
+        known = self._digest()
         plain = hashlib.sha256() if not self.api.settings.secure else None
-        md5 = hashlib.md5(usedforsecurity=False) if there is not None else None
-        wanted = [each for each in (known, plain, md5) if each is not None]
+        wanted = [each for each in (known, plain) if each is not None]
         if wanted:
             file.digest(offset, length, *wanted)
-        digest = known.digest() if known and self.checksum != "md5" else None
-        if there is not None and md5 is not None and self._same(there, length, md5.hexdigest(), digest):
+        stretch = _Stretch(file, offset, length, known)
+        digest = known.digest() if known else None
+        if there is not None and self._same(there, stretch, digest):
             self.meter.skip(length)
             return there, digest
-        sent: list[Part] = []
+        sent: list[tuple[Part, Version]] = []
 
         def attempt() -> None:
-            headers = {"Content-Length": str(length)}
-            if known is not None and self.checksum:
-                headers |= _checksum_headers(self.checksum, known)
+            headers = {"Content-Length": str(length), **self._checksum_headers(stretch)}
             signed = plain.hexdigest() if plain else None
             with self._body(file, offset, length) as body:
-                part, _ = self.api.upload_part(file.key, upload_id, number, body, headers, sha256=signed)
-            sent[:] = [part]
+                part, said = self.api.upload_part(file.key, upload_id, number, body, headers, sha256=signed)
+            if said.encryption is not None and not self.terms.encrypted(said):
+                raise self._other_encryption(file.key, said)
+            sent[:] = [(part, said)]
 
         self._with_checksum(lambda: self.workers.persist(attempt, lambda: 0))
-        part = sent[0]
-        if digest is not None and self.checksum:
-            if part.checksums.get(self.checksum, encoded(digest)) != encoded(digest):
-                raise self._damaged(file.key)
-            if self.checksum not in part.checksums:
-                digest = None  # the store took no checksum: it has none of the whole to compare either
+        part, said = sent[0]
+        if not self._intact(stretch, said):
+            raise self._damaged(file.key)
+        if self.checksum not in part.checksums:
+            digest = None  # the store took no checksum: it has none of the whole to compare either
         return part, digest
 
-    def _same(self, there: Part, length: int, md5: str, digest: bytes | None) -> bool:
+    def _same(self, there: Part, stretch: _Stretch, digest: bytes | None) -> bool:
         """Whether the part that the store has is that of the file."""
-        if there.size != length:
-            return False
         if digest is not None and self.checksum and self.checksum in there.checksums:
             return there.checksums[self.checksum] == encoded(digest)
-        return there.etag.strip('"').lower() == md5
+        return bool(there.etag.strip('"').lower() == stretch.md5.hexdigest())
 
     # -- beginning, ending -------------------------------------------------------------------------------------------
 
-    def _begun(self, key: str) -> tuple[str | None, dict[int, Part]]:
-        """The upload that a killed attempt has left, and its parts. Nothing where the store does not tell."""
+    def _begun(self, file: File, size: int) -> tuple[str | None, dict[int, Part]]:
+        """The upload that a former attempt of this step has left, and its parts. Nothing where the store does not
+        tell, and nothing of others': their parts are of another size."""
         try:
-            upload_id = self.api.unfinished_upload(key, self.terms.headers.get("x-amz-storage-class"))
-            if upload_id is None:
-                return None, {}
-            there = {part.number: part for part in self.api.parts(key, upload_id)}
+            for upload_id in self.api.unfinished_uploads(file.key)[:_MAX_LOOKED_AT]:
+                there = {part.number: part for part in self.api.parts(file.key, upload_id)}
+                if there and all(
+                    part.size == min(size, file.size - (number - 1) * size) for number, part in there.items()
+                ):
+                    return upload_id, there
         except StepFailure:
-            return None, {}  # not allowed to look, or not known there: then from the beginning
-        # How the object is to be encrypted was said when the upload began, and shows only when a part is sent: so at
-        # least one is.
-        if self.terms.headers.get("x-amz-server-side-encryption") or self.api.settings.customer_key:
-            there.pop(max(there, default=0), None)
-        return (upload_id, there) if there else (None, {})
+            pass  # not allowed to look, or not known there: then from the beginning
+        return None, {}
 
-    def _begin(self, key: str) -> str:
+    def _begin(self, key: str, size: int) -> str:
         begun: list[str] = []
 
         def attempt() -> None:
-            headers = {"Content-Type": "application/octet-stream", **self.terms.headers, **self._tagging()}
+            headers = {"Content-Type": "application/octet-stream", PART_BYTES_HEADER: str(size)}
+            headers |= {**self.terms.headers, **self._tagging()}
             if self.checksum and self.checksum != "md5":
                 headers["x-amz-checksum-algorithm"] = self.checksum.upper()
             begun[:] = [self.api.create_upload(key, headers)]
@@ -320,15 +253,16 @@ class Sender:
         self._with_checksum(lambda: self.workers.persist(attempt, lambda: 0))
         return begun[0]
 
-    def _complete(self, file: File, upload_id: str, parts: list[Part], sha256: str) -> Version:
+    def _complete(
+        self, file: File, upload_id: str, parts: list[Part], sha256: str, condition: Mapping[str, str]
+    ) -> Version:
         done: list[Version] = []
 
         def attempt() -> None:
-            version, _ = self.api.complete_upload(file.key, upload_id, parts, self.terms.condition)
-            done[:] = [version]
+            done[:] = [self.api.complete_upload(file.key, upload_id, parts, condition)]
 
-        self._carefully(attempt, file.key, lambda: self._is_ours(file, sha256), done)
-        return done[0]
+        found = self._carefully(attempt, file.key, condition, lambda: self._is_ours(file, sha256))
+        return self._encrypted(file.key, found or done[0], ours=found is None)
 
     def _abort(self, key: str, upload_id: str) -> None:
         """Give the parts up. No more than a try, and not for long: the cause of the failure is what has to be told,
@@ -339,30 +273,46 @@ class Sender:
     # -- care --------------------------------------------------------------------------------------------------------
 
     def _carefully(
-        self, attempt: Callable[[], None], key: str, ours: Callable[[], Version | None], done: list[Version]
-    ) -> None:
+        self,
+        attempt: Callable[[], None],
+        key: str,
+        condition: Mapping[str, str],
+        ours: Callable[[], Version | None],
+    ) -> Version | None:
         """Write under the caller's condition. Where that no longer holds, it may be this very step that saw to it:
-        the answer to an earlier try was lost, or its process was killed. Then the object is ours, and it is done."""
+        the answer to an earlier try was lost, or its process was killed. Then the object is ours, and it is done:
+        it is what is returned."""
         try:
             self._with_checksum(lambda: self.workers.persist(attempt, lambda: 0))
+            return None
         except Refused as refused:
-            conflict = refused.status in {409, 412} and bool(self.terms.condition)
+            conflict = refused.status in {409, 412} and bool(condition)
             gone = refused.error_code == "NoSuchUpload"
-            absent = refused.status == 404 and self.terms.if_etag is not None and not gone
+            absent = refused.status == 404 and "If-Match" in condition and not gone
+            if refused.status == 501 and condition:
+                raise StepFailure(
+                    f"{self.api.settings.shown} can't write under a condition: leave 'overwrite: false', 'if_etag' and "
+                    "'if_unchanged' out, and see to it that nobody else writes there",
+                    code="no_conditions",
+                ) from refused
             if not conflict and not gone and not absent:
                 raise
             found = ours()
             if found is not None:
-                done[:] = [found]
-                return
+                return found
             if gone:
                 raise
-            what, shown = self.api.settings.object(key), self.api.settings.shown
-            if self.terms.if_etag is not None:
-                message = f"{what} at {shown} is no longer the one with the tag {self.terms.if_etag}: it was left alone"
-            else:
-                message = f"there is already {what} at {shown}, and 'overwrite' is false: it was left alone"
-            raise StepFailure(message, code="exists" if self.terms.if_etag is None else "not_the_same") from refused
+            raise self._left_alone(key) from refused
+
+    def _left_alone(self, key: str) -> StepFailure:
+        terms, what = self.terms, f"{self.api.settings.object(key)} at {self.api.settings.shown}"
+        if terms.if_etag is not None:
+            message = f"{what} is no longer the one with the tag {terms.if_etag}: it was left alone"
+        elif not terms.overwrite:
+            return StepFailure(f"there is already {what}, and 'overwrite' is false: it was left alone", code="exists")
+        else:
+            message = f"{what} was changed by somebody else since its prefix was listed: it was left alone"
+        return StepFailure(message, code="not_the_same")
 
     def _is_ours(self, file: File, sha256: str) -> Version | None:
         """The object as it is now, if it surely is what this step writes: by a checksum, or by its tag."""
@@ -374,7 +324,62 @@ class Sender:
             return None
         if known := found.checksums.get("sha256"):
             return found if known == encoded(bytes.fromhex(sha256)) else None
-        return found if found.etag.strip('"').lower() == file.tag(self.part_bytes(file.size)) else None
+        return found if found.etag.strip('"').lower() == file.tag(self.part_bytes(file.key, file.size)) else None
+
+    def _digest(self) -> Digest | None:
+        """A digest of the algorithm that the store is asked to check; an MD5 is taken in another place."""
+        return digest_of(self.checksum) if self.checksum and self.checksum != "md5" else None
+
+    def _checksum_headers(self, stretch: _Stretch) -> dict[str, str]:
+        """What the store is asked to check: a checksum, or the MD5 where it knows none or has not confirmed one."""
+        headers: dict[str, str] = {}
+        if self.checksum and stretch.known:
+            headers[f"x-amz-checksum-{self.checksum}"] = encoded(stretch.known.digest())
+        if self.terms.checksum and (self.checksum in (None, "md5") or self.unconfirmed):
+            headers["Content-MD5"] = encoded(stretch.md5.digest())
+        return headers
+
+    def _intact(self, stretch: _Stretch, version: Version) -> bool:
+        """Whether what the store has is what was sent: by the checksum in its answer, or by a tag that is an MD5."""
+        if self.terms.checksum is None:
+            return True
+        said = version.checksums.get(self.checksum or "")
+        if said and stretch.known:
+            return said == encoded(stretch.known.digest())
+        self.unconfirmed = True
+        tag = md5_of(version) if self.terms.encryption in (None, "AES256") else None
+        return tag is None or tag == stretch.md5.hexdigest()
+
+    def _encrypted(self, key: str, version: Version, *, ours: bool) -> Version:
+        """Raise StepFailure if the object is not encrypted as the caller has asked. ``ours`` says that it was written
+        by this attempt: then it is removed."""
+        if self.terms.encryption is None:
+            return version
+        found = [version]
+        if version.encryption is None:  # not every store says it in this answer
+
+            def look() -> None:
+                found[:] = [self.api.head(key, version.version_id)]
+
+            try:
+                self.workers.persist(look, lambda: 0)
+            except Refused as refused:
+                if refused.temporary:
+                    raise
+        if not self.terms.encrypted(found[0]):
+            if ours:
+                self.workers.aside(partial(self.api.delete, key, version), _ABORT_S)
+            raise self._other_encryption(key, found[0])
+        return version
+
+    def _other_encryption(self, key: str, found: Version) -> StepFailure:
+        settings = self.api.settings
+        return StepFailure(
+            f"{settings.shown} encrypts {settings.object(key)} with {found.encryption or 'nothing'}"
+            f"{f' and key {found.kms_key_id}' if found.kms_key_id else ''}, not with {self.terms.encryption} as asked: "
+            "take an encryption that this store has",
+            code="encryption",
+        )
 
     def _with_checksum(self, attempt: Callable[[], None]) -> None:
         """Try; and where a store refuses the checksum that it was not obliged to know, once more without."""
@@ -394,7 +399,7 @@ class Sender:
 
         def chunks() -> Iterator[bytes]:
             nonlocal moved
-            for chunk in file.pieces(offset, length):
+            for chunk in file.pieces(offset, length, self.pace.piece_bytes(CHUNK_BYTES)):
                 self.workers.check()
                 yield chunk
                 moved += len(chunk)
@@ -411,13 +416,8 @@ class Sender:
 
     def _damaged(self, key: str) -> StepFailure:
         return StepFailure(
-            f"{self.api.settings.object(key)} did not reach {self.api.settings.shown} intact: its "
-            f"{(self.checksum or '').upper()} there is another",
+            f"{self.api.settings.object(key)} did not reach {self.api.settings.shown} intact: its checksum there is "
+            "another (for a store whose tags look like MD5 and are something else, set 'checksum' to none)",
             code="damaged",
             temporary=True,
         )
-
-
-def _checksum_headers(algorithm: str, digest: Any) -> dict[str, str]:
-    value = base64.b64encode(digest.digest()).decode()
-    return {"Content-MD5": value} if algorithm == "md5" else {f"x-amz-checksum-{algorithm}": value}

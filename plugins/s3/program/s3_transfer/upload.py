@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -15,9 +16,13 @@ from outrider_stepkit.meter import Meter, Report
 
 from s3_transfer.api import Api, Version
 from s3_transfer.checks import compare
+from s3_transfer.errors import Refused
+from s3_transfer.files import File
 from s3_transfer.objects import Entry, folder, list_files, listing_sha256
-from s3_transfer.sending import NOTHING_SENT, PART_BYTES, File, Sender, Sent, Terms
+from s3_transfer.pace import Pace
+from s3_transfer.sending import NOTHING_SENT, Sender, Sent
 from s3_transfer.settings import Settings
+from s3_transfer.terms import PART_BYTES, Terms, part_bytes
 from s3_transfer.workers import Workers
 
 
@@ -29,7 +34,7 @@ def upload(params: Mapping[str, Any], env: Mapping[str, str], report: Report) ->
     return _Upload(params, env, report).run()
 
 
-def _terms(params: Mapping[str, Any], settings: Settings) -> Terms:
+def _terms(params: Mapping[str, Any], settings: Settings, env: Mapping[str, str]) -> Terms:
     headers: dict[str, str] = {}
     if storage_class := params.get("storage_class"):
         headers["x-amz-storage-class"] = storage_class
@@ -48,17 +53,22 @@ def _terms(params: Mapping[str, Any], settings: Settings) -> Terms:
         checksum == "auto",
         params.get("overwrite", True),
         params.get("if_etag"),
+        params.get("if_unchanged", False),
+        settings.customer_key,
+        # Outside of a run there is no next attempt: a name that is never the same again.
+        f"{env.get('OUTRIDER_RUN_ID') or secrets.token_hex(16)} {env.get('OUTRIDER_STEP', '')}",
     )
 
 
 class _Upload:
     def __init__(self, params: Mapping[str, Any], env: Mapping[str, str], report: Report) -> None:
         self._settings = Settings.read(params, env)
-        self._connections = int(params.get("connections", 8))
-        self._api = Api(self._settings, self._connections)
+        self._pace = Pace.read(params)
+        self._api = Api(self._settings, self._pace.connections)
         self._params, self._report = params, report
-        self._terms = _terms(params, self._settings)
+        self._terms = _terms(params, self._settings, env)
         self._expected: str | None = params.get("sha256")
+        self._differences = bool(params.get("only_differences", True))
 
     def run(self) -> dict[str, Any]:
         if self._params.get("key") is not None:
@@ -72,7 +82,7 @@ class _Upload:
                 code="is_a_directory",
             )
         file = File.open(source, key)
-        with Workers(self._connections) as workers:
+        with Workers(self._pace.connections) as workers:
             sender = self._sender(workers, file.size)
             if file.size <= PART_BYTES:
                 sent = workers.submit(partial(sender.put, source, key, file.size, self._expected)).result()
@@ -96,7 +106,7 @@ class _Upload:
         chosen = Selection(self._params.get("include", ()), self._params.get("exclude", ()))
         entries = list_files(source, prefix, chosen)
         checked: dict[str, str] = {}
-        with Workers(self._connections) as workers:
+        with Workers(self._pace.connections) as workers:
             if self._expected is not None:
                 # All of it is read before any of it is sent: objects that were sent can't be taken back.
                 for entry in entries:
@@ -122,7 +132,7 @@ class _Upload:
                 else:
                     digests[entry.name], was_sent = self._send_large(sender, source, entry, there.get(entry.key), known)
                     moved += was_sent
-                while len(under_way) > 2 * self._connections:
+                while len(under_way) > 2 * self._pace.connections:
                     settle()
             while under_way:
                 settle()
@@ -135,12 +145,12 @@ class _Upload:
         }
 
     def _sender(self, workers: Workers, total: int) -> Sender:
-        meter = Meter(total, self._report, limit=self._params.get("limit_bytes_per_s"), stop=workers.stop)
-        return Sender(self._api, self._terms, workers, meter, self._connections)
+        meter = Meter(total, self._report, limit=self._pace.limit, stop=workers.stop)
+        return Sender(self._api, self._terms, workers, meter, self._pace)
 
     def _there(self, prefix: str, workers: Workers) -> dict[str, Version]:
-        """What the store has below the prefix, if only differences are to be sent; nothing if it does not tell."""
-        if not self._params.get("only_differences", True):
+        """What the store has below the prefix, if that matters; nothing if it does not tell."""
+        if not self._differences and not self._terms.if_unchanged:
             return {}
         found: dict[str, Version] = {}
 
@@ -152,7 +162,7 @@ class _Upload:
         try:
             workers.persist(look, lambda: len(found))
         except StepFailure as failure:
-            if failure.code != "denied":  # who may write may not always list
+            if failure.code != "denied" or self._terms.if_unchanged:  # who may write may not always list
                 raise
             return {}
         return found
@@ -162,27 +172,38 @@ class _Upload:
     ) -> tuple[str, bool]:
         if (digest := self._same(sender, source, entry, there)) is not None:
             return digest, False
-        return sender.put(os.path.join(source, entry.name), entry.key, entry.size, expected).sha256, True
+        return sender.put(os.path.join(source, entry.name), entry.key, entry.size, expected, there).sha256, True
 
     def _send_large(
         self, sender: Sender, source: str, entry: Entry, there: Version | None, expected: str | None
     ) -> tuple[str, bool]:
         if (digest := self._same(sender, source, entry, there)) is not None:
             return digest, False
-        sent: Sent = sender.send(File.open(os.path.join(source, entry.name), entry.key, entry.size), expected)
+        file = File.open(os.path.join(source, entry.name), entry.key, entry.size)
+        sent: Sent = sender.send(file, expected, there)
         return sent.sha256, True
 
     def _same(self, sender: Sender, source: str, entry: Entry, there: Version | None) -> str | None:
         """The file's SHA-256 if the store has it already, by its size and its tag; None if not, or not surely."""
-        if there is None or there.size != entry.size:
+        if there is None or there.size != entry.size or not self._differences:
             return None
         file = File.open(os.path.join(source, entry.name), entry.key, entry.size)
-        if file.tag(sender.part_bytes(entry.size)) != there.etag.strip('"').lower():
+        if file.tag(self._parts_of(sender, entry) if "-" in there.etag else None) != there.etag.strip('"').lower():
             return None
         sha256 = hashlib.sha256()
         file.digest(0, entry.size, sha256)
         sender.meter.skip(entry.size)
         return sha256.hexdigest()
+
+    def _parts_of(self, sender: Sender, entry: Entry) -> int | None:
+        """How large the parts of an object are that the store has."""
+        found: list[Version] = []
+        try:
+            sender.workers.persist(lambda: found.append(sender.api.head(entry.key)), lambda: len(found))
+        except Refused as refused:  # who may list and write may not always look
+            if refused.temporary:
+                raise
+        return (found[0].part_bytes if found else None) or part_bytes(entry.size)
 
     def _hashed(self, source: str, entry: Entry) -> str:
         digest = hashlib.sha256()
