@@ -197,7 +197,7 @@ async def test_every_failed_attempt_is_told_with_its_class_and_cause(agent: Rig)
 
 
 async def test_only_the_last_errors_of_a_step_that_failed_often_are_kept(agent: Rig) -> None:
-    exits = [75] * 14 + [0]
+    exits = [75] * 11 + [0]
     run = await agent.run(pipeline({"name": "a", "do": {"exit": exits}, "retry": {"max": 20, "first_wait": "1ms"}}))
     assert run.state == "succeeded", run.failure
-    assert [each.attempt for each in run.steps["a"].errors] == list(range(5, 15))
+    assert [each.attempt for each in run.steps["a"].errors] == list(range(2, 12))

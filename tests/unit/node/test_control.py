@@ -267,4 +267,6 @@ async def test_start_that_waits_is_undone_when_the_attempt_is_over_though_it_get
     await asyncio.wait_for(closing, 10)
     assert await parts.runtime.list() == []
     assert not (await parts.containers.start(ManagedSpec.parse(spec), parts.scope)).adopted
-    await asyncio.gather(asking, return_exceptions=True)
+    for answer in await asyncio.gather(asking, return_exceptions=True):
+        if isinstance(answer, aiohttp.ClientResponse):
+            answer.close()
