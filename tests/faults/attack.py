@@ -28,6 +28,7 @@ class Attack:
         self._left = list(points)
         self._output = rig.folder / "output.log"
         self._read = 0
+        self._noting = threading.Lock()  # of the tests' thread and of this one's
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._started_at = 0.0
@@ -92,13 +93,18 @@ class Attack:
             self._rig.kill_agent()
 
     def _note(self) -> None:
+        with self._noting:
+            self._read_on()
+
+    def _read_on(self) -> None:
         with self._output.open("rb") as file:
             file.seek(self._read)
-            text = file.read().decode(errors="replace")
-        whole = text.rfind("\n") + 1
-        self.said += text[:whole]
-        self._read += len(text[:whole].encode(errors="replace"))
-        for point in _FIRED.findall(text[:whole]):
+            data = file.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self._read += len(data)
+        text = data.decode(errors="replace")
+        self.said += text
+        for point in _FIRED.findall(text):
             if point in self._left:
                 self._left.remove(point)
                 self._fired += 1

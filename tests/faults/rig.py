@@ -505,10 +505,13 @@ def _first_port() -> int:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody has now, nor is given by the kernel while the server is away that is to have it again: it
+    hands out those from 32768 on, and a connection keeps one for as long as it lives."""
+    while True:
+        port = secrets.choice(range(12000, 20000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _environment(folder: Path) -> dict[str, str]:

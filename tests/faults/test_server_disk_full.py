@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -75,11 +76,18 @@ def free(rig: Rig) -> int:
 
 def fill(ballast: Path, *, leave: int) -> None:
     """Take all of the disk but so many bytes."""
-    with ballast.open("ab") as file:
-        found = os.statvfs(ballast.parent)
-        size = found.f_bavail * found.f_frsize - leave
-        if size > 0:
-            file.write(b"\0" * size)
+    found = os.statvfs(ballast.parent)
+    size = found.f_bavail * found.f_frsize - leave
+    with ballast.open("ab", buffering=0) as file:
+        while size > 0:
+            try:
+                size -= file.write(b"\0" * size)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                # The server has taken of it meanwhile.
+                size = 0
+                file.truncate(max(0, file.tell() - leave))
 
 
 def refusal(rig: Rig, name: str) -> OutriderError | None:
