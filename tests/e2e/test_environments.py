@@ -227,6 +227,7 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused(site: RoleSite) -> None:
     assert "hash" in refused.stderr.lower()
 
 
+@pytest.mark.long
 def test_an_agent_that_does_not_get_well_is_left_again_by_itself_while_a_step_runs(site: RoleSite) -> None:
     wheel = outrider_wheel(site.wheels, "0.1.2", {"agent_core/agent.py": BOOM})
     site.set_role(">=0.1.2", {"outrider-step-container": ""}, wheel, *site.locked)

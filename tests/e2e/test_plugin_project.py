@@ -81,6 +81,7 @@ def image() -> Iterator[None]:
     subprocess.run(["docker", "image", "rm", "-f", IMAGE], capture_output=True)
 
 
+@pytest.mark.long
 def test_first_commands_of_the_guide_and_those_of_the_readme_work_without_an_engine(
     environment: Environment, tmp_path: Path
 ) -> None:
