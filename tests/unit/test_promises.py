@@ -86,5 +86,9 @@ def test_the_last_results_of_the_long_forms_are_there_in_numbers() -> None:
     text = sections()["Last results"]
     for word in ("kills", "cuts", "runs", "lost", "twice", "make soak", "make model", "make faults"):
         assert word in text, f"the last results do not tell {word!r}"
-    for row in re.findall(r"^\| `make .*$", text, re.MULTILINE):
-        assert len(re.findall(r"\d", row)) > 2, f"a result without numbers: {row}"
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\| `make .*$", text, re.MULTILINE)
+    ]
+    assert {row[0].strip("`").split()[1] for row in rows} == {"soak", "faults", "model"}
+    for row in rows:
+        assert all(re.fullmatch(r"[\d,]+", row[column]) for column in (2, 4, 5, 6)), f"a result without numbers: {row}"
