@@ -13,6 +13,7 @@ import os
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -205,8 +206,10 @@ def egress() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture
-def container(tmp_path: Path, egress: tuple[str, str]) -> Container:
-    return Container(plugin.IMAGE, tmp_path, *egress)
+def container(egress: tuple[str, str]) -> Iterator[Container]:
+    # On the disk: where /tmp is memory, what the step writes there would count as memory that it uses.
+    with tempfile.TemporaryDirectory(prefix="outrider-test-", dir="/var/tmp") as folder:
+        yield Container(plugin.IMAGE, Path(folder), *egress)
 
 
 def read_contract(contract: Path, code: int, text: str) -> Ended:
