@@ -1,7 +1,7 @@
 # Every task of the project; `make help` lists them.
 SHELL := /bin/bash
 PY := .venv/bin/python
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 4
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .PHONY: help venv engine images locks demo test-tools test faults long soak model unit lint types protos protos-check bench bench-plugins clean
@@ -36,7 +36,7 @@ test: venv test-tools ## all tests
 	@$(call WITH_ENGINE,$(PYTEST) --dist loadfile)
 
 faults: venv test-tools ## every fault test, the long forms too
-	@$(call WITH_ENGINE,$(PYTEST) --dist loadscope -m "long or not long" tests/faults)
+	@$(call WITH_ENGINE,$(PYTEST) -n 3 --dist loadscope -m "long or not long" tests/faults)
 
 long: venv test-tools ## the long forms of all other tests
 	@$(call WITH_ENGINE,$(PYTEST) --dist loadfile -m long --ignore tests/faults)
