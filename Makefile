@@ -1,7 +1,7 @@
 # Every task of the project; `make help` lists them.
 SHELL := /bin/bash
 PY := .venv/bin/python
-TEST_WORKERS ?= 4
+TEST_WORKERS ?= 3
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .PHONY: help venv engine images locks demo test-tools test faults long soak model unit lint types protos protos-check bench bench-plugins clean
@@ -23,8 +23,7 @@ locks: venv ## requirements.lock of every image, from its requirements.in
 
 # An engine that is started for these ends with the last of them, also after Ctrl-C; one that was there stays as it is.
 WITH_ENGINE = $(SUDO) scripts/engine.sh run bash -c '$(PY) deploy/images/build.py && { $(1); }'
-# Thousands of journals and stores are synced to the disk, which takes most of some tests' time: in memory they are not.
-PYTEST = . scripts/test-folder.sh; $(PY) -m pytest -q -n $(TEST_WORKERS) --no-loadscope-reorder
+PYTEST = $(PY) -m pytest -q -n $(TEST_WORKERS) --no-loadscope-reorder
 
 demo: venv ## the main job on real input: a game server deployed, played, backed up and stopped
 	@$(call WITH_ENGINE,$(PY) examples/arena/demo.py)
@@ -36,7 +35,7 @@ test: venv test-tools ## all tests
 	@$(call WITH_ENGINE,$(PYTEST) --dist loadfile)
 
 faults: venv test-tools ## every fault test, the long forms too
-	@$(call WITH_ENGINE,$(PYTEST) -n 3 --dist loadscope -m "long or not long" tests/faults)
+	@$(call WITH_ENGINE,$(PYTEST) --dist loadscope -m "long or not long" tests/faults)
 
 long: venv test-tools ## the long forms of all other tests
 	@$(call WITH_ENGINE,$(PYTEST) --dist loadfile -m long --ignore tests/faults)
