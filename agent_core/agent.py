@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from importlib.metadata import EntryPoint
@@ -46,7 +46,7 @@ from agent_core.rebuild import Rebuild
 from agent_core.remote import RemoteContainers
 from agent_core.removed_objects import RemovedObjects
 from agent_core.runner import RunEngine
-from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, EngineEvent, Runtime
+from agent_core.runtimes.base import LABEL_KIND, LABEL_NODE, ContainerInfo, EngineEvent, Runtime
 from agent_core.services import Background, Removals, Services
 from agent_core.session import Credentials, Session
 from agent_core.spool import Spool
@@ -423,24 +423,23 @@ class Agent:
 
     async def count_containers(self) -> Mapping[str, int]:
         """How many the engine has, by state; none if it does not answer."""
+        return Counter(info.state for info in await self._listed(self._services.runtime.list))
+
+    async def _listed(self, ask: Callable[[], Awaitable[list[ContainerInfo]]]) -> list[ContainerInfo]:
         if self._services.engine.ok:
-            # A heartbeat never waits for an engine that hangs.
+            # Neither a heartbeat nor a report waits for an engine that hangs.
             with contextlib.suppress(OutriderError, TimeoutError):
                 async with asyncio.timeout(_ENGINE_ANSWERS_S):
-                    return Counter(info.state for info in await self._services.runtime.list())
-        return {}
+                    return await ask()
+        return []
 
     async def full_report(self) -> types.FullReport:
         """What the engine has of all that the node holds; the rest is looked up as it is sent."""
-        report = types.FullReport(brief=types.BriefState(containers=await self.count_containers()))
-        if self._services.engine.ok:
-            with contextlib.suppress(OutriderError, TimeoutError):
-                async with asyncio.timeout(_ENGINE_ANSWERS_S):
-                    found = await self._services.containers.list()
-                for info in found:
-                    if self._services.containers.owner(info) != "foreign":
-                        report.containers.append(self._remote.describe(info))
-        return report
+        containers = self._services.containers
+        found = await self._listed(containers.list)
+        counted: Counter[str] = Counter(info.state for info in found)
+        described = [self._remote.describe(info) for info in found if containers.owner(info) != "foreign"]
+        return types.FullReport(brief=types.BriefState(containers=counted), containers=described)
 
     async def handle(self, command: pb.Command) -> pb.CommandAck:
         """Take a command on."""

@@ -17,24 +17,8 @@ AIM = 10.0
 
 
 def measure() -> list[Result]:
-    results = []
-    for arguments in (["version"], ["--help"]):
-        ours, bare = [], []
-        for _ in range(ROUNDS):
-            bare.append(_time([sys.executable, "-c", "pass"]))
-            ours.append(_time([str(OUTRIDER), *arguments]))
-        ratio = median(mine / yours for mine, yours in zip(ours, bare, strict=True))
-        results.append(
-            Result(
-                f"outrider {arguments[0]}, wall time",
-                "python -c pass",
-                f"{ratio:.1f}×",
-                f"≤ {AIM:.0f}×",
-                f"{median(ours) * 1000:.0f} ms against {median(bare) * 1000:.0f} ms",
-            )
-        )
-    results.append(_refusal())
-    return results
+    starts = [_compared(f"outrider {each}", [each], f"≤ {AIM:.0f}×") for each in ("version", "--help")]
+    return [*starts, _refusal()]
 
 
 def _refusal() -> Result:
@@ -42,16 +26,19 @@ def _refusal() -> Result:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "wrong.yaml"
         file.write_text("name: wrong\nsteps:\n  - {name: a, uses: http.download, with: {ulr: x}}\n")
-        ours, bare = [], []
-        for _ in range(ROUNDS):
-            bare.append(_time([sys.executable, "-c", "pass"]))
-            ours.append(_time([str(OUTRIDER), "pipeline", "validate", str(file)], code=INVALID))
-    ratio = median(mine / yours for mine, yours in zip(ours, bare, strict=True))
+        return _compared("a wrong pipeline is refused", ["pipeline", "validate", str(file)], "within 1 s", code=INVALID)
+
+
+def _compared(what: str, arguments: list[str], aim: str, code: int = 0) -> Result:
+    ours, bare = [], []
+    for _ in range(ROUNDS):
+        bare.append(_time([sys.executable, "-c", "pass"]))
+        ours.append(_time([str(OUTRIDER), *arguments], code))
     return Result(
-        "a wrong pipeline is refused, wall time",
+        f"{what}, wall time",
         "python -c pass",
-        f"{ratio:.0f}×",
-        "within 1 s",
+        f"{median(mine / yours for mine, yours in zip(ours, bare, strict=True)):.1f}×",
+        aim,
         f"{median(ours) * 1000:.0f} ms against {median(bare) * 1000:.0f} ms",
     )
 

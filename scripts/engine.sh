@@ -13,6 +13,7 @@
 # OUTRIDER_ENGINE_DIR   where that data, the pid file and the log lie (/var/lib/outrider-engine)
 # DOCKER_HOST           the engine to look for, as for the docker command; one on another address is never started here
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 
 dir=${OUTRIDER_ENGINE_DIR:-/var/lib/outrider-engine}
 pidfile=$dir/dockerd.pid
@@ -62,27 +63,6 @@ wait_until_it_answers() {
   return 1
 }
 
-# apt_install PACKAGE… -- OPTIONAL…: from this distribution's packages; of the optional ones, those that it has.
-apt_install() {
-  local packages=() out each
-  while [ "$1" != -- ]; do packages+=("$1"); shift; done
-  shift
-  say "installing ${packages[0]} from this distribution's packages"
-  out=$(mktemp)
-  export DEBIAN_FRONTEND=noninteractive
-  if ! { apt-get update -q && {
-    for each; do
-      if apt-cache show "$each" >/dev/null 2>&1; then packages+=("$each"); fi
-    done
-    apt-get install -yq --no-install-recommends "${packages[@]}"
-  }; } >"$out" 2>&1; then
-    tail -n 15 "$out" >&2
-    rm -f "$out"
-    die "${packages[0]} could not be installed; the reason stands above"
-  fi
-  rm -f "$out"
-}
-
 install_engine() {
   command -v apt-get >/dev/null || die "no container engine here, and no apt-get to install one: install Docker Engine 20.10 or later"
   # crun starts what steps need in less time than the engine's default; an agent takes it where the engine offers it.
@@ -92,7 +72,8 @@ install_engine() {
     echo '{"runtimes": {"crun": {"path": "/usr/bin/crun"}}}' >/etc/docker/daemon.json
   fi
   # Newer releases have the docker command in a package of its own, which docker.io merely recommends.
-  apt_install docker.io iptables ca-certificates -- docker-cli crun
+  apt_install docker.io iptables ca-certificates -- docker-cli crun ||
+    die "docker.io could not be installed; the reason stands above"
 }
 
 # Agents guard the networks of their containers with nft, whichever engine there is.
@@ -100,7 +81,7 @@ install_packet_filter() {
   PATH=$PATH:/usr/sbin nft --version >/dev/null 2>&1 && return 0
   apt-get --version >/dev/null 2>&1 || { say "nft is missing: install nftables, or agents start nothing on a network"; return 0; }
   need_root "installing nftables" start
-  apt_install nftables --
+  apt_install nftables -- || die "nftables could not be installed; the reason stands above"
 }
 
 # Where the controllers are mounted one by one, crun refuses machines that have left some to version 2.

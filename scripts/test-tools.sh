@@ -2,6 +2,7 @@
 # What some tests compare with, or build their world of: installed from this distribution's packages where it is missing.
 # Where that can't be done it is said, and the tests that need it are skipped.
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 
 packages=()
 while read -r program package; do
@@ -20,11 +21,5 @@ if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
   say "missing here: ${packages[*]}; tests that need them are skipped"
   exit 0
 fi
-say "installing ${packages[*]} from this distribution's packages"
-export DEBIAN_FRONTEND=noninteractive
-out=$(mktemp)
-trap 'rm -f "$out"' EXIT
-if ! { apt-get update -q && apt-get install -yq --no-install-recommends "${packages[@]}"; } >"$out" 2>&1; then
-  tail -n 15 "$out" >&2
+apt_install "${packages[@]}" -- ||
   say "${packages[*]} could not be installed; the reason stands above, and tests that need them are skipped"
-fi

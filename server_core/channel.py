@@ -114,6 +114,10 @@ class ControlChannel:
                 answer.acknowledged.set()
                 answer.result.set_result(result)
 
+    async def ask_for_report(self) -> None:
+        """Have the agent say all that it holds. Raises as `send` does."""
+        await self.send(node_service_pb2.ServerMessage(full_report_request=node_service_pb2.FullReportRequest()))
+
     async def _send_command(self, command: node_service_pb2.Command, timeout_s: float) -> None:
         command.deadline.FromMicroseconds(round(timeout_s * 1e6))
         command.sent_at.FromMicroseconds(monotonic_us())

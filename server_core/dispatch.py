@@ -232,9 +232,7 @@ class Dispatcher:
             await asyncio.sleep(REPORT_DUE_S)
             if channel.open and not channel.reported:
                 with contextlib.suppress(OutriderError):
-                    await channel.send(
-                        node_service_pb2.ServerMessage(full_report_request=node_service_pb2.FullReportRequest())
-                    )
+                    await channel.ask_for_report()
 
     def settled(self, run_id: str, ref: types_pb2.ObjectRef | None) -> None:
         """A run was ended by a decision here: tell who watches it, and whose turn it is."""

@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 
 from outrider._suggest import listing
 from outrider.errors import OutriderError
-from outrider.v1 import node_service_pb2, types_pb2
+from outrider.v1 import types_pb2
 from server_core.bus.base import EVENTS, NODES, Bus, run_topic
 from server_core.dispatch import Dispatcher
 from server_core.fleet import Fleet
@@ -155,8 +155,7 @@ class Drains:
         if self._former.get(node_id) is not former and channel is not None and not held:
             # Its next heartbeat would say it, too, but somebody may be waiting.
             with contextlib.suppress(OutriderError):
-                request = node_service_pb2.FullReportRequest()
-                await channel.send(node_service_pb2.ServerMessage(full_report_request=request))
+                await channel.ask_for_report()
         return False
 
     async def _stored(self, node_id: str) -> tuple[Draining | None, Sequence[str]]:

@@ -48,13 +48,14 @@ class Logs(Part):
         with self._s.bus.subscribe(run_topic(run.run_id), log_topic(run.run_id)) as subscription:
             heard_at = time.monotonic()
             while True:
-                over, complete = await self._s.db.read(lambda c: _state(c, run.run_id))
+                # Asked for before the pages: what comes in between belongs to the next round.
+                over, complete = await self._state(run.run_id) if request.follow else (True, True)
                 while (page := await self._page(run.run_id, after, request))[0]:
                     chunks, after = page
                     heard_at = time.monotonic()
                     for chunk in chunks:
                         yield chunk
-                if not request.follow or (over and complete):
+                if over and complete:
                     return
                 if not await self._more(subscription, over, heard_at):
                     return
@@ -64,9 +65,12 @@ class Logs(Part):
         began_at = time.monotonic()
         with self._s.bus.subscribe(log_topic(run.run_id)) as subscription:
             while self._s.fleet.is_online(run.node_id):
-                over, complete = await self._s.db.read(lambda c: _state(c, run.run_id))
+                over, complete = await self._state(run.run_id)
                 if not over or complete or not await self._more(subscription, over, began_at):
                     return
+
+    async def _state(self, run_id: str) -> tuple[bool, bool]:
+        return await self._s.db.read(lambda c: _state(c, run_id))
 
     async def _page(
         self, run_id: str, after: int, request: pb.StreamRunLogsRequest
