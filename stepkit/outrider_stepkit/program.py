@@ -38,6 +38,7 @@ def main(function: StepFunction | Mapping[str, StepFunction]) -> NoReturn:
     streams = [MaskedStream(out, masker, secrets), MaskedStream(err, masker, secrets)]
     sys.stdout, sys.stderr = cast("TextIO", streams[0]), cast("TextIO", streams[1])
     signal.signal(signal.SIGTERM, _cancel)
+    unraisable, sys.unraisablehook = sys.unraisablehook, _not_raised
     try:
         step = Step.load()
         step.secrets = secrets
@@ -59,7 +60,7 @@ def main(function: StepFunction | Mapping[str, StepFunction]) -> NoReturn:
         code = _end(step, masker, StepFailure(f"{type(error).__name__}: {error}", code="defect"), EXIT_FAILED)
     for stream in streams:
         stream.finish()
-    sys.stdout, sys.stderr = out, err
+    sys.stdout, sys.stderr, sys.unraisablehook = out, err, unraisable
     sys.exit(code)
 
 
@@ -76,6 +77,16 @@ def _cancel(_signal: int, _frame: FrameType | None) -> None:
     # Only once: the clean-up that it starts must not be interrupted by a second signal. SIGKILL follows anyway.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Cancelled
+
+
+def _not_raised(lost: sys.UnraisableHookArgs) -> None:
+    # A hook of fork or a finalizer ran when the signal came: Python drops what is raised there, and the step would go
+    # on to its end. So it comes once more, a moment later.
+    if lost.exc_type is Cancelled:
+        signal.signal(signal.SIGALRM, _cancel)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _end(step: Step | None, masker: Masker, failure: StepFailure, code: int) -> int:

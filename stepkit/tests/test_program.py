@@ -130,6 +130,47 @@ def test_term_cleans_up_and_is_reported_as_cancelled(start: Run, tmp_path: Path)
     assert lines(tmp_path, "progress")[-1]["code"] == "cancelled"
 
 
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "os.register_at_fork(after_in_parent=term)\n    if os.fork() == 0: os._exit(0)",
+        "Dying()",
+    ],
+    ids=["hook of fork", "finalizer"],
+)
+def test_term_is_not_lost_where_python_drops_exceptions(run: Run, moment: str) -> None:
+    code, out, err, _, progress = run(
+        f"""
+import os, signal, time
+def term():
+    os.kill(os.getpid(), signal.SIGTERM)
+class Dying:
+    def __del__(self):
+        term()
+def work(step):
+    {moment}
+    time.sleep(30)
+main(work)
+"""
+    )
+    assert (code, out, err) == (143, "", "error: cancelled\n")
+    assert progress == [{"error": "cancelled", "code": "cancelled"}]
+
+
+def test_other_exceptions_that_python_drops_are_shown_as_ever(run: Run) -> None:
+    code, _, err, _, _ = run(
+        """
+        class Dying:
+            def __del__(self):
+                raise ValueError("odd")
+        main(lambda step: Dying() and None)
+        """
+    )
+    assert code == 0
+    assert "Exception ignored in" in err
+    assert "odd" in err
+
+
 def test_progress_is_thinned_but_the_end_always_comes(run: Run) -> None:
     started = time.monotonic()
     _, _, _, _, progress = run(
