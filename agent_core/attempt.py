@@ -21,9 +21,9 @@ from agent_core.container_spec import ContainerScope, GrantedVolume
 from agent_core.control import ControlSocket
 from agent_core.networks import told_to_step
 from agent_core.orders import AttemptOrder, AttemptResult
-from agent_core.outcome import Uncertain, Why, container_gone, engine_stopped, failure, stopped
+from agent_core.outcome import Uncertain, Why, container_gone, engine_stopped, failure, start_forgotten, stopped
 from agent_core.room import disk_errors
-from agent_core.runtimes.base import LABEL_PLAN, ContainerInfo, Exit
+from agent_core.runtimes.base import LABEL_BOOT, LABEL_PLAN, ContainerInfo, Exit
 from agent_core.services import Services
 from agent_core.state import AttemptRecord, Phase
 from agent_core.stepfiles import MAX_DIRECTORY_BYTES, ProgressLine, StepDirectory
@@ -275,6 +275,7 @@ class Attempt:
         if info.started_at is not None:
             self._directory.unfence()
             return info
+        await self._not_forgotten(info)
         await self._never_ran()
         await runtime.remove(info.id, force=True)
         return None
@@ -285,6 +286,13 @@ class Attempt:
         change = state.attempt_phase(order.run_id, order.step, order.number, "intended")
         await state.commit(Transition.ATTEMPT_FENCED, change)
         self._fenced = True
+
+    async def _not_forgotten(self, info: ContainerInfo) -> None:
+        """Raises if the container, `created` by the engine's word, perhaps has run."""
+        runtime = self._services.runtime
+        if await runtime.forgotten(info.id, boot=info.labels.get(LABEL_BOOT, "")):
+            await runtime.end_forgotten(info.id)
+            raise start_forgotten(self._order.step)
 
     async def _see_through(self, container: str, running: bool) -> tuple[Exit, bool]:
         """Start it if it is not running, and stay with it until it has ended; whether its output was all read."""
@@ -334,9 +342,7 @@ class Attempt:
                     await self._services.runtime.start(container)
             except EngineUnavailable as error:
                 await self._wait_for_engine(error)
-                info = await self._with_engine(partial(self._services.runtime.inspect, container))
-                await self._on_waiting("")
-                if info.started_at is None:
+                if not await self._has_started(container):
                     continue
             except OperationTimeout as error:
                 await self._wait_for_engine(error)
@@ -347,10 +353,20 @@ class Attempt:
                     raise _StartUnclear from error
                 if await self._namespace_is_gone():
                     raise _NamespaceGone from error
-                raise
+                # An engine that is just being stopped fails what it had nearly done.
+                if error.code != "engine_error" or not await self._has_started(container):
+                    raise
             self._started.set()
             self._mark("started")
             return
+
+    async def _has_started(self, container: str) -> bool:
+        """After a start without a good answer, as the engine says when it answers again."""
+        info = await self._with_engine(partial(self._services.runtime.inspect, container))
+        await self._on_waiting("")
+        if info.started_at is None:
+            await self._not_forgotten(info)
+        return info.started_at is not None
 
     async def _namespace_is_gone(self) -> bool:
         """Whether somebody (an engine's restart, a person) took the pause container; then it is given up."""

@@ -36,6 +36,15 @@ def engine_stopped(step: str) -> Uncertain:
     )
 
 
+def start_forgotten(step: str) -> Uncertain:
+    """The engine was ended in the middle of the start, and does not know of the container's program."""
+    return Uncertain(
+        f"the container engine was stopped while it started step {step}: how far it came can't be known,"
+        " and what ran of it was ended",
+        code="engine_stopped",
+    )
+
+
 def container_gone(step: str) -> Uncertain:
     """The container is not there any more, and nobody saw how it ended."""
     return Uncertain(f"the container of step {step} was removed by somebody else", code="container_removed")

@@ -263,6 +263,8 @@ def translate_answer(status: int, message: str, doing: str, subject: str) -> Out
             code="port_taken",
             hint="stop what uses it, or choose another port",
         )
+    if "id already in use" in lower:
+        return Conflict(f"the container engine forgot that it had started {subject}", code="start_forgotten")
     if "no space left on device" in lower:
         return TemporaryError(f"the node's disk is full: {doing} {subject}", code="disk_full", hint="free some space")
     if "cannot join network of a non running container" in lower or "joining network namespace" in lower:

@@ -265,7 +265,17 @@ class Runtime(Protocol):
         """Create, not start; returns the id. Conflict if the name is taken."""
 
     async def start(self, container: str) -> None:
-        """Start. Starting a running container does nothing."""
+        """Start. Starting a running container does nothing; what is left of a start that the engine forgot is ended."""
+
+    async def forgotten(self, container: str, *, boot: str = "") -> bool:
+        """Whether a container (by id) that is told as never started has begun to run all the same, or may have.
+
+        An engine that dies in the middle of a start forgets it. ``boot`` is what `EngineInfo.boot` was when the
+        container was made: the word of an engine that is the same still is trusted.
+        """
+
+    async def end_forgotten(self, container: str) -> None:
+        """Kill what runs of a container (by id) of which the engine does not know that it runs."""
 
     async def stop(self, container: str, *, grace_s: float) -> None:
         """Stop signal, then kill after the grace. Stopping a stopped one does nothing."""

@@ -15,10 +15,12 @@ import re
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
+from agent_core.runtimes import _docker_forgotten as forgotten
 from agent_core.runtimes import _docker_streams as streams
 from agent_core.runtimes import _docker_wire as wire
 from agent_core.runtimes._docker_exits import ACTIONS, Exits
@@ -177,7 +179,24 @@ class DockerRuntime:
         return container
 
     async def start(self, container: str) -> None:
-        await self._do("start", container)
+        try:
+            await self._do("start", container)
+        except Conflict as error:
+            if error.code != "start_forgotten":
+                raise
+            await self.end_forgotten((await self.inspect(container)).id)
+            await self._do("start", container)
+
+    async def forgotten(self, container: str, *, boot: str = "") -> bool:
+        if forgotten.processes(container):
+            return True
+        if boot and boot == await self._boot_identity():
+            return False
+        root = Path(str((await self._info()).get("DockerRootDir", "")))
+        return await asyncio.to_thread(forgotten.has_begun, container, root)
+
+    async def end_forgotten(self, container: str) -> None:
+        await asyncio.to_thread(forgotten.end, container)
 
     async def stop(self, container: str, *, grace_s: float) -> None:
         await self._do("stop", container, within_s=grace_s, t=math.ceil(grace_s))
@@ -200,6 +219,8 @@ class DockerRuntime:
         except Conflict as error:
             if "already in progress" not in error.message:
                 raise
+        if force and forgotten.processes(container):
+            await self.end_forgotten(container)
 
     async def rename(self, container: str, name: str) -> None:
         await self._do("rename", container, name=name)

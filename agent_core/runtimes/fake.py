@@ -85,6 +85,7 @@ class _Container:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     engine_stopped: bool = False
     removed: bool = False
+    forgotten: bool = False
 
 
 @dataclass
@@ -135,6 +136,14 @@ class FakeRuntime:
                 container.engine_stopped = True
                 if container.task is not None:
                     container.task.cancel()
+
+    def stop_engine_in_start(self, container: str) -> None:
+        """The engine dies in the middle of this container's start, whose program runs on, and forgets it; the others
+        die with it."""
+        found = self._find(container)
+        found.forgotten = True
+        found.info = replace(found.info, state="created", started_at=None)
+        self.stop_engine()
 
     def start_engine(self) -> None:
         """The engine is back: another boot, containers as they were left."""
@@ -242,6 +251,16 @@ class FakeRuntime:
         # One that is cancelled before it has begun ends its container nowhere else.
         found.task.add_done_callback(lambda task: self._end(found, 137) if task.cancelled() else None)
         self._answer("start", container)
+
+    async def forgotten(self, container: str, *, boot: str = "") -> bool:
+        self._call("forgotten", container)
+        return self._find(container).forgotten
+
+    async def end_forgotten(self, container: str) -> None:
+        self._call("end_forgotten", container)
+        found = self._find(container)
+        if found.task is not None:
+            found.task.cancel()
 
     async def stop(self, container: str, *, grace_s: float) -> None:
         self._call("stop", container)
@@ -395,7 +414,8 @@ class FakeRuntime:
         self._end(container, code)
 
     def _end(self, container: _Container, code: int) -> None:
-        container.info = replace(container.info, state="exited", exit_code=code, finished_at=_now())
+        if not container.forgotten:
+            container.info = replace(container.info, state="exited", exit_code=code, finished_at=_now())
         container.ended.set()
         container.process.notify()
         self._publish("die", container)

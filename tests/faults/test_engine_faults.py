@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_core.policy import NodePolicy
 from agent_core.runtimes.docker import DockerRuntime
 from tests.agent_rig import Rig, rig, sweep
 from tests.integration.test_agent_docker import pipeline
@@ -56,14 +57,23 @@ async def runtime(engine: Engine, node_id: str) -> AsyncIterator[DockerRuntime]:
 
 
 @contextlib.asynccontextmanager
-async def agent_on(state_dir: Path, engine: Engine, node_id: str) -> AsyncIterator[Rig]:
+async def agent_on(
+    state_dir: Path, engine: Engine, node_id: str, *, policy: NodePolicy | None = None
+) -> AsyncIterator[Rig]:
     """An agent with a driver of its own, as after a restart of its process."""
     driver = DockerRuntime(engine.socket, call_timeout_s=4)
     try:
-        async with rig(state_dir, driver, node_id=node_id) as agent:
+        async with rig(state_dir, driver, node_id=node_id, policy=policy) as agent:
             yield agent
     finally:
         await driver.aclose()
+
+
+async def started(engine: Engine, run_id: str, step: str) -> None:
+    """Until the engine knows: a program's first words may come before that."""
+    name = f"outrider-{run_id}-{step}-1"
+    while (await asyncio.to_thread(engine.docker, "inspect", "-f", "{{.State.Status}}", name)).strip() != "running":
+        await asyncio.sleep(0.05)
 
 
 def volume(state_dir: Path, run_id: str) -> Path:
@@ -135,6 +145,7 @@ async def test_what_survives_the_engines_restart_goes_on_and_not_a_byte_of_its_l
     async with rig(state_dir, runtime, node_id=node_id) as agent:
         run_id = await agent.start(pipeline({"name": "a", "sh": WAITS, **VOLUME}, {"name": "b"}, volumes={"v": {}}))
         await agent.until(lambda: agent.log(run_id, "a") == b"before\n")
+        await started(engine, run_id, "a")
         await asyncio.to_thread(engine.stop, kill=kill)
         (volume(state_dir, run_id) / "go1").touch()
         await agent.until(lambda: not agent.services.engine.ok)
@@ -172,6 +183,60 @@ async def test_what_ended_with_its_engine_is_unknown_and_done_again_only_if_it_m
         assert (run.state, code(run, "a")) == ("unknown", "engine_stopped")
         assert (run.steps["a"].attempt, run.steps["b"].attempt) == (1, 2)
         assert agent.log(run_id, "a") == b"before\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "agent_stays", "kill"),
+    [
+        ("true", True, False),
+        ("sleep 600", False, False),
+        pytest.param("sleep 600", True, True, marks=pytest.mark.long),
+        pytest.param("true", False, True, marks=pytest.mark.long),
+    ],
+)
+async def test_a_step_that_an_engine_forgot_in_the_middle_of_its_start_is_not_run_twice(
+    engine: Engine, state_dir: Path, node_id: str, program: str, agent_stays: bool, kill: bool
+) -> None:
+    await live_restore(engine, True)
+    policy = NodePolicy(warm_none=0, networks={}, oci_runtime="late")
+    again = ONCE + f"[ $(wc -l < /v/times-b) = 2 ] || {program}"
+
+    def ran() -> list[Path]:
+        return sorted((state_dir / "volumes" / "node").rglob("times-?"))
+
+    async with contextlib.AsyncExitStack() as stack:
+        with engine.starts_come_late():
+            agent = await stack.enter_async_context(agent_on(state_dir, engine, node_id, policy=policy))
+            run_id = await agent.start(
+                pipeline(
+                    {"name": "a", "sh": ONCE + program, "needs": [], **VOLUME},
+                    {"name": "b", "uses": "test.again", "sh": again, "needs": [], **VOLUME},
+                    volumes={"v": {"scope": "node"}},
+                )
+            )
+            await agent.until(lambda: len(ran()) == 2)
+            if not agent_stays:
+                await stack.aclose()
+            await asyncio.to_thread(engine.stop, kill=kill)
+        await asyncio.to_thread(engine.start)
+        if not agent_stays:
+            agent = await stack.enter_async_context(agent_on(state_dir, engine, node_id, policy=policy))
+        run = await agent.end(run_id)
+        assert run.states == {"a": "unknown", "b": "succeeded"}, run.failure
+        assert code(run, "a") == "engine_stopped"
+        assert (run.steps["a"].attempt, run.steps["b"].attempt) == (1, 2)
+        assert [len(path.read_text().splitlines()) for path in ran()] == [1, 2]
+        assert not processes_of(run_id)
+
+
+def processes_of(run_id: str) -> list[str]:
+    """What the machine says, whatever the engine does."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if run_id.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
 
 
 @pytest.mark.parametrize("survives", [True, False])

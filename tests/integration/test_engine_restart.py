@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
-from agent_core.runtimes.base import ContainerSpec
+from agent_core.runtimes._docker_forgotten import processes
+from agent_core.runtimes.base import ContainerSpec, Mount
 from agent_core.runtimes.docker import DockerRuntime
 from outrider.errors import EngineUnavailable
 from tests.second_engine import Engine, second_engine
@@ -65,3 +67,58 @@ async def test_end_by_the_engines_own_restart_is_told_from_a_failure(engine: Eng
     assert (end.exit_code, end.engine_stopped) == (5, False)
     late = await runtime.exited(sleeper, boot=before.boot)
     assert late.engine_stopped  # also for an agent that only now looks
+
+
+@pytest.mark.parametrize("then", ["start", "remove"])
+async def test_what_an_engine_forgot_that_it_started_is_ended_before_anything_else(
+    engine: Engine, runtime: DockerRuntime, tmp_path: Path, then: str
+) -> None:
+    tmp_path.chmod(0o777)
+    await asyncio.to_thread(engine.stop)
+    await asyncio.to_thread(engine.start, live_restore=True)
+    # Where nothing runs, an engine with live-restore stops as one without: it waits for the start.
+    await runtime.start(await runtime.create(ContainerSpec(name=f"other-{then}", image=BASE, args=("sleep", "600"))))
+    boot = (await runtime.info()).boot
+    spec = ContainerSpec(
+        name=f"forgotten-{then}",
+        image=BASE,
+        args=("sh", "-c", "echo ran >> /v/times; sleep 600"),
+        env={"OUTRIDER_STEP": "a"},
+        mounts=(Mount(str(tmp_path), "/v", True),),
+        oci_runtime="late",
+    )
+    container = await runtime.create(spec)
+    times = tmp_path / "times"
+    with engine.starts_come_late():
+        starting = asyncio.create_task(runtime.start(container))
+        while not times.exists():
+            await asyncio.sleep(0.01)
+        starting.cancel()  # an engine that is stopped waits for its callers
+        await asyncio.gather(starting, return_exceptions=True)
+        await asyncio.to_thread(engine.stop)
+    await asyncio.to_thread(engine.start)
+    assert (await runtime.inspect(container)).started_at is None
+    assert await runtime.forgotten(container, boot=boot)
+    former = processes(container)
+    assert former
+    if then == "start":
+        await runtime.start(container)
+        end = asyncio.create_task(runtime.exited(container))
+        await asyncio.sleep(0.2)
+        assert (await runtime.inspect(container)).state == "running"
+        assert times.read_text() == "ran\nran\n"
+        await runtime.kill(container)
+        assert (await asyncio.wait_for(end, 10)).exit_code == 137
+    await runtime.remove(container, force=True)
+    assert not processes(container)
+    assert not [pid for pid in former if Path(f"/proc/{pid}").exists()]
+
+
+async def test_a_container_that_never_began_is_not_taken_for_a_forgotten_one(
+    engine: Engine, runtime: DockerRuntime
+) -> None:
+    boot = (await runtime.info()).boot
+    container = await runtime.create(ContainerSpec(name="not-begun", image=BASE, args=("true",)))
+    await asyncio.to_thread(engine.stop)
+    await asyncio.to_thread(engine.start)
+    assert not await runtime.forgotten(container, boot=boot)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.services import Removals
+from outrider.errors import EngineUnavailable
 from outrider.v1 import types_pb2 as types
 from tests.agent_rig import BASE_IMAGE, Rig, rig
 
@@ -92,6 +94,45 @@ async def test_an_end_with_its_engine_says_so(agent: Rig, runtime: FakeRuntime) 
     runtime.start_engine()
     run = await agent.end(run_id)
     assert (run.states["a"], run.steps["a"].failure.code) == ("unknown", "engine_stopped")
+
+
+class DiesInAStart(FakeRuntime):
+    """Its first start of a step begins it and is the last thing that this engine does, and forgets; its successors
+    live."""
+
+    dies = True
+
+    async def start(self, container: str) -> None:
+        await super().start(container)
+        if self.dies and self.spec_of(container).image == BASE_IMAGE:
+            self.dies = False
+            await asyncio.sleep(0.05)
+            self.stop_engine_in_start(container)
+            raise EngineUnavailable("it is gone")
+
+
+@pytest.mark.parametrize("agent_stays", [True, False])
+@pytest.mark.parametrize(("uses", "state", "runs"), [("test.shell", "unknown", 1), ("test.again", "succeeded", 2)])
+async def test_what_an_engine_began_and_forgot_is_ended_and_done_again_only_if_it_may_be(
+    tmp_path: Path, program: Program, uses: str, state: str, runs: int, agent_stays: bool
+) -> None:
+    runtime = DiesInAStart({BASE_IMAGE: program, "outrider/pause:1": hold}, images=set())
+    text = (ONE_STEP % "hold").replace("test.shell", uses)
+    async with AsyncExitStack() as stack:
+        agent = await stack.enter_async_context(rig(tmp_path / "state", runtime, node_id="n1"))
+        await agent.start(text, run_id="r1")
+        await agent.until(lambda: program.runs == 1 and not agent.services.engine.ok)
+        if not agent_stays:
+            await stack.aclose()
+        program.go.set()
+        runtime.start_engine()
+        if not agent_stays:
+            agent = await stack.enter_async_context(rig(tmp_path / "state", runtime, node_id="n1"))
+        run = await agent.end("r1")
+    assert (run.states["a"], program.runs) == (state, runs)
+    assert "end_forgotten" in {name for name, _ in runtime.calls}
+    if state == "unknown":
+        assert run.steps["a"].failure.code == "engine_stopped"
 
 
 async def test_an_engine_that_hangs_on_one_container_is_waited_for_and_holds_up_no_other(
