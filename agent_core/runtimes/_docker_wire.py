@@ -27,6 +27,7 @@ from outrider.errors import (
 Json = dict[str, Any]
 
 _STATES = ("created", "running", "paused", "restarting", "removing", "exited", "dead")
+_TASK_THERE = re.compile(r"\btask \w+: already exists")
 _PORT = re.compile(r"(?:0\.0\.0\.0|[\d.]+|\[[^\]]*\]):(\d{1,5})\b")
 _EXIT_CODE = re.compile(r"Exited \((\d+)\)")
 # How Go's network library, TLS and the engine's registry client say that another try may do.
@@ -263,7 +264,7 @@ def translate_answer(status: int, message: str, doing: str, subject: str) -> Out
             code="port_taken",
             hint="stop what uses it, or choose another port",
         )
-    if "id already in use" in lower:
+    if "id already in use" in lower or _TASK_THERE.search(lower):
         return Conflict(f"the container engine forgot that it had started {subject}", code="start_forgotten")
     if "no space left on device" in lower:
         return TemporaryError(f"the node's disk is full: {doing} {subject}", code="disk_full", hint="free some space")

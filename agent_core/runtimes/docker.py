@@ -44,6 +44,7 @@ from outrider.errors import Conflict, NotFound, OutriderError, PolicyViolation, 
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 _CALL_TIMEOUT_S = 60.0
+_FORGOTTEN_TRIES, _FORGOTTEN_S = 50, 0.1
 _INIT_PATH = "/usr/local/bin:/usr/bin:/usr/local/libexec/docker:/usr/libexec/docker"
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
@@ -179,13 +180,18 @@ class DockerRuntime:
         return container
 
     async def start(self, container: str) -> None:
-        try:
-            await self._do("start", container)
-        except Conflict as error:
-            if error.code != "start_forgotten":
-                raise
-            await self.end_forgotten((await self.inspect(container)).id)
-            await self._do("start", container)
+        patience = _FORGOTTEN_TRIES
+        while True:
+            try:
+                await self._do("start", container)
+                return
+            except Conflict as error:
+                if error.code != "start_forgotten" or not patience:
+                    raise
+            if patience == _FORGOTTEN_TRIES:
+                await self.end_forgotten((await self.inspect(container)).id)
+            patience -= 1
+            await asyncio.sleep(_FORGOTTEN_S)  # the container runtime clears away behind it by and by
 
     async def forgotten(self, container: str, *, boot: str = "") -> bool:
         if forgotten.processes(container):
