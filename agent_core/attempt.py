@@ -362,11 +362,16 @@ class Attempt:
 
     async def _has_started(self, container: str) -> bool:
         """After a start without a good answer, as the engine says when it answers again."""
-        info = await self._with_engine(partial(self._services.runtime.inspect, container))
+
+        async def look() -> bool:
+            info = await self._services.runtime.inspect(container)
+            if info.started_at is None:
+                await self._not_forgotten(info)
+            return info.started_at is not None
+
+        has_started = await self._with_engine(look)
         await self._on_waiting("")
-        if info.started_at is None:
-            await self._not_forgotten(info)
-        return info.started_at is not None
+        return has_started
 
     async def _namespace_is_gone(self) -> bool:
         """Whether somebody (an engine's restart, a person) took the pause container; then it is given up."""

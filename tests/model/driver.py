@@ -134,6 +134,9 @@ class Driver:
     def _late_start(self, seconds: float) -> None:
         self.world.engine.late_s = seconds
 
+    def _forget_start(self) -> None:
+        self.world.engine.forgets = True
+
     def _reboot(self) -> None:
         self.world.reboot()
 

@@ -69,6 +69,9 @@ class Engine(FakeRuntime):
         self.collisions: list[tuple[object, object]] = []
         self.stubborn = False
         self.late_s = 0.0  # how long the next start takes to get through
+        self.forgets = (
+            False  # the next start of a step is the last thing that this engine does, and is in no book of it
+        )
         self._requests: dict[asyncio.Task[Any], Coroutine[Any, Any, Any]] = {}
         self._context = contextvars.copy_context()
         self._context.run(PROCESS.set, None)
@@ -112,6 +115,18 @@ class Engine(FakeRuntime):
             # The engine's own refusal of a bind mount whose source has been renamed.
             raise OutriderError(f"invalid mount config: bind source path does not exist: {missing[0]}")
         await super().start(container)
+        if self.forgets and spec.labels.get(LABEL_KIND) == "step":
+            self.forgets = False
+            await asyncio.sleep(0)  # its program begins
+            self.stop_engine_in_start(container)
+
+    def power_off(self) -> None:
+        """The machine goes off: also what no engine knows of ends."""
+        for each in self._containers.values():
+            if each.forgotten and each.task is not None:
+                each.task.cancel()
+        if self.up:
+            self.stop_engine()
 
     async def meddle(self, name: str, *, remove: bool) -> None:
         """Somebody on the node kills or removes a container by hand."""
@@ -212,6 +227,12 @@ class Connection:
     async def start(self, container: str) -> None:
         after_s, self._engine.late_s = max(REQUEST_S, self._engine.late_s), 0.0
         await self._ask("start", self._engine.start(container), after_s)
+
+    async def forgotten(self, container: str, *, boot: str = "") -> bool:
+        return await self._ask("forgotten", self._engine.forgotten(container, boot=boot))  # type: ignore[no-any-return]
+
+    async def end_forgotten(self, container: str) -> None:
+        await self._ask("end_forgotten", self._engine.end_forgotten(container))
 
     async def stop(self, container: str, *, grace_s: float) -> None:
         await self._ask("stop", self._engine.stop(container, grace_s=grace_s))

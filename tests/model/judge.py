@@ -24,7 +24,7 @@ _ROUNDS = 40
 
 def settle(world: World) -> None:
     """Mend everything, let every program end, and wait until nothing is left to do."""
-    world.engine.late_s, world.engine.stubborn = 0.0, False
+    world.engine.late_s, world.engine.stubborn, world.engine.forgets = 0.0, False, False
     for process in (world.agent_process, world.server_process):
         assert process is not None
         process.dies_at = None

@@ -172,6 +172,10 @@ class Model(RuleBasedStateMachine):
         for word in ("heal", "start_engine", "start_server", "start_agent"):
             self.driver.act(word)
 
+    @rule()
+    def forget_start(self) -> None:
+        self.driver.act("forget_start")
+
     @rule(seconds=st.sampled_from([0.5, 3.0, 30.0]))
     def late_start(self, seconds: float) -> None:
         self.driver.act("late_start", seconds)

@@ -229,8 +229,7 @@ class World(Site):
             if self.agent_process is not None:
                 self.agent_process.kill("a reboot")
             await self._bury()
-            if self.engine.up:
-                self.engine.stop_engine()
+            self.engine.power_off()
             self.clocks.boot()
             await asyncio.sleep(MOMENT_S)
             self.engine.start_engine()
