@@ -19,7 +19,8 @@ from agent_core.policy import INTERFACE_NAME, NodePolicy
 from agent_core.ports import PortWish, Protocols
 from agent_core.probes import Liveness, PortName, Readiness
 from agent_core.runtimes.base import LABEL_PREFIX, Device, Mount
-from outrider.errors import InvalidInput, PolicyViolation, Problem
+from outrider._model_errors import problems_of
+from outrider.errors import InvalidInput, PolicyViolation
 from outrider.steps import Resources
 
 PortNumber = Annotated[int, Field(ge=1, le=65535)]
@@ -203,10 +204,7 @@ class ManagedSpec(_Model):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            problems = [
-                Problem(item["msg"].removeprefix("Value error, "), path=".".join(map(str, item["loc"])))
-                for item in error.errors(include_url=False, include_input=False)
-            ]
+            problems = list(problems_of(error, cls))
             raise InvalidInput(
                 f"the container's specification is not valid: {'; '.join(map(str, problems))}", problems
             ) from error

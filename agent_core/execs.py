@@ -29,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from agent_core.journal import Journal
 from agent_core.runtimes.base import Runtime, StreamName
 from agent_core.transitions import Transition
-from outrider.errors import Conflict, ErrorClass, InvalidInput, NotFound, OperationTimeout, OutriderError, Problem
+from outrider._model_errors import problems_of
+from outrider.errors import Conflict, ErrorClass, InvalidInput, NotFound, OperationTimeout, OutriderError
 from outrider.masking import Masker
 
 MIGRATION = """
@@ -78,10 +79,7 @@ class ExecRequest(BaseModel):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            problems = [
-                Problem(item["msg"].removeprefix("Value error, "), path=".".join(map(str, item["loc"])))
-                for item in error.errors(include_url=False, include_input=False)
-            ]
+            problems = list(problems_of(error, cls))
             raise InvalidInput(f"the program to run is not valid: {'; '.join(map(str, problems))}", problems) from error
 
 
