@@ -279,7 +279,12 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
         protocol_version = "HTTP/1.1"
 
         def do(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            announced = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(announced)
+            if len(body) < announced:
+                # The program was killed meanwhile. The store would wait for the rest, and the proxy for the store.
+                self.close_connection = True
+                return
             made.headers.append({name.lower(): value for name, value in self.headers.items()})
             made.requests.append((self.command, self.path, self.headers.get("Range", "")))
             number = sum(1 for request in made.requests if request[:2] == (self.command, self.path))
