@@ -34,6 +34,8 @@ from moto.server import ThreadedMotoServer
 from server_core.security import certs
 
 PROGRAM = Path(__file__).parents[1] / "program"
+SMALL_PARTS = Path(__file__).with_name("small_parts.py")
+MIB = 1024**2
 KEY_ID, SECRET = "AKIDOUTRIDERTEST", "s3cr3t/Outrider+Test0123456789"
 
 
@@ -73,11 +75,14 @@ class Store:
 
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        # By default it writes every object and every part of 5 MiB to a file; here, only those of the largest tests.
+        patch.setenv("MOTO_S3_DEFAULT_KEY_BUFFER_SIZE", str(16 * MIB))
+        server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
+        server.start()
+        _, port = server.get_host_and_port()
+        yield f"http://127.0.0.1:{port}"
+        server.stop()
 
 
 @pytest.fixture(params=["moto", *(["given"] if os.environ.get("OUTRIDER_TEST_S3_ENDPOINT") else [])])
@@ -127,7 +132,7 @@ class Ended:
 
 @dataclass
 class Program:
-    """The program of the step, started as the agent would start it but outside of a container."""
+    """The program of the step, started as the agent would start it but outside of a container, and with small parts."""
 
     directory: Path
     runs: int = 0
@@ -148,7 +153,7 @@ class Program:
             "OUTRIDER_ATTEMPT": "1",
         }
         return subprocess.Popen(
-            [sys.executable, "-W", "error", str(PROGRAM), action],
+            [sys.executable, "-W", "error", str(SMALL_PARTS), str(PROGRAM), action],
             env=environment | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -179,7 +184,7 @@ class Container:
         for name in ("outputs", "progress"):
             (self.contract / name).unlink(missing_ok=True)
         command = ["docker", "run", "--rm", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
-        command += ["--user=23456:23456", "--tmpfs=/tmp:size=64m", "--memory=150m", "--memory-swap=150m"]
+        command += ["--user=23456:23456", "--tmpfs=/tmp:size=64m", "--memory=80m", "--memory-swap=80m"]
         command += [f"--network={self.network}"]
         command += ["--pids-limit=64", "--label=outrider.test=transfer", f"--volume={self.contract}:/outrider"]
         build = "--tmpfs=/build:size=2m,mode=777" if mount == "tiny" else f"--volume={self.volume}:/build:{mount}"
@@ -279,7 +284,12 @@ def a_proxy(store: Store, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
         protocol_version = "HTTP/1.1"
 
         def do(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            announced = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(announced)
+            if len(body) < announced:
+                # The program was killed meanwhile. The store would wait for the rest, and the proxy for the store.
+                self.close_connection = True
+                return
             made.headers.append({name.lower(): value for name, value in self.headers.items()})
             made.requests.append((self.command, self.path, self.headers.get("Range", "")))
             number = sum(1 for request in made.requests if request[:2] == (self.command, self.path))

@@ -11,13 +11,13 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
 import pytest
 from botocore.config import Config
-from moto.server import ThreadedMotoServer
 
 from outrider.testing import Attempted, Example, Failing, StepConformance, Wrong
 
@@ -34,18 +34,21 @@ class Place:
 
     endpoint: str
     bucket: str
+    client: Any
+
+    @cached_property
+    def big(self) -> str:
+        """An object that takes long if it is fetched slowly; only the long forms ask for it."""
+        self.client.put_object(Bucket=self.bucket, Key="big", Body=bytes(48 * MIB))
+        return "big"
 
     def envs(self) -> dict[str, str]:
         return {"S3_ENDPOINT": self.endpoint, "S3_ACCESS_KEY_ID": KEY_ID}
 
 
 @pytest.fixture(scope="module")
-def step_environment() -> Iterator[Place]:
-    endpoint = GIVEN
-    if not GIVEN:
-        server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
-        server.start()
-        endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+def step_environment(request: pytest.FixtureRequest) -> Iterator[Place]:
+    endpoint = GIVEN or request.getfixturevalue("moto_endpoint")
     client = boto3.client(
         "s3",
         endpoint_url=endpoint,
@@ -58,17 +61,14 @@ def step_environment() -> Iterator[Place]:
     client.create_bucket(Bucket=bucket)
     client.put_object(Bucket=bucket, Key="p/a", Body=b"one")
     client.put_object(Bucket=bucket, Key="p/deep/b", Body=b"two")
-    client.put_object(Bucket=bucket, Key="big", Body=bytes(48 * MIB))
     parts = urlsplit(endpoint)
     if parts.hostname in ("127.0.0.1", "localhost"):
         endpoint = f"{parts.scheme}://{bridge_address()}:{parts.port}"
-    yield Place(endpoint, bucket)
+    yield Place(endpoint, bucket, client)
     for item in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
         client.delete_object(Bucket=bucket, Key=item["Key"])
     client.delete_bucket(Bucket=bucket)
     client.close()
-    if not GIVEN:
-        server.stop()
 
 
 def bridge_address() -> str:
@@ -134,7 +134,7 @@ class TestDownload(StepConformance):
     )
     long = Example(
         "slowly",
-        params(key="big", to="/data/big", limit_bytes_per_s=MIB),
+        lambda place: params(key=place.big, to="/data/big", limit_bytes_per_s=MIB)(place),
         volumes={"data": "/data:rw"},
         envs=envs,
         secrets=SECRETS,

@@ -25,7 +25,7 @@ from outrider.masking import contains_secret
 from .conftest import KEY_ID, SECRET, Program, Proxy, Store
 
 MIB = 1024**2
-BIG = os.urandom(MIB) * 70  # two parts of an upload
+BIG = os.urandom(MIB) * 6  # two parts of an upload
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_bytes_damaged_on_the_way_are_noticed_without_a_checksum_of_the_caller(
     store: Store, proxy: Proxy, program: Program, here: Path
 ) -> None:
     store.put("small", b"content")
-    store.put("p/large", BIG[: 20 * MIB])
+    store.put("p/large", BIG[: 3 * MIB])
     proxy.fault = lambda method, path, number: "flip" if method == "GET" and "list-type" not in path else None
     params = {"bucket": store.bucket, "key": "small", "to": f"{here}/small", "endpoint": proxy.endpoint}
     ended = program.run("download", params, store.env)

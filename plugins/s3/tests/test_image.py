@@ -18,14 +18,15 @@ def env_for(store: Store, container: Container) -> dict[str, str]:
 
 
 def test_download_and_upload_in_the_sandbox(store: Store, container: Container) -> None:
-    # Larger than the memory that the container has.
-    body = os.urandom(MIB) * 170
+    # Larger than the memory that the container has, and two parts.
+    body = os.urandom(MIB) * 90
     digest = hashlib.sha256(body).hexdigest()
     (container.volume / "k").write_bytes(body)
     env = env_for(store, container)
     params = {"bucket": store.bucket, "key": "deep/k", "sha256": digest}
     ended = container.run("upload", params | {"from": "/build/k"}, env, mount="ro")
     assert ended.code == 0, ended.text
+    assert ended.outputs["etag"].endswith("-2")
     ended = container.run("download", params | {"to": "/build/new/k"}, env)
     assert ended.code == 0, ended.text
     assert (container.volume / "new/k").read_bytes() == body
