@@ -1,7 +1,7 @@
 # Every task of the project; `make help` lists them.
 SHELL := /bin/bash
 PY := .venv/bin/python
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 4
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .PHONY: help venv engine images locks demo test-tools test faults long soak model unit lint types protos protos-check bench bench-plugins clean
