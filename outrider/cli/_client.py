@@ -30,6 +30,8 @@ R = TypeVar("R")
 CALL_TIMEOUT_S = 20.0
 PATIENCE_S = 0.8
 """How long a connection may take before the reason is looked for."""
+SILENCE_S = 2.0
+"""How long where nothing is heard at all: from an address that is none, or over a slow link, or a busy machine."""
 CONNECT_TIMEOUT_S = 10.0
 """How long it may take where a probe finds nothing wrong: a slow link, a busy machine."""
 
@@ -115,7 +117,10 @@ class Client:
                 try:
                     state = states.get(timeout=max(0.0, started + patience - time.monotonic()))
                 except queue.Empty:
-                    found = diagnose(self.target, 0.2) if patience == PATIENCE_S else None
+                    found = diagnose(self.target, 0.2) if patience < CONNECT_TIMEOUT_S else None
+                    if found and found.code == SILENT and patience == PATIENCE_S:
+                        patience = SILENCE_S
+                        continue
                     if found or patience == CONNECT_TIMEOUT_S:
                         sentence = f"the server at {self.target.server} did not answer within {patience:g} s"
                         raise found or Unavailable(sentence, hint=self.target.source) from None
@@ -144,6 +149,8 @@ def _connection_lost(error: grpc.RpcError) -> bool:
 # OpenSSL's X509_V_ERR_* (x509_vfy.h): the certificate is good, but for another name or time.
 _NAME_MISMATCH = {62, 64}
 _NOT_NOW = {9, 10}
+SILENT = "silent"
+"""The code of an error that says no more than that nothing was heard in the time."""
 
 
 def diagnose(target: Target, timeout_s: float) -> OutriderError | None:
@@ -159,7 +166,9 @@ def diagnose(target: Target, timeout_s: float) -> OutriderError | None:
         return Unavailable(f"the name of the server {target.host!r} can't be resolved", hint=f"it is from {source}")
     except TimeoutError:
         return Unavailable(
-            f"there is no answer from {server}", hint=f"a firewall, or a wrong address? It is from {source}"
+            f"there is no answer from {server}",
+            code=SILENT,
+            hint=f"a firewall, or a wrong address? It is from {source}",
         )
     except ConnectionRefusedError:
         return Unavailable(
@@ -188,6 +197,12 @@ def diagnose(target: Target, timeout_s: float) -> OutriderError | None:
             signer = f"was not issued by the CA in {target.ca}" if target.ca else "is of no well-known CA"
             return PermanentError(
                 f"the certificate of the server at {server} {signer}", hint="the wrong CA, or another server"
+            )
+        except TimeoutError:
+            return Unavailable(
+                f"what listens at {server} says nothing",
+                code=SILENT,
+                hint=f"it is busy, or this is not Outrider's port; the address is from {source}",
             )
         except (ssl.SSLError, OSError):
             return PermanentError(

@@ -15,6 +15,7 @@ import pytest
 
 from outrider.errors import PermissionDenied, Unavailable
 from outrider.v1 import control_service_pb2 as pb
+from tests.faults.proxy import Proxy
 from tests.unit.cli.conftest import OUTRIDER, Cli, Scripted, certificate
 
 SOON_S = 4.0
@@ -97,7 +98,14 @@ def test_a_port_that_never_answers(cli: Cli) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        refused(cli, 1, "does not speak TLS", OUTRIDER_SERVER=f"127.0.0.1:{silent.getsockname()[1]}")
+        refused(cli, 1, "says nothing", OUTRIDER_SERVER=f"127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_slow_link_is_not_taken_for_a_wrong_port(cli: Cli, scripted: Scripted) -> None:
+    with Proxy() as proxy:
+        proxy.target = ("127.0.0.1", scripted.port)
+        proxy.delay_s = 0.4
+        refused(cli, 1, "does not accept the token", OUTRIDER_SERVER=proxy.address, OUTRIDER_TOKEN="another")
 
 
 def test_a_name_that_does_not_exist(cli: Cli) -> None:

@@ -200,7 +200,8 @@ def test_ctrl_c_leaves_what_is_followed_without_a_word(cli: Cli) -> None:
     cli.script["SubscribeEvents"] = stream
     process = cli.start("events", "-f")
     assert process.stdout is not None
-    assert "node.online" in process.stdout.readline()
+    line = process.stdout.readline()
+    assert "node.online" in line, process.communicate(timeout=20)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
