@@ -10,6 +10,7 @@ JSON on stdin, and the ends of children go out on stdout.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -29,8 +30,16 @@ ROOT = Path(__file__).resolve().parents[2]
 class Child:
     """A process of the product. Its output is appended to a file."""
 
-    def __init__(self, pid: int, launcher: Launcher | None, process: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        pid: int,
+        number: int = 0,
+        launcher: Launcher | None = None,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        """``number``: which of the launcher's forks it is."""
         self.pid = pid
+        self._number = number
         self._launcher = launcher
         self._process = process
         self._status: int | None = None
@@ -41,7 +50,7 @@ class Child:
             if self._process is not None:
                 self._status = self._process.poll()
             elif self._launcher is not None:
-                self._status = self._launcher.ended(self.pid)
+                self._status = self._launcher.ended(self._number)
         return self._status
 
     def wait(self, within_s: float = 30.0) -> int:
@@ -83,8 +92,9 @@ class Launcher:
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.launcher"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
         )
+        # By number: in the time that these tests take the kernel gives a process id away again.
         self._ended: dict[int, int] = {}
-        self._started: list[int] = []
+        self._started: list[tuple[int, int]] = []
         self._news = threading.Condition()
         self._asking = threading.Lock()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -100,7 +110,8 @@ class Launcher:
             with self._news:
                 found = self._news.wait_for(lambda: self._started, timeout=60)
                 assert found, "the launcher does not answer"
-                return Child(self._started.pop(0), self)
+                pid, number = self._started.pop(0)
+                return Child(pid, number, self)
 
     @staticmethod
     def exec(arguments: Sequence[object], env: Mapping[str, str], output: Path, prefix: Sequence[str] = ()) -> Child:
@@ -109,12 +120,12 @@ class Launcher:
             process = subprocess.Popen(
                 [*prefix, str(OUTRIDER), *map(str, arguments)], env=dict(env), stdout=file, stderr=file
             )
-        return Child(process.pid, None, process)
+        return Child(process.pid, process=process)
 
-    def ended(self, pid: int) -> int | None:
+    def ended(self, number: int) -> int | None:
         """How this child ended; None: it runs."""
         with self._news:
-            return self._ended.get(pid)
+            return self._ended.get(number)
 
     def close(self) -> None:
         """End the process that forks; its children are the callers' to end."""
@@ -131,7 +142,7 @@ class Launcher:
             message: dict[str, int] = json.loads(line)
             with self._news:
                 if "started" in message:
-                    self._started.append(message["started"])
+                    self._started.append((message["started"], message["number"]))
                 else:
                     self._ended[message["ended"]] = message["status"]
                 self._news.notify_all()
@@ -148,13 +159,15 @@ def _serve() -> None:
         os.set_blocking(descriptor, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    numbers = itertools.count(1)
+    running: dict[int, int] = {}
     buffer = b""
     while True:
         ready, _, _ = select.select([0, woken], [], [])
         if woken in ready:
             os.read(woken, 4096)
             for pid, status in _reap():
-                answers.write(json.dumps({"ended": pid, "status": status}).encode() + b"\n")
+                answers.write(json.dumps({"ended": running.pop(pid), "status": status}).encode() + b"\n")
             answers.flush()
         if 0 in ready:
             read = os.read(0, 65536)
@@ -168,7 +181,8 @@ def _serve() -> None:
                     os.close(woken)
                     os.close(wake)
                     _become(json.loads(line))
-                answers.write(json.dumps({"started": pid}).encode() + b"\n")
+                running[pid] = next(numbers)
+                answers.write(json.dumps({"started": pid, "number": running[pid]}).encode() + b"\n")
                 answers.flush()
 
 
