@@ -119,7 +119,7 @@ class RoleSite(Site):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoleSite]:
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoleSite]:
     folder = tmp_path_factory.mktemp("roles")
     env = {name: value for name, value in os.environ.items() if not name.startswith("OUTRIDER_")}
     env["OUTRIDER_CONTEXT"] = str(folder / "context.yaml")
@@ -149,6 +149,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RoleSite]:
         made.end(name)
 
 
+@pytest.fixture
+def site(launched: RoleSite) -> RoleSite:
+    """Its node is in an environment of its role's."""
+    if launched.agent()["environment"] == sys.prefix:
+        done = launched.sync()
+        assert done.returncode == 0, done.stderr + launched.cli.log()
+    return launched
+
+
 def answers(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
         return True
@@ -159,7 +168,8 @@ def stands(node: dict[str, Any]) -> dict[str, str]:
     return {each["distribution"]: each["drift"] for each in node["role_state"]["plugins"] if each["drift"]}
 
 
-def test_a_node_is_switched_to_what_its_role_says_while_a_step_runs(site: RoleSite) -> None:
+def test_a_node_is_switched_to_what_its_role_says_while_a_step_runs(launched: RoleSite) -> None:
+    site = launched
     before = site.node()
     assert stands(before)["outrider"] == "lock"  # 0.1.0 runs, 0.1.1 is locked
     assert stands(before)["outrider-step-s3"] == "extra"
@@ -272,7 +282,8 @@ def test_a_person_can_go_back_to_the_former_environment(site: RoleSite) -> None:
 
 
 @pytest.mark.long
-def test_a_killed_launcher_takes_its_agent_along_and_the_next_one_adopts(site: RoleSite) -> None:
+def test_a_killed_launcher_takes_its_agent_along_and_the_next_one_adopts(launched: RoleSite) -> None:
+    site = launched
     run_id, container = site.held()
     site.end("agent", signal.SIGKILL)
     site.start_launcher()

@@ -75,6 +75,7 @@ class TestExtract(StepConformance):
         volumes=VOLUMES,
         files={"data/large.tar": tar(("noise", os.urandom(256 * MIB)), mode="w")},
     )
+    throttle = 0.05
 
 
 class TestCreate(StepConformance):
