@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import io
 import os
 import re
 import shutil
 import signal
 import subprocess
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -17,6 +20,8 @@ from typing import Any
 
 import py7zr
 import pytest
+
+from .conftest import PROGRAM
 
 FORMATS = ("7z", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "tar.zst")
 PASSWORD = {"ARCHIVE_PASSWORD": 'se cret"$x'}
@@ -314,6 +319,32 @@ def test_cancelled_packing_leaves_nothing(
     assert process.returncode == 143
     assert '"code": "cancelled"' in (directory / "progress").read_text()
     assert os.listdir(volume) == []
+
+
+def test_xz_that_is_given_up_is_not_compressed_to_the_end_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PROGRAM))
+    frames = importlib.import_module("archiving.frames")
+    begun, steps = threading.Event(), []
+
+    class Slow:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def compress(self, data: bytes) -> bytes:
+            steps.append(len(data))
+            begun.set()
+            time.sleep(0.01)
+            return b""
+
+        def flush(self) -> bytes:
+            return b""
+
+    monkeypatch.setattr(frames.lzma, "LZMACompressor", Slow)
+    packing = frames.compressor("tar.xz", io.BytesIO(), 6)
+    packing.write(bytes(8 * 1024**2))
+    assert begun.wait(10)
+    packing.close()
+    assert sum(steps) < 8 * 1024**2
 
 
 def test_progress_is_in_bytes_with_a_rate(step: Step, tmp_path: Path, volume: Path) -> None:

@@ -23,6 +23,8 @@ from archiving.volumes import Buffer
 MEMORY = 100 * 1024**2
 """What the workers may take together, so that the whole program stays below 150 MB."""
 
+_XZ_STEP = 128 * 1024
+
 LEVELS = {"zip": 2, "tar.gz": 2, "tar.bz2": 9, "tar.xz": 6, "7z": 5, "tar.zst": 3}
 """The levels taken where none is given."""
 
@@ -53,6 +55,8 @@ class Frames:
         self._waiting: deque[Future[bytes]] = deque()
         self._buffer = bytearray()
         self._started = False
+        self.given_up = False
+        """What is compressed now is of no use any more: it is waited for, so it should end soon."""
 
     def write(self, data: Buffer) -> int:
         self._buffer += data
@@ -69,6 +73,7 @@ class Frames:
             self._target.write(self._waiting.popleft().result())
 
     def close(self) -> None:
+        self.given_up = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, piece: bytes) -> None:
@@ -154,7 +159,18 @@ def _xz(target: Writer, level: int) -> Frames:
     dictionary = min(chunk, preset if level <= 6 else chunk)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": level, "dict_size": dictionary}]
     workers = max(1, min(cores(), MEMORY // (11 * dictionary + 2 * chunk)))
-    return Frames(target, lambda piece: lzma.compress(piece, filters=filters), chunk, workers)
+    frames = Frames(target, lambda piece: _xz_frame(piece, filters, frames), chunk, workers)
+    return frames
+
+
+def _xz_frame(data: bytes, filters: list[dict[str, int]], frames: Frames) -> bytes:
+    # In steps: on a busy processor a piece takes longer than a cancelled step has.
+    inner, made = lzma.LZMACompressor(filters=filters), bytearray()
+    view = memoryview(data)
+    while view and not frames.given_up:
+        made += inner.compress(view[:_XZ_STEP])
+        view = view[_XZ_STEP:]
+    return bytes(made) + inner.flush() if not view else b""
 
 
 def _zstd_workers(level: int) -> int:
