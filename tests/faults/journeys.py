@@ -242,7 +242,8 @@ def replaced(traveller: Traveller) -> None:
         lambda: rig.docker("inspect", "--format", "{{.State.StartedAt}}", name) != begun, "a restart for liveness"
     )
     look = {"name": "look", "uses": "container.exec", "with": {"name": name, "args": ["echo", "hi"], "capture": True}}
-    chatty = start(2, "echo up", "start-first", live={"log": "gone wrong"})
+    # Again and again: how far it was read may be written down together with what its agent is killed at.
+    chatty = start(2, "(while :; do echo up; sleep 0.3; done) & true", "start-first", live={"log": "gone wrong"})
     run = traveller.ended(rig.execute(pipeline(chatty, look), object_=game))
     assert run.state == types.RUN_STATE_SUCCEEDED, run
     assert version() == "2"
