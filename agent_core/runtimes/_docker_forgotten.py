@@ -59,5 +59,5 @@ def _shims(container_id: str) -> Iterator[int]:
 
 def _kill(pids: Iterator[int] | list[int]) -> None:
     for pid in pids:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
