@@ -313,9 +313,10 @@ class Spool:
         self._bytes -= log.accepted
         self._close(log)
         log.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            log.path.parent.rmdir()
-            log.path.parent.parent.rmdir()
+        # Each by itself: an agent that was killed at the wrong moment has left the outer one alone.
+        for folder in (log.path.parent, log.path.parent.parent):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _close(self, log: LogFile) -> None:
         if log.descriptor is not None:

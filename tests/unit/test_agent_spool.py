@@ -64,6 +64,21 @@ async def test_a_log_survives_the_agent_and_goes_when_it_is_acknowledged(tmp_pat
     again.close()
 
 
+async def test_what_an_agent_left_that_was_killed_while_it_made_a_logs_directory_goes_with_the_log(
+    tmp_path: Path, journal: Journal
+) -> None:
+    spool = Spool(tmp_path / "spool", journal)
+    await spool.open("r1", "a", 1)
+    (tmp_path / "spool" / "r1").mkdir()
+    await State(journal).commit(Transition.RUN_GIVEN_UP, *spool.abandon("r1"))
+    for log in spool.pending():
+        log.gap_sent = True
+        await spool.acknowledge(log.key, 0)
+    assert not await journal.query("SELECT * FROM logs")
+    assert not list((tmp_path / "spool").iterdir())
+    spool.close()
+
+
 async def test_what_the_server_has_not_acknowledged_is_owed_bytes_and_gaps_alike(
     tmp_path: Path, journal: Journal
 ) -> None:
