@@ -21,7 +21,17 @@ from agent_core.container_spec import ContainerScope, GrantedVolume
 from agent_core.control import ControlSocket
 from agent_core.networks import told_to_step
 from agent_core.orders import AttemptOrder, AttemptResult
-from agent_core.outcome import Uncertain, Why, container_gone, engine_stopped, failure, start_forgotten, stopped
+from agent_core.outcome import (
+    UNKNOWN_EXIT,
+    Uncertain,
+    Why,
+    container_gone,
+    end_unseen,
+    engine_stopped,
+    failure,
+    start_forgotten,
+    stopped,
+)
 from agent_core.room import disk_errors
 from agent_core.runtimes.base import LABEL_BOOT, LABEL_PLAN, ContainerInfo, Exit
 from agent_core.services import Services
@@ -456,6 +466,8 @@ class Attempt:
         self._look()
         if end.engine_stopped:
             raise engine_stopped(self._order.step)
+        if end.unseen and end.exit_code == UNKNOWN_EXIT:
+            raise end_unseen(self._order.step)
         if self._why is not None:
             raise self._stopped_error()
         error = failure(self._order, end, self._directory.error, disk_is_full=self._services.disk.full_now)

@@ -186,6 +186,9 @@ class NetPool:
         """Wait until nothing goes on in the background; for tests and an orderly end."""
         while tasks := [*self._tasks, *self._refilling.values()]:
             await asyncio.gather(*tasks, return_exceptions=True)
+            # From Python 3.12 on this gives way to nobody where all are done, and those who are keep themselves listed
+            # until their callbacks have run.
+            await asyncio.sleep(0)
 
     async def aclose(self, *, remove: bool = True) -> None:
         """Stop filling; with ``remove``, remove the warm ones. Those of runs stay for the next agent."""

@@ -18,6 +18,8 @@ Why = Literal["cancelled", "timeout", "output_limit", "directory_limit"]
 
 _SIGNALLED = 128  # a program ended by signal n has, by the convention of shells and engines, this code and n
 _KILLED = _SIGNALLED + signal.SIGKILL
+UNKNOWN_EXIT = 255
+"""What engines from 23 on say of a container that ended while they were away. It may have been its own, too."""
 _ASKED_TO_END = (_SIGNALLED + signal.SIGTERM, _SIGNALLED + signal.SIGINT)
 
 
@@ -41,6 +43,14 @@ def start_forgotten(step: str) -> Uncertain:
     return Uncertain(
         f"the container engine was stopped while it started step {step}: how far it came can't be known,"
         " and what ran of it was ended",
+        code="engine_stopped",
+    )
+
+
+def end_unseen(step: str) -> Uncertain:
+    """The container ended while the engine was away, and the engine does not know how."""
+    return Uncertain(
+        f"the container of step {step} ended while the container engine was restarted, which can't say how",
         code="engine_stopped",
     )
 

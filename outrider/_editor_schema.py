@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Schema = dict[str, Any]
 
 _EXPRESSION: Schema = {"type": "string", "pattern": r"\$\{\{"}
+_MAX_NESTING = 64
 _DROPPED = frozenset({"$schema", "$id", "$defs", "definitions", "discriminator", "unevaluatedProperties"})
 _OF_SCHEMAS = ("anyOf", "oneOf", "allOf")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties")
@@ -49,6 +50,7 @@ def build(
 def _parameters(spec: StepTypeSpec, key: str, definitions: Schema) -> Schema:
     found: Schema = {}
     try:
+        _check_nesting(spec.params_schema)
         made = _draft07(spec.params_schema, key, found, relax=False)
         json.dumps([made, found])
     except (RecursionError, AttributeError, TypeError, ValueError):
@@ -56,6 +58,15 @@ def _parameters(spec: StepTypeSpec, key: str, definitions: Schema) -> Schema:
         return {"type": ["object", "null"]}
     definitions.update(found)
     return dict(made)
+
+
+def _check_nesting(schema: object, left: int = _MAX_NESTING) -> None:
+    # Well below what an interpreter can take: whoever checks against the schema goes several calls deep a level.
+    if not left:
+        raise ValueError(f"it nests deeper than {_MAX_NESTING} levels")
+    children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    for child in children:
+        _check_nesting(child, left - 1)
 
 
 def _envs_of(specs: Sequence[StepTypeSpec]) -> Schema:

@@ -21,5 +21,6 @@ if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
   say "missing here: ${packages[*]}; tests that need them are skipped"
   exit 0
 fi
-apt_install "${packages[@]}" -- ||
+# Newer releases have 7zz in a package of its own.
+apt_install "${packages[@]}" -- 7zip-standalone ||
   say "${packages[*]} could not be installed; the reason stands above, and tests that need them are skipped"

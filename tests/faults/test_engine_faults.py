@@ -285,7 +285,8 @@ async def test_what_is_written_while_no_engine_is_there_to_take_it_is_told_as_a_
         if not agent_stays:
             agent = await stack.enter_async_context(agent_on(state_dir, engine, node_id))
         run = await agent.end(run_id)
-        assert run.state == "succeeded", run.failure
+        # From 23 on an engine does not know how it ended.
+        assert run.state == "succeeded" or (run.state, code(run, "a")) == ("unknown", "engine_stopped"), run.failure
         whole = b"before\nmeanwhile\nafter\n"
         assert whole.startswith(agent.log(run_id, "a"))
         assert gaps(agent, run_id) == {"stdout": -1, "stderr": -1}
