@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from agent_core.runtimes.base import Exit
 from agent_core.runtimes.fake import FakeProcess, FakeRuntime
 from agent_core.services import Removals
 from outrider.errors import EngineUnavailable
@@ -94,6 +96,28 @@ async def test_an_end_with_its_engine_says_so(agent: Rig, runtime: FakeRuntime) 
     runtime.start_engine()
     run = await agent.end(run_id)
     assert (run.states["a"], run.steps["a"].failure.code) == ("unknown", "engine_stopped")
+
+
+class Ends255(FakeRuntime):
+    """Every container ends with exit code 255."""
+
+    unseen = False
+
+    async def exited(self, container: str, *, boot: str = "") -> Exit:
+        return replace(await super().exited(container, boot=boot), exit_code=255, unseen=self.unseen)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "state", "said"), [(True, "unknown", "engine_stopped"), (False, "failed", "step_failed")]
+)
+async def test_what_an_engine_calls_an_end_that_it_did_not_see_is_not_taken_for_the_programs(
+    tmp_path: Path, program: Program, unseen: bool, state: str, said: str
+) -> None:
+    runtime = Ends255({BASE_IMAGE: program, "outrider/pause:1": hold}, images=set())
+    runtime.unseen = unseen
+    async with rig(tmp_path / "state", runtime, node_id="n1") as agent:
+        run = await agent.run(ONE_STEP % "quick")
+    assert (run.states["a"], run.steps["a"].failure.code) == (state, said)
 
 
 class DiesInAStart(FakeRuntime):
