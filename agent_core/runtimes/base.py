@@ -271,7 +271,7 @@ class Runtime(Protocol):
         """Whether a container (by id) that is told as never started has begun to run all the same, or may have.
 
         An engine that dies in the middle of a start forgets it. ``boot`` is what `EngineInfo.boot` was when the
-        container was made: the word of an engine that is the same still is trusted.
+        container was made: where nothing of it runs, the word of an engine that is the same still is trusted.
         """
 
     async def end_forgotten(self, container: str) -> None:

@@ -169,32 +169,31 @@ def stands(node: dict[str, Any]) -> dict[str, str]:
 
 
 def test_a_node_is_switched_to_what_its_role_says_while_a_step_runs(launched: RoleSite) -> None:
-    site = launched
-    before = site.node()
+    before = launched.node()
     assert stands(before)["outrider"] == "lock"  # 0.1.0 runs, 0.1.1 is locked
     assert stands(before)["outrider-step-s3"] == "extra"
     assert before["environment"]["name"] == ""
-    other = site.sync("--role", "builder")
+    other = launched.sync("--role", "builder")
     assert other.returncode == FAILED
     assert "node roles has the role game at the server, not builder" in other.stderr
-    planned = json.loads(site.sync("--dry-run").stdout)
+    planned = json.loads(launched.sync("--dry-run").stdout)
     assert {"package": "outrider", "now": "", "then": "0.1.1"} in planned["changes"]
-    run_id, container = site.held()
-    former = site.agent()["pid"]
-    done = site.sync()
-    assert done.returncode == 0, done.stderr + site.cli.log()
+    run_id, container = launched.held()
+    former = launched.agent()["pid"]
+    done = launched.sync()
+    assert done.returncode == 0, done.stderr + launched.cli.log()
     made = json.loads(done.stdout)
     assert (made["environment"], made["current"]) == (planned["environment"], True)
-    agent = site.agent()
+    agent = launched.agent()
     assert (agent["version"], agent["pid"] != former) == ("0.1.1", True)
-    assert agent["environment"] == str(site.state / "environments" / made["environment"])
-    until(lambda: site.node()["environment"]["name"] == made["environment"])
-    after = site.node()
+    assert agent["environment"] == str(launched.state / "environments" / made["environment"])
+    until(lambda: launched.node()["environment"]["name"] == made["environment"])
+    after = launched.node()
     assert (after["role_state"]["drift"], after["role_state"]["problem"]) == (False, "")
-    site.release(run_id, container)
-    again = site.sync()
+    launched.release(run_id, container)
+    again = launched.sync()
     assert json.loads(again.stdout)["environment"] == made["environment"]
-    assert site.agent()["pid"] == agent["pid"]  # nothing to do is nothing done
+    assert launched.agent()["pid"] == agent["pid"]  # nothing to do is nothing done
 
 
 @pytest.mark.long
@@ -283,9 +282,8 @@ def test_a_person_can_go_back_to_the_former_environment(site: RoleSite) -> None:
 
 @pytest.mark.long
 def test_a_killed_launcher_takes_its_agent_along_and_the_next_one_adopts(launched: RoleSite) -> None:
-    site = launched
-    run_id, container = site.held()
-    site.end("agent", signal.SIGKILL)
-    site.start_launcher()
-    until(lambda: bool(site.agent()) and site.agent()["server"]["connected"])
-    site.release(run_id, container)
+    run_id, container = launched.held()
+    launched.end("agent", signal.SIGKILL)
+    launched.start_launcher()
+    until(lambda: bool(launched.agent()) and launched.agent()["server"]["connected"])
+    launched.release(run_id, container)

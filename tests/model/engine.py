@@ -69,9 +69,7 @@ class Engine(FakeRuntime):
         self.collisions: list[tuple[object, object]] = []
         self.stubborn = False
         self.late_s = 0.0  # how long the next start takes to get through
-        self.forgets = (
-            False  # the next start of a step is the last thing that this engine does, and is in no book of it
-        )
+        self.forgets = False  # the next start of a step is the last that this engine does, and in no book of it
         self._requests: dict[asyncio.Task[Any], Coroutine[Any, Any, Any]] = {}
         self._context = contextvars.copy_context()
         self._context.run(PROCESS.set, None)
