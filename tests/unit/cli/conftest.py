@@ -147,16 +147,20 @@ class Cli:
     folder: Path
 
     def start(self, *args: object, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(OUTRIDER), *map(str, args)],
-            env=self.env | env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # Whoever runs the tests in the background has it ignored, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        # Whoever runs the tests in the background has it ignored, and children inherit that. Not by preexec_fn: gRPC
+        # has threads in this process, and a child that ran Python between fork and exec was aborted at times.
+        former = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [str(OUTRIDER), *map(str, args)],
+                env=self.env | env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, former)
 
     def __call__(self, *args: object, stdin: str | bytes = "", **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
