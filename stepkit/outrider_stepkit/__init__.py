@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from outrider_stepkit.checksums import HashingReader, sha256_of
 from outrider_stepkit.masking import Masker
 from outrider_stepkit.meter import Meter
 from outrider_stepkit.moves import uninterrupted
@@ -23,6 +22,7 @@ from outrider_stepkit.publish import free_bytes, staged_directory, staged_file, 
 from outrider_stepkit.step import Cancelled, Step, StepFailure
 
 if TYPE_CHECKING:
+    from outrider_stepkit.checksums import HashingReader, sha256_of
     from outrider_stepkit.control import ControlClient, ControlError
     from outrider_stepkit.network import AddressGuard
 
@@ -46,11 +46,14 @@ __all__ = [
     "write_error",
 ]
 
-# Imported when they are asked for: what they stand on (http, ssl, email) is a third of the time to start a program.
+# Imported when they are asked for: what they stand on (http, ssl, email, OpenSSL) is a third of the time to start a
+# program.
 _LATER = {
     "AddressGuard": "outrider_stepkit.network",
     "ControlClient": "outrider_stepkit.control",
     "ControlError": "outrider_stepkit.control",
+    "HashingReader": "outrider_stepkit.checksums",
+    "sha256_of": "outrider_stepkit.checksums",
 }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -169,7 +168,7 @@ def _put(source: str, there: str, displaced: Path | None) -> None:
     except OSError as error:
         if displaced is None or error.errno not in _IN_THE_WAY:
             raise
-        os.rename(there, displaced / secrets.token_hex(6))
+        os.rename(there, displaced / os.urandom(6).hex())
         os.replace(source, there)
 
 

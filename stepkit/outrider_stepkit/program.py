@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import NoReturn, TextIO, cast
@@ -56,6 +55,8 @@ def main(function: StepFunction | Mapping[str, StepFunction]) -> NoReturn:
         message = "the step's memory limit is too small for it: raise resources.memory"
         code = _end(step, masker, StepFailure(message, code="memory"), EXIT_FAILED)
     except Exception as error:
+        import traceback  # a program that works needs none
+
         traceback.print_exc()
         code = _end(step, masker, StepFailure(f"{type(error).__name__}: {error}", code="defect"), EXIT_FAILED)
     for stream in streams:

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -216,7 +215,7 @@ def _make_parents(path: Path) -> None:
 
 def _stage_name(name: str) -> str:
     # A file's name has 255 bytes at most; the stage's must have room for its own part.
-    return f"{STAGE_PREFIX}{_short(name)}.{secrets.token_hex(6)}"
+    return f"{STAGE_PREFIX}{_short(name)}.{os.urandom(6).hex()}"
 
 
 def _short(name: str) -> str:

@@ -27,10 +27,16 @@ USER 65534:65534
 PACKAGES = """ARG BASE
 FROM ${BASE}
 USER 0:0
-RUN apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends NAMES \\
+RUN apt-get update -q && INSTALL \\
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
 USER 65534:65534
 """
+INSTALL = (
+    "names='' && for line in LINES; do"
+    # The last one stays where the distribution has none of them, so that apt-get says that it lacks it.
+    ' for name in $line; do if apt-cache show "$name" >/dev/null 2>&1; then break; fi; done; names="$names $name"; done'
+    " && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends $names"
+)
 HERE = Path(__file__).resolve().parent
 _NOT_CONTENT = ("__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache")
 
@@ -201,13 +207,14 @@ class Workshop:
 
     def _with_packages(self, step: StepImage, under: engine.Image, progress: Progress) -> str:
         """The base with the Debian packages that ``step`` asks for; the only build that has a network."""
-        names = _package_names(step.packages)
+        lines = package_lines(step.packages)
+        names = ", ".join(" or ".join(line) for line in lines)
         context = self.scratch / "contexts" / f"{step.name}.packages"
         shutil.rmtree(context, ignore_errors=True)
         context.mkdir(parents=True)
-        (context / "Dockerfile").write_text(PACKAGES.replace("NAMES", " ".join(names)))
-        progress.note(f"installing {', '.join(names)}")
-        built = engine.build_layer(context, base=under.id, what=f"installing {', '.join(names)} for {step.tag}")
+        (context / "Dockerfile").write_text(PACKAGES.replace("INSTALL", install_command(lines)))
+        progress.note(f"installing {names}")
+        built = engine.build_layer(context, base=under.id, what=f"installing {names} for {step.tag}")
         shutil.rmtree(context)
         return built
 
@@ -224,15 +231,21 @@ class Workshop:
             yield
 
 
-def _package_names(file: Path) -> list[str]:
+def package_lines(file: Path) -> list[list[str]]:
+    """The Debian packages that ``file`` names, one a line; ``a | b`` is the first of them that the distribution has."""
     lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    names = [line for line in lines if line]
-    for name in names:
+    found = [[name.strip() for name in line.split("|")] for line in lines if line]
+    for name in (name for line in found for name in line):
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):
             raise BuildError(f"{file}: {name!r} is not the name of a Debian package")
-    if not names:
+    if not found:
         raise BuildError(f"{file} names no package: one a line, or remove the file")
-    return names
+    return found
+
+
+def install_command(lines: list[list[str]]) -> str:
+    """What a shell runs as root to install a package of each line."""
+    return INSTALL.replace("LINES", " ".join(f"'{' '.join(line)}'" for line in lines))
 
 
 def _digest(*parts: str | Path) -> str:

@@ -9,9 +9,11 @@ import io
 import lzma
 import random
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from backports import zstd
@@ -96,3 +98,32 @@ def test_every_cut_is_noticed(streams: ModuleType, kind: str, seed: int, part: f
 
     with pytest.raises(streams.Truncated):
         read_all()
+
+
+@pytest.mark.parametrize("kind", sorted(COMPRESS))
+def test_what_was_decoded_ahead_comes_before_what_is_wrong_behind_it(streams: ModuleType, kind: str) -> None:
+    whole = content(1, 9_000_000)
+    packed = COMPRESS[kind](whole)
+    decoder = streams.Decoder(io.BytesIO(packed[:-5]), kind)
+    try:
+        stream = streams.Incoming(decoder.fetch)
+        read = bytearray(stream.exactly(1_000_000, "the beginning"))
+        with pytest.raises(streams.Truncated):
+            _drain(stream, read)
+    finally:
+        decoder.close()
+    assert len(read) > 7_000_000
+    assert whole.startswith(read)
+
+
+def test_a_decoder_ends_when_nobody_reads_on(streams: ModuleType) -> None:
+    before = threading.active_count()
+    decoder = streams.Decoder(io.BytesIO(gzip.compress(bytes(50_000_000))), "tar.gz")
+    assert decoder.fetch()
+    decoder.close()
+    assert threading.active_count() == before
+
+
+def _drain(stream: Any, into: bytearray) -> None:
+    while view := stream.upto(100_000):
+        into += view

@@ -32,7 +32,7 @@ def archiving() -> Iterator[dict[str, ModuleType]]:
 def read(archiving: dict[str, ModuleType], data: bytes, piece: int = 1 << 20) -> list[tuple[Any, bytes]]:
     """All entries with their contents; pieces of ``piece`` bytes come in at a time."""
     source = io.BytesIO(data)
-    stream = archiving["streams"].Incoming(lambda view: source.readinto(view[:piece]))
+    stream = archiving["streams"].Incoming(lambda: source.read(piece))
     found = []
     for member in archiving["tarread"].members(stream):
         content = b"".join(bytes(part) for part in stream.pieces(member.size, member.name))

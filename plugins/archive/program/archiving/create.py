@@ -8,11 +8,11 @@ from pathlib import Path
 from outrider_stepkit import Step, StepFailure, staged_directory
 from outrider_stepkit.publish import recover
 
-from archiving import sevenzip
 from archiving.choose import Patterns
-from archiving.extract import Progress
+from archiving.formats import PASSWORD_ENV
 from archiving.frames import LEVELS, compressor
 from archiving.names import check_name, shown
+from archiving.progress import Progress
 from archiving.source import Finder, Item, Tally
 from archiving.tarwrite import TarWriter
 from archiving.volumes import Output
@@ -31,7 +31,7 @@ def create(step: Step) -> None:
     first = target if volume_bytes is None else target.with_name(f"{target.name}.001")
     recover(target)
     _check_target(target, first, params["existing"])
-    password = step.secret(sevenzip.PASSWORD_ENV) if params["encrypt"] else None
+    password = step.secret(PASSWORD_ENV) if params["encrypt"] else None
     _check_password(password, kind)
     fixed = REPRODUCIBLE_TIME if params["reproducible"] else None
     finder = Finder(
@@ -105,7 +105,7 @@ class _Packing:
             writer.close()
 
     def seven(self, stage: Path, source: Path, kind: str, password: str | None, *, times: bool) -> None:
-        from archiving import sevenwrite
+        from archiving import sevenwrite, sevenzip
 
         wish = sevenwrite.Wish(kind, self._level, password, times)
         made = stage / f"archive.{kind}"
@@ -147,11 +147,9 @@ def _check_password(password: str | None, kind: str) -> None:
     if password is None:
         return
     if not password or "\n" in password or "\r" in password:
-        raise StepFailure(
-            f"the password in {sevenzip.PASSWORD_ENV} is empty or has a line break in it", code="password_unfit"
-        )
+        raise StepFailure(f"the password in {PASSWORD_ENV} is empty or has a line break in it", code="password_unfit")
     if kind == "zip" and not password.isascii():
         raise StepFailure(
-            f"the password in {sevenzip.PASSWORD_ENV} has a letter that is not ASCII, which zip can't say: choose 7z",
+            f"the password in {PASSWORD_ENV} has a letter that is not ASCII, which zip can't say: choose 7z",
             code="password_unfit",
         )

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from outrider_stepkit import Step, StepFailure, staged_directory
-from outrider_stepkit.meter import shown_rate
 from outrider_stepkit.publish import recover
 
-from archiving import placing, sevenzip
+from archiving import placing
 from archiving.choose import Choice
-from archiving.formats import decoding, format_of, reading
+from archiving.formats import PASSWORD_ENV, decoding, format_of, reading
+from archiving.progress import Progress
 from archiving.streams import Decoder, Incoming
 from archiving.tarread import read_tar
 from archiving.tree import Limits, Tree
 from archiving.volumes import Source
 from archiving.zipread import is_folder, members_of, needs_other_tool, place, read_zip
-
-
-class Progress:
-    """Tells how far the step is, in bytes, and how fast it goes."""
-
-    def __init__(self, step: Step, what: str, total: int) -> None:
-        self._step = step
-        self._what = what
-        self._started = time.monotonic()
-        self._next = 0.0
-        self.total = total
-
-    def at(self, done: int, *, force: bool = False) -> None:
-        now = time.monotonic()
-        if now < self._next and not force:
-            return
-        self._next = now + 0.2
-        took = now - self._started
-        rate = f", {shown_rate(done / took)}" if took > 0.05 else ""
-        self._step.progress(done, self.total, message=f"{self._what}{rate}", force=force)
 
 
 def extract(step: Step) -> None:
@@ -78,7 +57,7 @@ def _unpacked(step: Step, source: Source, kind: str, tree: Path) -> Tree:
         max_depth=int(params["max_depth"]),
     )
     more: dict[str, Any] = {"symlinks": params["symlinks"], "plain_modes": params["permissions"] == "plain"}
-    password = step.secret(sevenzip.PASSWORD_ENV, "") or None
+    password = step.secret(PASSWORD_ENV, "") or None
     progress = Progress(step, "unpacking", source.size)
     if kind in ("7z", "zip"):
         # These say beforehand how much is in them.
@@ -106,18 +85,9 @@ def _unpacked(step: Step, source: Source, kind: str, tree: Path) -> Tree:
 def _compressed_tar(source: Source, kind: str, into: Tree, choice: Choice, progress: Progress) -> None:
     decoder = Decoder(source, kind)
     try:
-        stream = Incoming.of_descriptor(decoder.descriptor)
+        stream = Incoming(decoder.fetch)
         with reading(source.path):
-            try:
-                read_tar(stream, into, choice, lambda: progress.at(decoder.position))
-            except StepFailure:
-                raise
-            except Exception:
-                # A tar that ends too early may be what is left of damaged data: the decoder's reason comes first.
-                if stream.ended:
-                    decoder.check()
-                raise
-            decoder.check()
+            read_tar(stream, into, choice, lambda: progress.at(decoder.position))
     finally:
         decoder.close()
 
@@ -132,6 +102,8 @@ def _zip(source: Source, into: Tree, choice: Choice, password: str | None, progr
         if reason is None:
             read_zip(source, archive, members, into, choice)
             return
+    from archiving import sevenzip
+
     if reason == "encrypted" and password is None:
         raise sevenzip.encrypted(source.path)
     if sevenzip.program() is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import lzma
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from archiving.streams import ISAL_ERROR, Truncated, Undecodable
 from archiving.tarhead import BadHeader
 from archiving.volumes import Source, base_of
 
+PASSWORD_ENV = "ARCHIVE_PASSWORD"  # noqa: S105  (the name of it)
 SUFFIXES = {
     ".7z": "7z",
     ".zip": "zip",
@@ -99,7 +99,7 @@ def decoding(path: str) -> Iterator[None]:
             yield
     except Unwritable as error:
         raise error.reason from None
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, ISAL_ERROR, lzma.LZMAError, zstd.ZstdError) as error:
+    except (zipfile.BadZipFile, zlib.error, ISAL_ERROR, lzma.LZMAError, zstd.ZstdError) as error:
         raise Damaged(path, str(error) or type(error).__name__) from error
     except (EOFError, OSError) as error:
         raise Damaged(path, str(error) or "it ends in the middle") from error

@@ -13,7 +13,7 @@ from outrider_stepkit import StepFailure
 
 from archiving import sevenzip
 from archiving.choose import Choice
-from archiving.formats import Damaged, decoding, to_disk
+from archiving.formats import PASSWORD_ENV, Damaged, decoding, to_disk
 from archiving.names import Parts, shown
 from archiving.tarhead import BadHeader
 from archiving.tree import Tree
@@ -178,6 +178,6 @@ def _perhaps_password(path: str, password: str | None, why: str) -> StepFailure:
     if password is None:
         return Damaged(path, why)
     return StepFailure(
-        f"{path} can't be decoded ({why}): it is damaged, or the password in {sevenzip.PASSWORD_ENV} is not its own",
+        f"{path} can't be decoded ({why}): it is damaged, or the password in {PASSWORD_ENV} is not its own",
         code="wrong_password",
     )

@@ -16,12 +16,10 @@ from typing import IO
 
 from outrider_stepkit import StepFailure
 
-from archiving.formats import Damaged
+from archiving.formats import PASSWORD_ENV, Damaged
 from archiving.names import shown
 from archiving.streams import Incoming, data_pipe
 from archiving.tarhead import BadHeader
-
-PASSWORD_ENV = "ARCHIVE_PASSWORD"  # noqa: S105  (the name of it)
 
 
 def program() -> str | None:

@@ -1,27 +1,26 @@
-"""Decompression: a stream that knows when it was cut off, and a process of its own that carries it out."""
+"""Decompression: a stream that knows when it was cut off, and a thread that is ahead of whoever reads it."""
 
 from __future__ import annotations
 
 import bz2
 import contextlib
 import fcntl
-import json
 import lzma
-import mmap
 import os
-import signal
-import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Protocol
 
 from backports import zstd
 from isal import igzip_lib
-from outrider_stepkit import StepFailure
 
 from archiving.names import shown
 
-CHUNK = 256 * 1024
+CHUNK = 512 * 1024
+_AHEAD = 4
+"""Pieces that are decompressed before they are asked for."""
 _XZ_MEMORY = 256 * 1024**2
 """What a dictionary of xz may take; its size stands in the file, and xz itself writes 64 MiB at most."""
 ISAL_ERROR: type[Exception] = igzip_lib.error  # type: ignore[assignment]  # its stub has an instance there
@@ -117,67 +116,54 @@ class Decompressing:
 
 
 class Decoder:
-    """A process that decompresses ``source`` into a pipe, so that it works while this one writes files.
+    """Decompresses ``source`` ahead of who reads it, in a thread: decoders and system calls let others work.
 
-    ``descriptor`` is the pipe's end to read. At the end of the data ``check`` raises what the decoder found:
-    Truncated, Undecodable, or StepFailure where the process itself was ended.
+    ``fetch`` gives the next bytes, none at the end, and raises Truncated or Undecodable where the data does not go on.
     """
 
     def __init__(self, source: Raw, kind: str) -> None:
-        self._position = mmap.mmap(-1, 8)
-        self.descriptor, write_end = data_pipe()
-        self._status, status_end = os.pipe()
-        self._process = os.fork()
-        if self._process == 0:
-            # Else it would never see that nobody reads any more.
-            os.close(self.descriptor)
-            os.close(self._status)
-            _decode(source, kind, write_end, status_end, self._position)
-        os.close(write_end)
-        os.close(status_end)
-
-    @property
-    def position(self) -> int:
+        self.position = 0
         """How many bytes of the source were decoded so far."""
-        (value,) = struct.unpack("=q", self._position[:8])
-        return int(value)
+        self._source = source
+        self._made: SimpleQueue[bytes | Exception] = SimpleQueue()
+        self._room = threading.Semaphore(_AHEAD)
+        self._given_up = False
+        self._over = False
+        # A daemon: a cancellation that comes before anybody could call ``close`` is not to wait for it.
+        self._thread = threading.Thread(target=self._decode, args=(Decompressing(source, kind),), daemon=True)
+        self._thread.start()
 
-    def check(self) -> None:
-        report = b""
-        while piece := os.read(self._status, 65536):
-            report += piece
-        code = self._wait()
-        if not report:
-            raise StepFailure(
-                f"the process that decompresses was ended ({_ended(code)}): perhaps it had too little memory,"
-                " then raise resources.memory",
-                code="memory" if code == -signal.SIGKILL else "decoder_ended",
-            )
-        kind, message = json.loads(report)
-        if kind == "truncated":
-            raise Truncated(message)
-        if kind == "broken":
-            raise Undecodable(message)
-        if kind == "memory":
-            raise MemoryError
+    def fetch(self) -> bytes:
+        if self._over:
+            return b""
+        made = self._made.get()
+        if isinstance(made, Exception):
+            self._over = True
+            raise made
+        self._over = not made
+        self._room.release()
+        return made
 
     def close(self) -> None:
-        """End it, whatever it does."""
-        for descriptor in (self.descriptor, self._status):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self.descriptor = self._status = -1
-        if self._process:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process, signal.SIGKILL)
-            self._wait()
+        """End it, wherever it is."""
+        self._given_up = True
+        self._room.release()
+        self._thread.join()
 
-    def _wait(self) -> int:
-        if not self._process:
-            return 0
-        _, status = os.waitpid(self._process, 0)
-        self._process = 0
-        return os.waitstatus_to_exitcode(status)
+    def _decode(self, stream: Decompressing) -> None:
+        try:
+            data = b"-"
+            while data:
+                data = stream.read(CHUNK)
+                self.position = self._source.tell()
+                self._room.acquire()
+                if self._given_up:
+                    return
+                self._made.put(data)
+        except BROKEN as error:
+            self._made.put(Undecodable(str(error) or type(error).__name__))
+        except Exception as error:
+            self._made.put(error)
 
 
 def data_pipe() -> tuple[int, int]:
@@ -188,87 +174,44 @@ def data_pipe() -> tuple[int, int]:
     return reader, writer
 
 
-def _decode(source: Raw, kind: str, target: int, status: int, position: mmap.mmap) -> None:
-    """The life of the forked process. It never returns, and leaves the parent's buffers and exit hooks alone."""
-    report = ("done", "")
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for data in _pieces(source, kind):
-            view = memoryview(data)
-            while view:
-                view = view[os.write(target, view) :]
-            position[:8] = struct.pack("=q", source.tell())
-    except Truncated as error:
-        report = ("truncated", str(error))
-    except BrokenPipeError:
-        pass  # the parent has seen enough
-    except MemoryError:
-        report = ("memory", "")
-    except BROKEN as error:
-        report = ("broken", str(error) or type(error).__name__)
-    except BaseException as error:
-        report = ("broken", f"{type(error).__name__}: {error}")
-    finally:
-        # It fits into the pipe, so this never waits. The parent reads it when it has seen the end of the data; where
-        # it was killed, nothing may lead from here back into its clean-up, of which this process has a copy.
-        try:
-            os.write(status, json.dumps(report).encode())
-        finally:
-            os._exit(0)
-
-
-def _pieces(source: Raw, kind: str) -> Iterator[bytes]:
-    stream = Decompressing(source, kind)
-    while data := stream.read(CHUNK):
-        yield data
-
-
-def _ended(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-
 class Incoming:
-    """A stream that only goes forward, read through one buffer. Raises Truncated where it ends too early.
+    """A stream that only goes forward. Raises Truncated where it ends too early.
 
-    ``fill`` puts bytes into a buffer and tells how many; 0 is the end.
+    ``fetch`` gives the next bytes, however many; none is the end.
     """
 
-    def __init__(self, fill: Callable[[memoryview], int]) -> None:
-        self._fill = fill
-        self._buffer = memoryview(bytearray(1024 * 1024))
+    def __init__(self, fetch: Callable[[], bytes]) -> None:
+        self._fetch = fetch
+        self._view = memoryview(b"")
         self._start = 0
         self._end = 0
         self.read_bytes = 0
         """How much has come in so far, in bytes."""
-        self.ended = False
-        """Whether the end was seen."""
 
     @classmethod
     def of_descriptor(cls, descriptor: int) -> Incoming:
         """From a pipe or file, where it stands."""
-        return cls(lambda view: os.readv(descriptor, [view]))
+        return cls(lambda: os.read(descriptor, CHUNK))
 
     @classmethod
     def of_file(cls, file: Raw) -> Incoming:
-        return cls(lambda view: file.readinto(view) or 0)
+        return cls(lambda: file.read(CHUNK))
 
     def upto(self, size: int) -> memoryview:
-        """The next ``size`` bytes, fewer only at the end. The view is good until the next call."""
+        """The next ``size`` bytes, fewer only at the end."""
         end = self._start + size
         if end <= self._end:
-            view = self._buffer[self._start : end]
+            view = self._view[self._start : end]
             self._start = end
             return view
-        while self._end - self._start < size:
-            if self._start + size > len(self._buffer):
-                rest = self._end - self._start
-                self._buffer[:rest] = bytes(self._buffer[self._start : self._end])
-                self._start, self._end = 0, rest
-            if not self._more():
-                break
-        view = self._buffer[self._start : min(self._start + size, self._end)]
-        self._start += len(view)
-        return view
+        pieces = [self._view[self._start :]]
+        missing = end - self._end
+        while missing and self._more():
+            piece = self._view[:missing]
+            self._start = len(piece)
+            missing -= self._start
+            pieces.append(piece)
+        return memoryview(b"".join(pieces))
 
     def exactly(self, size: int, name: str) -> memoryview:
         view = self.upto(size)
@@ -277,13 +220,11 @@ class Incoming:
         return view
 
     def pieces(self, size: int, name: str) -> Iterator[memoryview]:
-        """The next ``size`` bytes in pieces; each is good until the next one."""
+        """The next ``size`` bytes in pieces."""
         while size:
-            if self._start == self._end:
-                self._start = self._end = 0
-                if not self._more():
-                    raise Truncated(f"it ends within {shown(name)}")
-            view = self._buffer[self._start : min(self._end, self._start + size)]
+            if self._start == self._end and not self._more():
+                raise Truncated(f"it ends within {shown(name)}")
+            view = self._view[self._start : min(self._end, self._start + size)]
             self._start += len(view)
             size -= len(view)
             yield view
@@ -293,8 +234,8 @@ class Incoming:
             pass
 
     def _more(self) -> int:
-        got = self._fill(self._buffer[self._end :])
-        self._end += got
-        self.read_bytes += got
-        self.ended = self.ended or not got
-        return got
+        """Only when what is there was taken."""
+        self._view = memoryview(self._fetch())
+        self._start, self._end = 0, len(self._view)
+        self.read_bytes += self._end
+        return self._end

@@ -7,7 +7,6 @@ used: no size is negative, no extended header is longer than it could sensibly b
 from __future__ import annotations
 
 import re
-import tarfile
 import zlib
 from dataclasses import dataclass, field
 
@@ -253,6 +252,8 @@ def header(name: str, kind: bytes, size: int, mode: int, mtime: int, link: str =
     plain = len(raw) <= 100 and len(target) <= 100 and raw.isascii() and target.isascii()
     if plain and size < 8**11 and 0 <= mtime < 8**11:
         return _ustar(raw, kind, size, mode, mtime, target)
+    import tarfile  # seldom needed, and it takes a while
+
     info = tarfile.TarInfo(name)
     info.type, info.size, info.mode, info.mtime, info.linkname = kind, size, mode, mtime, link
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")

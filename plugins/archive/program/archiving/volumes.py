@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -130,6 +129,8 @@ class Output:
     """
 
     def __init__(self, stage: Path, target: Path, volume_bytes: int | None = None) -> None:
+        import hashlib  # OpenSSL takes a while, and who unpacks needs none of it
+
         self.size = 0
         self._stage = stage
         self._target = target
