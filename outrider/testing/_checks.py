@@ -11,7 +11,7 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -300,9 +300,12 @@ def tree(volumes: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
-def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Paths that are new, gone, or other than before."""
-    return sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
+def changes(before: Mapping[str, str], after: Mapping[str, str], *, within: Sequence[str] | None = None) -> list[str]:
+    """Paths that are new, gone, or other than before; of those at and below ``within``, if given."""
+    found = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
+    if within is None:
+        return found
+    return [path for path in found if any(path == each or path.startswith(f"{each}/") for each in within)]
 
 
 def _content(path: Path) -> str:

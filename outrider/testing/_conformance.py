@@ -179,7 +179,7 @@ class StepConformance:
             _fail(f"it was cancelled and ended as {result.state}: {result.message}")
 
     def test_cancel_leaves_nothing_half_done(self, outrider_step: StepUnderTest) -> None:
-        """What the parameters say is written is there whole or not at all: after a cancel, it is as it was before."""
+        """What the parameters say is written is there whole or not at all, also after a cancel."""
         _, _, changed = outrider_step.cancelled()
         for path in changed:
             _fail(f"the cancelled step left something at {path}; write beside it and rename what is finished")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ class StepUnderTest:
         return self._bench.run(self._request_in(self._folders[example.name], example))
 
     def cancelled(self) -> tuple[StepResult, float, list[str]]:
-        """The long example, cancelled in its middle: how it ended, after how long, and what has changed where."""
+        """The long example, cancelled in its middle: how it ended, after how long, and what it has left half-done."""
         long, suite = self._long(), self._suite
         if self._cancelled is None:
             request = self._request_in(self._fresh("cancelled"), long, make=True, cpus=suite.throttle)
@@ -118,12 +118,11 @@ class StepUnderTest:
                 begun.cancel(suite.grace_s)
                 result = begun.end()
                 took_s = time.monotonic() - began
+            after = checks.tree(volumes)
             written = checks.written_paths(self.subject, dict(request.params), request.volumes)
-            changed = [
-                path
-                for path in checks.changes(before, checks.tree(volumes))
-                if any(path == each or path.startswith(f"{each}/") for each in written)
-            ]
+            changed = checks.changes(before, after, within=written)
+            if changed and not self._differences(long, after, written):
+                changed = []  # what it writes was there whole already when the signal came
             self._cancelled = (result, took_s, changed)
         return self._cancelled
 
@@ -165,6 +164,14 @@ class StepUnderTest:
             result = self._bench.run(first)
             if result.state != "succeeded":
                 pytest.fail(f"{step_type}, which comes before, is {result.state}: {result.message}", pytrace=False)
+
+    def _differences(self, example: Example, found: Mapping[str, str], written: Sequence[str]) -> list[str]:
+        """Where ``found`` is not what the whole of ``example`` leaves."""
+        request = self._request_in(self._fresh("whole"), example, make=True)
+        self._prepare(example, request)
+        self._bench.run(request)
+        whole = checks.tree({name: each.directory for name, each in request.volumes.items()})
+        return [path for path in checks.changes(whole, found, within=written) if path not in example.varying]
 
     def _long(self) -> Example:
         if self._suite.long is None:

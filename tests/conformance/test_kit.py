@@ -118,6 +118,16 @@ def test_plugin_that_keeps_its_promises_passes(pytester: pytest.Pytester) -> Non
     assert "19 passed" in report
 
 
+@needs_base
+def test_what_was_whole_when_the_step_was_cancelled_is_not_half_done(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(SUITE + CASE.format(module="publishes_early") + '    until = "published"\n')
+    pytester.syspathinsert(HERE)
+    quiet = ("-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-W", "error")
+    options = ("--outrider-engine=require", "-k", "test_cancel")
+    report = pytester.runpytest_inprocess(*quiet, *options)
+    report.assert_outcomes(passed=2, deselected=17)
+
+
 def test_bad_modules_fail_their_check_and_no_other(pytester: pytest.Pytester) -> None:
     failed, report = outcome(pytester, STATIC, "--outrider-engine=off")
     assert failed == {module: {check} for module, check in STATIC.items()}, report
