@@ -214,12 +214,16 @@ class _Link:
 
     async def _carry(self, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
+        queue: asyncio.Queue[tuple[float, bytes | None]] = asyncio.Queue(256)
 
         async def read() -> None:
-            while data := await reader.read(_CHUNK):
+            data: bytes | None = b"-"
+            while data:
+                try:
+                    data = await reader.read(_CHUNK)
+                except OSError:
+                    data = None  # a reset, which goes on like what came before it
                 await queue.put((loop.time() + self._proxy.delay_s, data))
-            await queue.put((loop.time() + self._proxy.delay_s, b""))
 
         reading = asyncio.ensure_future(read())
         carried = 0
@@ -229,6 +233,9 @@ class _Link:
                 await asyncio.sleep(max(0.0, due - loop.time()))
                 while self.held or self._proxy.stalled(way):
                     await asyncio.sleep(0.02)
+                if data is None:
+                    self.reset()
+                    return
                 limit = self._proxy.truncate_after
                 if limit is not None and carried + len(data) > limit:
                     self._proxy.truncated += 1
