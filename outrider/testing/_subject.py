@@ -121,7 +121,7 @@ class StepUnderTest:
             after = checks.tree(volumes)
             written = checks.written_paths(self.subject, dict(request.params), request.volumes)
             changed = checks.changes(before, after, within=written)
-            if changed and not self._differences(long, after, written):
+            if changed and self._is_whole(long, after, written):
                 changed = []  # what it writes was there whole already when the signal came
             self._cancelled = (result, took_s, changed)
         return self._cancelled
@@ -165,13 +165,14 @@ class StepUnderTest:
             if result.state != "succeeded":
                 pytest.fail(f"{step_type}, which comes before, is {result.state}: {result.message}", pytrace=False)
 
-    def _differences(self, example: Example, found: Mapping[str, str], written: Sequence[str]) -> list[str]:
-        """Where ``found`` is not what the whole of ``example`` leaves."""
+    def _is_whole(self, example: Example, found: Mapping[str, str], written: Sequence[str]) -> bool:
+        """Whether ``found`` is what ``example`` leaves when it is not disturbed."""
         request = self._request_in(self._fresh("whole"), example, make=True)
         self._prepare(example, request)
-        self._bench.run(request)
+        ended = self._bench.run(request)
         whole = checks.tree({name: each.directory for name, each in request.volumes.items()})
-        return [path for path in checks.changes(whole, found, within=written) if path not in example.varying]
+        others = [path for path in checks.changes(whole, found, within=written) if path not in example.varying]
+        return ended.state == "succeeded" and not others
 
     def _long(self) -> Example:
         if self._suite.long is None:

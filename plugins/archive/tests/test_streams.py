@@ -10,6 +10,7 @@ import lzma
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -122,6 +123,17 @@ def test_a_decoder_ends_when_nobody_reads_on(streams: ModuleType) -> None:
     assert decoder.fetch()
     decoder.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("kind", sorted(COMPRESS))
+def test_a_decoder_of_endless_nothing_can_be_ended(streams: ModuleType, kind: str) -> None:
+    class Nothing(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            return COMPRESS[kind](b"")
+
+    decoder = streams.Decoder(Nothing(), kind)
+    time.sleep(0.05)
+    decoder.close()
 
 
 def _drain(stream: Any, into: bytearray) -> None:

@@ -104,6 +104,10 @@ class Decompressing:
                 return produced
         return b""
 
+    def stop(self) -> None:
+        """Have a ``read`` in another thread end soon: endless frames may hold nothing that it could give."""
+        self._over = True
+
     def _next_frame(self) -> None:
         rest = self._current.unused_data
         while len(rest) < len(self._magic) and (more := self._source.read(CHUNK)):
@@ -124,13 +128,13 @@ class Decoder:
     def __init__(self, source: Raw, kind: str) -> None:
         self.position = 0
         """How many bytes of the source were decoded so far."""
-        self._source = source
+        self._source, self._stream = source, Decompressing(source, kind)
         self._made: SimpleQueue[bytes | Exception] = SimpleQueue()
         self._room = threading.Semaphore(_AHEAD)
         self._given_up = False
         self._over = False
         # A daemon: a cancellation that comes before anybody could call ``close`` is not to wait for it.
-        self._thread = threading.Thread(target=self._decode, args=(Decompressing(source, kind),), daemon=True)
+        self._thread = threading.Thread(target=self._decode, daemon=True)
         self._thread.start()
 
     def fetch(self) -> bytes:
@@ -147,14 +151,15 @@ class Decoder:
     def close(self) -> None:
         """End it, wherever it is."""
         self._given_up = True
+        self._stream.stop()
         self._room.release()
         self._thread.join()
 
-    def _decode(self, stream: Decompressing) -> None:
+    def _decode(self) -> None:
         try:
             data = b"-"
             while data:
-                data = stream.read(CHUNK)
+                data = self._stream.read(CHUNK)
                 self.position = self._source.tell()
                 self._room.acquire()
                 if self._given_up:
