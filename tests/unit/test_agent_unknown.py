@@ -54,6 +54,7 @@ async def test_after_an_unknown_step_only_what_always_runs_starts(agent: Rig, ru
             {"name": "beside", "needs": ["a"]},
         )
     )
+    await agent.until(lambda: agent.told(run_id).states.get("beside") == "succeeded")
     await lose(agent, runtime, run_id, "b")
     run = await agent.end(run_id)
     assert run.state == "unknown"
