@@ -96,8 +96,7 @@ class StepUnderTest:
             with arguments_of_processes(self.secrets(example)) as seen:
                 result = bench.run(request)
             took_s = time.monotonic() - began
-            volumes = {name: each.directory for name, each in request.volumes.items()}
-            self._attempts[example.name] = Attempted(result, volumes, took_s, secret_arguments=bool(seen))
+            self._attempts[example.name] = Attempted(result, _directories(request), took_s, secret_arguments=bool(seen))
         return self._attempts[example.name]
 
     def repeat(self, example: Example) -> StepResult:
@@ -109,8 +108,7 @@ class StepUnderTest:
         long, suite = self._long(), self._suite
         if self._cancelled is None:
             request = self._request_in(self._fresh("cancelled"), long, make=True, cpus=suite.throttle)
-            volumes = {name: each.directory for name, each in request.volumes.items()}
-            before = checks.tree(volumes)
+            before = checks.tree(_directories(request))
             self._prepare(long, request)
             with self._bench.begun(request) as begun:
                 self._middle(begun)
@@ -118,7 +116,7 @@ class StepUnderTest:
                 begun.cancel(suite.grace_s)
                 result = begun.end()
                 took_s = time.monotonic() - began
-            after = checks.tree(volumes)
+            after = checks.tree(_directories(request))
             written = checks.written_paths(self.subject, dict(request.params), request.volumes)
             changed = checks.changes(before, after, within=written)
             if changed and self._is_whole(long, after, written):
@@ -170,7 +168,7 @@ class StepUnderTest:
         request = self._request_in(self._fresh("whole"), example, make=True)
         self._prepare(example, request)
         ended = self._bench.run(request)
-        whole = checks.tree({name: each.directory for name, each in request.volumes.items()})
+        whole = checks.tree(_directories(request))
         others = [path for path in checks.changes(whole, found, within=written) if path not in example.varying]
         return ended.state == "succeeded" and not others
 
@@ -202,6 +200,10 @@ class StepUnderTest:
         return self._request(
             example.params, volumes, envs=envs, object_ref=example.object, timeout_s=example.timeout_s, cpus=cpus
         )
+
+
+def _directories(request: StepRequest) -> dict[str, Path]:
+    return {name: each.directory for name, each in request.volumes.items()}
 
 
 def _mounted(mounts: Mapping[str, str]) -> dict[str, GivenVolume]:

@@ -88,9 +88,11 @@ RUNNING = {
 }
 
 
-def outcome(pytester: pytest.Pytester, modules: Iterable[str], *options: str) -> tuple[dict[str, set[str]], str]:
-    """The checks that each plugin fails, and the report."""
-    pytester.makepyfile(SUITE + "".join(CASE.format(module=module) for module in modules))
+def outcome(
+    pytester: pytest.Pytester, modules: Iterable[str], *options: str, more: str = ""
+) -> tuple[dict[str, set[str]], str]:
+    """The checks that each plugin fails, and the report. ``more`` stands in the last plugin's class."""
+    pytester.makepyfile(SUITE + "".join(CASE.format(module=module) for module in modules) + more)
     for folder in (HERE, HERE / "bad"):
         pytester.syspathinsert(folder)
     quiet = ("-q", "-rf", "-p", "no:cacheprovider", "-p", "no:asyncio", "-W", "error")
@@ -120,12 +122,10 @@ def test_plugin_that_keeps_its_promises_passes(pytester: pytest.Pytester) -> Non
 
 @needs_base
 def test_what_was_whole_when_the_step_was_cancelled_is_not_half_done(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(SUITE + CASE.format(module="publishes_early") + '    until = "published"\n')
-    pytester.syspathinsert(HERE)
-    quiet = ("-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-W", "error")
     options = ("--outrider-engine=require", "-k", "test_cancel")
-    report = pytester.runpytest_inprocess(*quiet, *options)
-    report.assert_outcomes(passed=2, deselected=17)
+    failed, report = outcome(pytester, ["publishes_early"], *options, more='    until = "published"\n')
+    assert failed == {}, report
+    assert "2 passed, 17 deselected" in report
 
 
 def test_bad_modules_fail_their_check_and_no_other(pytester: pytest.Pytester) -> None:

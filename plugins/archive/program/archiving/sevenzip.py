@@ -6,6 +6,8 @@ from headers that were vetted before. A password goes through its standard input
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -18,7 +20,7 @@ from outrider_stepkit import StepFailure
 
 from archiving.formats import PASSWORD_ENV, Damaged
 from archiving.names import shown
-from archiving.streams import Incoming, data_pipe
+from archiving.streams import Incoming
 from archiving.tarhead import BadHeader
 
 
@@ -35,7 +37,7 @@ class Contents:
         assert command is not None
         self._path = path
         self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
-        reader, writer = data_pipe()
+        reader, writer = _data_pipe()
         try:
             self._process = subprocess.Popen(
                 [command, "x", "-so", "-bd", "-y", "-spd", "-snl", "--", path],
@@ -91,6 +93,14 @@ class Contents:
         if code:
             self._messages.seek(0)
             raise failure_of(self._path, code, self._messages.read(65536).decode("utf-8", "replace"))
+
+
+def _data_pipe() -> tuple[int, int]:
+    """A pipe with as much room as the kernel gives without asking."""
+    reader, writer = os.pipe()
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1024 * 1024)
+    return reader, writer
 
 
 def environment() -> dict[str, str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import contextlib
-import fcntl
 import lzma
 import os
 import threading
@@ -40,7 +38,6 @@ class Raw(Protocol):
     """A file to read, as far as it is needed here."""
 
     def read(self, size: int = -1, /) -> bytes: ...
-    def readinto(self, buffer: memoryview, /) -> int | None: ...
     def tell(self) -> int: ...
 
 
@@ -169,14 +166,6 @@ class Decoder:
             self._made.put(Undecodable(str(error) or type(error).__name__))
         except Exception as error:
             self._made.put(error)
-
-
-def data_pipe() -> tuple[int, int]:
-    """A pipe with as much room as the kernel gives without asking."""
-    reader, writer = os.pipe()
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1024 * 1024)
-    return reader, writer
 
 
 class Incoming:
