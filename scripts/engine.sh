@@ -49,7 +49,7 @@ started_by_us() {
 our_dockerd() {
   local pid
   pid=$(cat "$pidfile" 2>/dev/null) || return 1
-  [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ] && grep -qzF -- "$dir" "/proc/$pid/cmdline" && echo "$pid"
+  [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ] && grep -qszF -- "$dir" "/proc/$pid/cmdline" && echo "$pid"
 }
 
 wait_until_it_answers() {

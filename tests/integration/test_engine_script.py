@@ -121,6 +121,7 @@ def test_leaves_a_strangers_engine_alone(tmp_path: Path) -> None:
         f"""
         unset DOCKER_HOST
         dockerd --data-root {tmp_path}/other --exec-root /run/other >/dev/null 2>&1 & other=$!
+        until grep -qsx dockerd /proc/$other/comm; do sleep 0.01; done  # it is a copy of this shell at first
         $engine start; echo "start: $?"
         $engine stop; echo "stop: $?"
         docker info --format 'root {{{{.DockerRootDir}}}}'
